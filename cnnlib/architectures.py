@@ -1,0 +1,99 @@
+"""The registered architectures, each a declaration of its layers; their parameter counts stand in the tests."""
+
+from __future__ import annotations
+
+from cnnlib.registry import Registry
+from cnnlib.spec import NUM_CLASSES, Activation, Conv, Dense, Layer, MaxPool, Model, Residual
+
+ARCHITECTURES: Registry[Model] = Registry("architecture")
+
+RELU = Activation("relu")
+
+
+def mlp(*widths: int) -> Model:
+    """Fully connected layers of the given widths with ReLU between them, then the classes; no widths: logistic."""
+    hidden: list[Layer] = []
+    for width in widths:
+        hidden += [Dense(width), RELU]
+    return Model((*hidden, Dense(NUM_CLASSES)))
+
+
+@ARCHITECTURES.register
+def logistic() -> Model:
+    """Multinomial logistic regression: one full layer from the input to the classes."""
+    return mlp()
+
+
+@ARCHITECTURES.register
+def lenet_300_100() -> Model:
+    """LeCun's two-hidden-layer net (1998, table of section III), with ReLU."""
+    return mlp(300, 100)
+
+
+@ARCHITECTURES.register
+def mlp_75_33() -> Model:
+    """LeNet-300-100's shape at LeNet-5's size: 61,723 parameters against 61,706 on 28x28x1."""
+    return mlp(75, 33)
+
+
+@ARCHITECTURES.register
+def lenet5() -> Model:
+    """LeNet-5 as it is built today (6-16-120-84): ReLU, max pooling, every map of C3 joined to every map of S2.
+
+    LeCun (1998) used scaled tanh, trained averages and a sparse C3; this reading has 61,706 parameters on 28x28x1.
+    """
+    return Model(
+        (
+            Conv(6, 5, padding=2),
+            RELU,
+            MaxPool(2),
+            Conv(16, 5, padding="VALID"),
+            RELU,
+            MaxPool(2),
+            Dense(120),
+            RELU,
+            Dense(84),
+            RELU,
+            Dense(NUM_CLASSES),
+        )
+    )
+
+
+@ARCHITECTURES.register
+def two_conv() -> Model:
+    """The net of the benchmarks: two 3x3 convolutions (32, 64), each pooled by 2, and a hidden layer of 128."""
+    return Model(
+        (
+            Conv(32, 3),
+            RELU,
+            MaxPool(2),
+            Conv(64, 3),
+            RELU,
+            MaxPool(2),
+            Dense(128),
+            RELU,
+            Dense(NUM_CLASSES),
+        )
+    )
+
+
+@ARCHITECTURES.register
+def mnist1d_mlp() -> Model:
+    """The MLP of MNIST-1D (Greydanus and Kobak 2024): 40-100-(residual)100-10, 15,210 parameters."""
+    return Model((Dense(100), RELU, Residual((Dense(100), RELU)), Dense(NUM_CLASSES)))
+
+
+@ARCHITECTURES.register
+def mnist1d_cnn() -> Model:
+    """The CNN of MNIST-1D (Greydanus and Kobak 2024): three strided convolutions of 25 maps, 5,210 parameters."""
+    return Model(
+        (
+            Conv(25, 5, strides=2, padding=1),
+            RELU,
+            Conv(25, 3, strides=2, padding=1),
+            RELU,
+            Conv(25, 3, strides=2, padding=1),
+            RELU,
+            Dense(NUM_CLASSES),
+        )
+    )

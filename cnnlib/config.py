@@ -1,0 +1,351 @@
+"""What an experiment is made of: frozen dataclasses, overrides by `field=value`, to and from JSON.
+
+Static or traced is decided in the type. A plain field belongs to the arm's program: changing it compiles another
+program. A field of type `Traced` is a tuple of numbers that enter the program as arguments: each combination of them
+with each seed is one lane.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from cnnlib.architectures import ARCHITECTURES
+from cnnlib.errors import UserError
+from cnnlib.registry import Registry
+from cnnlib.spec import Model, Shape, parse_model, shape_text
+
+Traced = tuple[float, ...]
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        is_span = len(value) > 2 and all(isinstance(v, int) for v in value)
+        if is_span and value == tuple(range(value[0], value[-1] + 1)):
+            return f"{value[0]}..{value[-1]}"
+        return ",".join(map(_value_text, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and which of the training images are kept aside for validation."""
+
+    name: str = "mnist5k"
+    data_dir: str | None = None
+    """Folder of prepared TFDS data sets; None: `TFDS_DATA_DIR`, else TFDS's own default."""
+    validation: int = 0
+    """Training examples set aside, in equal shares of the classes; every choice is made on them."""
+    seed: int | None = None
+    """Seed of a generated data set; None: the one that the data set is known by."""
+
+    def __post_init__(self) -> None:
+        _require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
+        _require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of training examples, drawn anew at every step, inside the compiled program."""
+
+    shift: int = 0
+    """Largest shift along each spatial axis, in pixels either way; what moves in is zero."""
+    crop: int | None = None
+    """Side of a random window that the net sees; evaluation takes the central one. None: the whole example."""
+    flip: bool = False
+    """Mirror half of the examples along the last spatial axis (left and right of an image)."""
+
+    def __post_init__(self) -> None:
+        _require(self.shift >= 0, f"augment.shift must not be negative, not {self.shift}")
+        _require(self.crop is None or self.crop >= 1, f"augment.crop must be at least 1, not {self.crop}")
+
+    def seen_shape(self, input_shape: Shape) -> Shape:
+        """The shape of an example as the net sees it; raises UserError for a crop or shift larger than the example."""
+        *spatial, channels = input_shape
+        if self.crop is not None:
+            fits = self.crop <= min(spatial)
+            _require(fits, f"augment.crop={self.crop} is larger than the examples, {shape_text(input_shape)}")
+            spatial = [self.crop] * len(spatial)
+        moves_within = self.shift < min(spatial)
+        _require(moves_within, f"augment.shift={self.shift} can move all of {shape_text(input_shape)} out of sight")
+        return (*spatial, channels)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The training rule. Fields that are tuples are traced: several values make several lanes."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """Course of the learning rate over all steps of the run, relative to `learning_rate`, its peak."""
+    learning_rate: Traced = (0.1,)
+    momentum: Traced = (0.9,)
+    """Decay of the running mean of gradients: SGD's momentum, Adam's beta 1."""
+    weight_decay: Traced = (0.0,)
+    """Times the parameter: added to the gradient (sgd, adam), or to the update before the learning rate (adamw)."""
+    label_smoothing: Traced = (0.0,)
+    """Share of the target spread evenly over the classes, in the training loss only."""
+
+    def __post_init__(self) -> None:
+        bounds = {"learning_rate": 1e9, "momentum": 1.0, "weight_decay": 1e9, "label_smoothing": 1.0}
+        for name, upper in bounds.items():
+            values = getattr(self, name)
+            _require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
+            _require(len(values) > 0, f"optim.{name} needs at least one value")
+            _require(len(set(values)) == len(values), f"optim.{name} repeats a value: {_value_text(values)}")
+            for value in values:
+                _require(0.0 <= value < upper, f"optim.{name} must be in [0, {upper:g}), not {value:g}")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The population of each arm."""
+
+    seed: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One lane a seed (initial weights, order of the data, augmentation) for every combination of traced numbers."""
+    at_a_time: int | None = None
+    """Lanes that are vectorised together; 1: one after another. None: the default of the backend and the arm."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
+        _require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {_value_text(self.seed)}")
+        _require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
+        _require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One architecture with its static settings: one compiled program."""
+
+    name: str
+    model: Model
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None,
+            f"an arm's name is made of letters, digits, '_', '-' and '.', not {self.name!r}",
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question as data: what is trained, on what, how long."""
+
+    arms: tuple[Arm, ...]
+    data: Data = Data()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    lanes: Lanes = Lanes()
+    epochs: int = 10
+    batch_size: int = 128
+    """Examples a step; an epoch drops the last, incomplete batch of its own random order."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and products; parameters, optimiser state and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.arms) > 0, "an experiment needs at least one arm")
+        names = [arm.name for arm in self.arms]
+        _require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
+        _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+
+
+EXPERIMENTS: Registry[Experiment] = Registry("experiment")
+
+
+class LaneNumbers(NamedTuple):
+    """The traced numbers of one lane, or of all lanes of an arm as arrays."""
+
+    seed: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+
+    @property
+    def setting(self) -> tuple[float, ...]:
+        """The numbers without the seed: lanes of one setting differ by chance only."""
+        return self[1:]
+
+
+def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
+    """Every lane of an arm: the product of the traced fields and the seeds, seeds running fastest."""
+    optim = experiment.optim
+    settings = itertools.product(optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
+    return tuple(LaneNumbers(seed, *setting) for setting in settings for seed in experiment.lanes.seed)
+
+
+# Overrides: one `path=value` each, read by the type of the field that the path names.
+
+
+def override(experiment: Experiment, assignments: Iterable[str]) -> Experiment:
+    """The experiment with fields replaced: `epochs=3`, `optim.learning_rate=0.1,0.3`, `lanes.seed=0..9`.
+
+    `arms=NAME,NAME` keeps those arms; `arms.NAME.model=MODEL` gives an arm another architecture, registered or in short
+    notation. Raises UserError, with what exists, for an unknown path, a wrong type or a value out of range.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
+        experiment = _replaced(experiment, path.split("."), text, path)
+    return experiment
+
+
+def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
+    assert dataclasses.is_dataclass(node) and not isinstance(node, type)
+    key, *rest = keys
+    hints = typing.get_type_hints(type(node))
+    # An arm's name is its identity, so it is no field to set.
+    names = [field.name for field in dataclasses.fields(node) if not (isinstance(node, Arm) and field.name == "name")]
+    if key not in names:
+        raise UserError(f"no field {path!r}; {'there are' if len(names) > 1 else 'there is'}: {', '.join(names)}")
+    current = getattr(node, key)
+    if key == "arms":
+        value: Any = _replaced_arms(current, rest, text, path)
+    elif dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
+        if not rest:
+            inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]
+            raise UserError(f"{path!r} is a group of fields; set one of: {', '.join(inner)}")
+        value = _replaced(current, rest, text, path)
+    elif rest:
+        raise UserError(f"no field {path!r}; {path.removesuffix('.' + '.'.join(rest))!r} holds a value, not fields")
+    else:
+        value = _parse(hints[key], text, path)
+    return dataclasses.replace(node, **{key: value})
+
+
+def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str) -> tuple[Arm, ...]:
+    by_name = {arm.name: arm for arm in arms}
+    wanted = text.split(",") if not keys else [keys[0]]
+    for name in wanted:
+        if name not in by_name:
+            raise UserError(f"{path}: no arm {name!r}; there are: {', '.join(by_name)}")
+    if not keys:
+        return tuple(by_name[name] for name in wanted)
+    if len(keys) == 1:
+        raise UserError(f"{path!r} is an arm; set one of: {path}.model")
+    return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
+
+
+def _parse(hint: Any, text: str, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if text in arguments:
+            return text
+        raise UserError(f"{path}={text}: expected one of {', '.join(arguments)}")
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _parse(hint, text, path)
+    if origin is tuple:
+        parts = text.split(",") if text else []
+        return tuple(value for part in parts for value in _parse_part(arguments[0], part, path))
+    if hint is Model:
+        return ARCHITECTURES.get(text) if text in ARCHITECTURES else _parse_architecture(text, path)
+    return _parse_scalar(hint, text, path)
+
+
+def _parse_architecture(text: str, path: str) -> Model:
+    try:
+        return parse_model(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; or an architecture: {', '.join(ARCHITECTURES)}") from None
+
+
+def _parse_part(hint: type, text: str, path: str) -> tuple[Any, ...]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if hint is int and span:
+        first, last = map(int, span.groups())
+        _require(last - first < 100_000, f"{path}={text}: more than 100,000 values")
+        return tuple(range(first, last + 1))
+    return (_parse_scalar(hint, text, path),)
+
+
+def _parse_scalar(hint: type, text: str, path: str) -> Any:
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if hint is int:
+            return int(text)
+        if hint is float:
+            return float(text)
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+        raise UserError(f"{path}={text}: expected {expected}") from None
+    assert hint is str, f"{path} has a type that no override can write: {hint}"
+    return text
+
+
+def assignments(experiment: Experiment) -> tuple[str, ...]:
+    """The whole configuration as overrides, one a field, which `override` reads back."""
+
+    def of(node: Any, prefix: str) -> Iterator[str]:
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if field.name == "arms":
+                yield f"arms={','.join(arm.name for arm in value)}"
+                yield from (f"arms.{arm.name}.model={arm.model}" for arm in value)
+            elif dataclasses.is_dataclass(value):
+                yield from of(value, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}={_value_text(value)}"
+
+    return tuple(of(experiment, ""))
+
+
+# JSON: plain dictionaries, a model in its short notation.
+
+
+def to_dict(node: Any) -> Any:
+    """A dataclass as JSON-ready values; `from_dict` reads it back."""
+    if isinstance(node, Model):
+        return str(node)
+    if dataclasses.is_dataclass(node):
+        return {field.name: to_dict(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    return [to_dict(item) for item in node] if isinstance(node, tuple) else node
+
+
+def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
+    """The inverse of `to_dict`; an unknown or missing field or a wrong type raises UserError with its path."""
+    if hint is Model:
+        _require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
+        return parse_model(values)
+    if dataclasses.is_dataclass(hint):
+        fields = typing.get_type_hints(hint)
+        _require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
+        for name in values:
+            _require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
+        for name in fields:
+            _require(name in values, f"{path}.{name} is missing")
+        build: Any = hint
+        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in fields})
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        _require(isinstance(values, list), f"{path}: expected a list, not {values!r}")
+        return tuple(from_dict(value, arguments[0], f"{path}[{i}]") for i, value in enumerate(values))
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if values is None else from_dict(values, inner, path)
+    if origin is Literal:
+        _require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {values!r}")
+        return values
+    accepted = (int, float) if hint is float else hint
+    is_number = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
+    _require(is_number, f"{path}: expected {hint.__name__}, not {values!r}")
+    return hint(values)

@@ -1,0 +1,165 @@
+"""What people look at: the table on the screen and in Markdown, and the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cnnlib.config import LaneNumbers
+
+COLUMNS = (
+    "arm",
+    "connectivity",
+    "parameters",
+    "connections",
+    "multiply-adds",
+    "test accuracy %, 95 % interval",
+    "n",
+    "seconds a lane",
+)
+HEADERS = {  # broken so that the table fits 80 columns
+    "connectivity": "connec-\ntivity",
+    "parameters": "para-\nmeters",
+    "connections": "connec-\ntions",
+    "multiply-adds": "multiply-\nadds",
+    "test accuracy %, 95 % interval": "test accuracy %,\n95 % interval",
+    "seconds a lane": "s /\nlane",
+}
+
+
+def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of the table, a row an arm; an arm with several settings gets a row for each of them."""
+    table: list[tuple[str, ...]] = []
+    for arm in results["arms"]:
+        for index, setting in enumerate(arm["settings"]):
+            accuracy = setting["test_accuracy"]
+            counts = (f"{arm['parameters']:,}", f"{arm['connections']:,}", f"{arm['macs']:,}")
+            table.append(
+                (
+                    arm["name"] + setting_text(results, arm, index),
+                    arm["connectivity"],
+                    *counts,
+                    accuracy_text(accuracy),
+                    str(accuracy["n"]) + (f" ({setting['diverged']} diverged)" if setting["diverged"] else ""),
+                    f"{arm['train_seconds_per_lane']:.2f}",
+                )
+            )
+    return table
+
+
+def setting_text(results: dict[str, Any], arm: dict[str, Any], index: int) -> str:
+    """What tells a setting from the others of its arm, and whether validation chose it; nothing for an only setting."""
+    if len(arm["settings"]) == 1:
+        return ""
+    optim = results["config"]["optim"]
+    varied = [name for name, values in optim.items() if isinstance(values, list) and len(values) > 1]
+    text = ", ".join(f"{name}={arm['settings'][index][name]:g}" for name in varied)
+    return f" {text}" + (" (chosen)" if index == arm["chosen_setting"] else "")
+
+
+def accuracy_text(accuracy: dict[str, Any]) -> str:
+    """`97.40 [96.80, 98.00]`, in percent; without an interval (one lane) the mean alone, without lanes a dash."""
+    if accuracy["mean"] is None:
+        return "-"
+    low, high = accuracy["ci95"]
+    text = f"{100 * accuracy['mean']:.2f}"
+    return text if low is None else f"{text} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the numbers are: data, training, interval, conventions, device."""
+    data, config, device = results["data"], results["config"], results["device"]
+    return (
+        f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test; "
+        f"{config['epochs']} epochs. Interval: Student's t over n lanes. Connections and multiply-adds an example "
+        f"count taps on padding, not biases. {device['count']} x {device['kind']}, jax {results['versions']['jax']}, "
+        f"{results['wall_seconds']:.0f} s in all."
+    )
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """The table on the screen, or, where it is too narrow for the table, the same cells as a list for each arm."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for index, name in enumerate(COLUMNS):
+        table.add_column(HEADERS.get(name, name), justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows(results):
+        table.add_row(*row)
+    console.print()
+    if Console(width=1000).measure(table).maximum <= console.width:
+        console.print(table)
+    else:
+        for arm, *cells in rows(results):
+            console.print(f"\n{arm}", markup=False, highlight=False)
+            for name, cell in zip(COLUMNS[1:], cells, strict=True):
+                console.print(f"  {name}: {cell}", markup=False, highlight=False)
+    console.print()
+    console.print(caption(results), markup=False, highlight=False)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same table in Markdown, its caption below."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
+    return "\n".join(lines) + f"\n\n{caption(results)}\n"
+
+
+LANE_NUMBERS = tuple(name for name in LaneNumbers._fields if name != "seed")
+
+# Okabe and Ito's colours (2008), told apart by colour-blind readers; the marker tells as well.
+STYLE = {"full": ("#0072B2", "o"), "local": ("#009E73", "s"), "conv": ("#D55E00", "^")}
+
+
+def accuracy_figure(results: dict[str, Any], path: Path) -> None:
+    """Test accuracy against parameters on a log axis: every lane a dot, the mean of each setting with its interval.
+
+    Of several settings of an arm, the one that validation chose is filled, the others are hollow.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.4), layout="constrained")
+    labelled: set[str] = set()
+    for arm in results["arms"]:
+        color, marker = STYLE[arm["connectivity"]]
+        top = 0.0
+        for index, setting in enumerate(arm["settings"]):
+            accuracy = setting["test_accuracy"]
+            if accuracy["mean"] is None:
+                continue
+            # Settings of one arm stand side by side, lanes a little to the left of their mean, which would hide them.
+            x = arm["parameters"] * 1.12**index
+            lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in LANE_NUMBERS)]
+            fine = [100 * lane["test_accuracy"] for lane in lanes if lane["status"] == "ok"]
+            axes.scatter([0.95 * x] * len(fine), fine, s=22, color=color, marker=marker, alpha=0.45, linewidths=0)
+            mean = 100 * accuracy["mean"]
+            low, high = (mean if end is None else 100 * end for end in accuracy["ci95"])
+            label = None if arm["connectivity"] in labelled else arm["connectivity"]
+            labelled.add(arm["connectivity"])
+            face = color if index == arm["chosen_setting"] else "white"
+            spread = [[mean - low], [high - mean]]
+            axes.errorbar(
+                x, mean, spread, color=color, marker=marker, markersize=7, markerfacecolor=face, capsize=5, label=label
+            )
+            top = max(top, high, *fine)
+        if top:
+            axes.annotate(arm["name"], (arm["parameters"], top), xytext=(0, 6), textcoords="offset points", ha="center")
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.15)
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"{results['experiment']} on {results['data']['name']}: every lane a dot, means with 95 % intervals")
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    if labelled:
+        axes.legend(title="connectivity", loc="best")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

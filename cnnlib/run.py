@@ -1,0 +1,247 @@
+"""run(experiment): the loop over arms and epochs, and what comes out of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnlib import tracking, train
+from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
+from cnnlib.data import DataSet, describe, load
+from cnnlib.models import network
+from cnnlib.resolve import ResolvedArm, resolve
+from cnnlib.stats import mean_interval
+from cnnlib.train import Examples, Recipe, Sums
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes, such as the terminal."""
+
+    def arm_begins(self, name: str, lanes: int, epochs: int) -> None: ...
+
+    def training_begins(self, name: str) -> None:
+        """The arm's programs are compiled."""
+
+    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
+        """`means` over the lanes that have not diverged: `train_loss` and, if there is any, `validation_accuracy`."""
+
+    def arm_ends(self, name: str) -> None: ...
+
+
+def lanes_at_a_time(experiment: Experiment, arm: ResolvedArm, lanes: int, platform: str) -> int:
+    """How many lanes are vectorised together: `lanes.at_a_time`, else one where a CPU convolves, else all.
+
+    On a CPU one convolutional model fills the cores, and convolutions vectorised over weights are slow there.
+    """
+    default = 1 if platform == "cpu" and arm.model.connectivity == "conv" else lanes
+    return min(experiment.lanes.at_a_time or default, lanes)
+
+
+class Programs(NamedTuple):
+    """The compiled programs of one arm, all lanes at once, and the seconds that compiling them took."""
+
+    initialize: Any
+    epoch: Any
+    test: Any
+    validate: Any
+    """None without validation examples."""
+    compile_seconds: float
+
+
+def compile_programs(
+    experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers, splits: dict[str, Examples]
+) -> Programs:
+    """Compiles every program of an arm ahead of its first call."""
+    recipe = Recipe(
+        network(arm.model, jnp.dtype(experiment.compute_dtype)),
+        arm.input_shape,
+        experiment.optim,
+        experiment.augment,
+        experiment.batch_size,
+        experiment.epochs,
+    )
+    lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
+    at_a_time = lanes_at_a_time(experiment, arm, lanes, jax.devices()[0].platform)
+    start = time.perf_counter()
+    # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
+    initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
+    states = jax.eval_shape(initialize, numbers)
+    epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
+    evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
+    return Programs(
+        initialize.lower(numbers).compile(),
+        epoch.lower(states, numbers, splits["train"]).compile(),
+        evaluate.lower(states.parameters, splits["test"]).compile(),
+        evaluate.lower(states.parameters, splits["validation"]).compile() if "validation" in splits else None,
+        time.perf_counter() - start,
+    )
+
+
+def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[str, Any]:
+    """Trains every lane of every arm and writes `config.json`, `metrics.jsonl` and `results.json` to `out`.
+
+    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together.
+    """
+    began = time.perf_counter()
+    resolve(experiment, describe(experiment.data))
+    data_set = load(experiment.data)
+    arms = resolve(experiment, data_set.description)
+    splits = on_device(data_set)
+    tracking.open_folder(out)
+    config = to_dict(experiment)
+    tracking.write_whole(
+        out / "config.json", lambda path: path.write_text(tracking.to_json({"experiment": name, **config}))
+    )
+    with tracking.JsonLines(out / "metrics.jsonl") as metrics:
+        arm_results = [run_arm(experiment, arm, splits, metrics, watcher) for arm in arms]
+    device = jax.devices()[0]
+    results: dict[str, Any] = {
+        "experiment": name,
+        "config": config,
+        "data": {"name": data_set.description.name, **data_set.description.counts},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "versions": tracking.versions(),
+        "commit": tracking.commit(),
+        "wall_seconds": time.perf_counter() - began,
+        "arms": arm_results,
+    }
+    tracking.write_whole(out / "results.json", lambda path: path.write_text(tracking.to_json(results)))
+    # As the file says it: what is not finite is None.
+    plain: dict[str, Any] = tracking.plain(results)
+    return plain
+
+
+def on_device(data_set: DataSet) -> dict[str, Examples]:
+    """The splits that have examples, on the default device, as stored (uint8 for images)."""
+    splits = {"train": data_set.train, "validation": data_set.validation, "test": data_set.test}
+    return {
+        name: Examples(*jax.device_put((split.x, split.y, data_set.mean, data_set.deviation)))
+        for name, split in splits.items()
+        if len(split.y)
+    }
+
+
+def run_arm(
+    experiment: Experiment,
+    arm: ResolvedArm,
+    splits: dict[str, Examples],
+    metrics: tracking.JsonLines,
+    watcher: Watcher,
+) -> dict[str, Any]:
+    """Trains and tests all lanes of one arm; returns its part of `results.json`."""
+    lanes = lane_numbers(experiment)
+    columns = zip(*lanes, strict=True)
+    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
+    watcher.arm_begins(arm.name, len(lanes), experiment.epochs)
+    programs = compile_programs(experiment, arm, numbers, splits)
+    watcher.training_begins(arm.name)
+    states = programs.initialize(numbers)
+    train_seconds = 0.0
+    validation: Sums | None = None
+    for epoch in range(1, experiment.epochs + 1):
+        start = time.perf_counter()
+        states, sums = programs.epoch(states, numbers, splits["train"])
+        jax.block_until_ready(states)  # type: ignore[no-untyped-call]
+        seconds = time.perf_counter() - start
+        train_seconds += seconds
+        if programs.validate is not None:
+            validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
+        diverged = np.asarray(states.diverged)
+        columns_of = {"train": jax.device_get(sums), "validation": validation}
+        lines = [_metrics(columns_of, lane, bool(diverged[lane])) for lane in range(len(lanes))]
+        for lane, (lane_number, line) in enumerate(zip(lanes, lines, strict=True)):
+            metrics.write(
+                {"arm": arm.name, "lane": lane, **lane_number._asdict(), "epoch": epoch, **line, "seconds": seconds}
+            )
+        going = [line for line in lines if line["status"] == "ok"]
+        means = {key: float(np.mean([line[key] for line in going])) for key in lines[0] if key != "status" and going}
+        watcher.epoch_ends(arm.name, epoch, means, int(diverged.sum()))
+    test = jax.device_get(programs.test(states.parameters, splits["test"]))
+    watcher.arm_ends(arm.name)
+    lane_results = _lane_results(lanes, test, validation, states)
+    settings = _settings(lane_results)
+    return {
+        "name": arm.name,
+        "connectivity": arm.model.connectivity,
+        "model": str(arm.model),
+        "parameters": arm.count.parameters,
+        "connections": arm.count.connections,
+        "macs": arm.count.macs,
+        "compile_seconds": programs.compile_seconds,
+        "train_seconds_per_lane": train_seconds / len(lanes),
+        **_headline(settings),
+        "settings": settings,
+        "lanes": lane_results,
+    }
+
+
+def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:
+    """One lane's means of one epoch; of a lane that has diverged, nothing but that."""
+    means: dict[str, Any] = {}
+    for part, part_sums in sums.items():
+        if part_sums is not None:
+            means[f"{part}_loss"] = math.nan if diverged else float(part_sums.loss[lane] / part_sums.examples[lane])
+            means[f"{part}_accuracy"] = (
+                math.nan if diverged else float(part_sums.correct[lane] / part_sums.examples[lane])
+            )
+    return {**means, "status": "diverged" if diverged else "ok"}
+
+
+def _lane_results(
+    lanes: tuple[LaneNumbers, ...], test: Sums, validation: Sums | None, states: train.State
+) -> list[dict[str, Any]]:
+    epochs, diverged = np.asarray(states.epochs), np.asarray(states.diverged)
+    results = []
+    for lane, numbers in enumerate(lanes):
+        # A lane whose last step blew up shows it only here: its loss was finite before every step.
+        gone = bool(diverged[lane]) or not np.isfinite(test.loss[lane])
+        means = _metrics({"test": test, "validation": validation}, lane, gone)
+        results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane])})
+    return results
+
+
+def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lanes grouped by their traced numbers, seeds aside, with the test accuracy of the seeds that are ok."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    names = [name for name in LaneNumbers._fields if name != "seed"]
+    for lane in lanes:
+        groups[tuple(lane[name] for name in names)].append(lane)
+    settings = []
+    for values, members in groups.items():
+        fine = [lane for lane in members if lane["status"] == "ok"]
+        test = mean_interval([lane["test_accuracy"] for lane in fine])
+        validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
+        settings.append(
+            {
+                **dict(zip(names, values, strict=True)),
+                "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
+                "validation_accuracy": validation.mean,
+                "diverged": len(members) - len(fine),
+            }
+        )
+    return settings
+
+
+def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The arm's test accuracy: that of its only setting, or of the one that validation chooses.
+
+    The rule: fewest diverged lanes, then highest mean validation accuracy. Without validation examples nothing is
+    chosen, and the arm's accuracy is null: a choice by test accuracy would be no measurement.
+    """
+    chosen: int | None = 0
+    if len(settings) > 1:
+        ranks = [
+            (s["diverged"], -s["validation_accuracy"]) if s["validation_accuracy"] is not None else None
+            for s in settings
+        ]
+        rated = [(rank, index) for index, rank in enumerate(ranks) if rank is not None]
+        chosen = min(rated)[1] if rated else None
+    nothing = {"mean": None, "ci95": [None, None], "n": 0}
+    return {"chosen_setting": chosen, "test_accuracy": nothing if chosen is None else settings[chosen]["test_accuracy"]}

@@ -1,0 +1,400 @@
+"""Architectures as data: a model is a tuple of layers, and its shapes follow from the shape of its input.
+
+Nothing here allocates or imports JAX. A shape is that of one example without the batch: `(*spatial, channels)`,
+so `(28, 28, 1)` for a grey image and `(40, 1)` for a signal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cnnlib.errors import UserError
+
+Shape = tuple[int, ...]
+PerAxis = int | tuple[int, ...]
+Padding = str | int | tuple[tuple[int, int], ...]
+Connectivity = Literal["full", "local", "conv"]
+
+NUM_CLASSES = "classes"
+"""As the units of a `Dense` layer: as many as the data has classes."""
+
+
+def per_axis(value: PerAxis, axes: int, what: str) -> tuple[int, ...]:
+    """One number an axis; an int stands for every axis. Raises UserError where the lengths differ."""
+    if isinstance(value, int):
+        return (value,) * axes
+    if len(value) != axes:
+        raise UserError(f"{what} {'x'.join(map(str, value))} has {len(value)} axes, its input has {axes}")
+    return value
+
+
+def pad_pairs(
+    padding: Padding, size: Shape, window: Shape, strides: Shape, dilation: Shape
+) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after each spatial axis.
+
+    `SAME` gives ceil(size / stride) outputs and puts the odd zero at the end, as XLA and TensorFlow do; `VALID` pads
+    nothing; an int pads every side; pairs are taken as they are.
+    """
+    if isinstance(padding, int):
+        return ((padding, padding),) * len(size)
+    if isinstance(padding, tuple):
+        if len(padding) != len(size):
+            raise UserError(f"padding {padding} has {len(padding)} axes, its input has {len(size)}")
+        return padding
+    if padding == "VALID":
+        return ((0, 0),) * len(size)
+    pairs = []
+    for n, k, s, d in zip(size, window, strides, dilation, strict=True):
+        total = max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        pairs.append((total // 2, total - total // 2))
+    return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window placed over a map: its sizes resolved to one number an axis."""
+
+    input_size: Shape
+    size: Shape
+    strides: Shape
+    dilation: Shape
+    padding: tuple[tuple[int, int], ...]
+
+    @property
+    def output_size(self) -> Shape:
+        """Positions an axis: floor((n + zeros - span) / stride) + 1, where span = (k - 1) dilation + 1."""
+        return tuple(
+            (n + low + high - ((k - 1) * d + 1)) // s + 1
+            for n, k, s, d, (low, high) in zip(
+                self.input_size, self.size, self.strides, self.dilation, self.padding, strict=True
+            )
+        )
+
+    @property
+    def taps_inside(self) -> int:
+        """Pairs of a position and a tap that fall on the map itself, not on its padding."""
+        product = 1
+        for n, k, s, d, (low, _), outputs in zip(
+            self.input_size, self.size, self.strides, self.dilation, self.padding, self.output_size, strict=True
+        ):
+            inside = 0
+            for tap in range(k):
+                first = max(0, math.ceil((low - tap * d) / s))
+                last = min(outputs - 1, (n - 1 + low - tap * d) // s)
+                inside += max(0, last - first + 1)
+            product *= inside
+        return product
+
+
+def window_over(
+    input_shape: Shape, what: str, size: PerAxis, strides: PerAxis, dilation: PerAxis, padding: Padding
+) -> Window:
+    """The window of a layer over a map `(*spatial, channels)`; raises UserError where it does not fit the map."""
+    spatial = input_shape[:-1]
+    if not spatial:
+        raise UserError(f"{what} needs a map with spatial axes, its input is a vector of {input_shape[0]}")
+    axes = len(spatial)
+    sizes = per_axis(size, axes, "window")
+    steps = per_axis(strides, axes, "stride")
+    spread = per_axis(dilation, axes, "dilation")
+    pairs = pad_pairs(padding, spatial, sizes, steps, spread)
+    for n, k, d, (low, high) in zip(spatial, sizes, spread, pairs, strict=True):
+        span = (k - 1) * d + 1
+        if span > n + low + high:
+            raise UserError(f"{what} spans {span}, its map has only {n + low + high} ({n} and {low + high} of padding)")
+        # SAME pads for any kernel. 3 taps on a map of 1 happen in deep nets; beyond that most taps meet no node at all.
+        if span > 2 * n + 1:
+            raise UserError(f"{what} spans {span}, its map has only {n}")
+    return Window(spatial, sizes, steps, spread, pairs)
+
+
+def _text(value: PerAxis) -> str:
+    return str(value) if isinstance(value, int) else "x".join(map(str, value))
+
+
+def _padding_text(padding: Padding) -> str:
+    if isinstance(padding, tuple):
+        return "x".join(f"{low}+{high}" for low, high in padding)
+    return str(padding).lower()
+
+
+def _check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> None:
+    for what, value in numbers.items():
+        if any(v < 1 for v in ((value,) if isinstance(value, int) else value)):
+            raise UserError(f"{name}: {what} must be at least 1, not {_text(value)}")
+    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        raise UserError(f"{name}: padding must be SAME, VALID, a number or pairs, not {padding!r}")
+    pairs = ((padding,),) if isinstance(padding, int) else padding
+    if not isinstance(pairs, str) and any(v < 0 for pair in pairs for v in pair):
+        raise UserError(f"{name}: padding must not be negative, not {_padding_text(padding)}")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution (in fact a correlation, as in every deep-learning library): one filter bank at every position."""
+
+    features: int
+    kernel_size: PerAxis
+    strides: PerAxis = 1
+    padding: Padding = "SAME"
+    dilation: PerAxis = 1
+    use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "features": self.features,
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "dilation": self.dilation,
+        }
+        _check_window("conv", numbers, self.padding)
+
+    def window(self, input_shape: Shape) -> Window:
+        return window_over(input_shape, f"kernel {self}", self.kernel_size, self.strides, self.dilation, self.padding)
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return (*self.window(input_shape).output_size, self.features)
+
+    def __str__(self) -> str:
+        text = f"conv:{self.features}@{_text(self.kernel_size)}"
+        text += "" if self.strides == 1 else f"/{_text(self.strides)}"
+        text += "" if self.padding == "SAME" else f":{_padding_text(self.padding)}"
+        text += "" if self.dilation == 1 else f":d{_text(self.dilation)}"
+        return text + ("" if self.use_bias else ":nobias")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every input node joined to every unit; a map is flattened first, row by row, channels last."""
+
+    units: int | str
+    use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.units != NUM_CLASSES and (not isinstance(self.units, int) or self.units < 1):
+            raise UserError(f"dense: units must be at least 1 or {NUM_CLASSES!r}, not {self.units}")
+
+    @property
+    def num_units(self) -> int:
+        if not isinstance(self.units, int):
+            raise UserError(f"{self}: the number of classes is not known here; use with_num_classes first")
+        return self.units
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return (self.num_units,)
+
+    def __str__(self) -> str:
+        return f"dense:{self.units}" + ("" if self.use_bias else ":nobias")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A window slid over each channel by itself; `strides` defaults to the window, so that windows tile the map."""
+
+    window_shape: PerAxis
+    strides: PerAxis | None = None
+    padding: Padding = "VALID"
+
+    def __post_init__(self) -> None:
+        _check_window("pool", {"window": self.window_shape, "strides": self.strides or 1}, self.padding)
+
+    def window(self, input_shape: Shape) -> Window:
+        strides = self.window_shape if self.strides is None else self.strides
+        return window_over(input_shape, f"window {self}", self.window_shape, strides, 1, self.padding)
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return (*self.window(input_shape).output_size, input_shape[-1])
+
+    def __str__(self) -> str:
+        text = f"{_NAME_OF[type(self)]}:{_text(self.window_shape)}"
+        text += "" if self.strides is None else f"/{_text(self.strides)}"
+        return text + ("" if self.padding == "VALID" else f":{_padding_text(self.padding)}")
+
+
+class MaxPool(Pool):
+    """The largest value of each window; padding never wins."""
+
+
+class AvgPool(Pool):
+    """The mean of each window; zeros of the padding count as values."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function of each node."""
+
+    function: Literal["relu", "tanh"]
+
+    def __post_init__(self) -> None:
+        if self.function not in ("relu", "tanh"):
+            raise UserError(f"no activation {self.function!r}; there are: relu, tanh")
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return input_shape
+
+    def __str__(self) -> str:
+        return self.function
+
+
+@dataclass(frozen=True)
+class Residual:
+    """x + f(x), where f is a sequence of layers that keeps the shape."""
+
+    layers: tuple[Layer, ...]
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        inner = input_shape
+        for layer in self.layers:
+            inner = layer.output_shape(inner)
+        if inner != input_shape:
+            raise UserError(f"{self} turns {shape_text(input_shape)} into {shape_text(inner)}: it must keep the shape")
+        return input_shape
+
+    def __str__(self) -> str:
+        return f"residual({','.join(map(str, self.layers))})"
+
+
+Layer = Conv | Dense | MaxPool | AvgPool | Activation | Residual
+_NAME_OF: dict[type, str] = {MaxPool: "max", AvgPool: "avg"}
+
+
+def shape_text(shape: Shape) -> str:
+    """`28x28x1`, as the command line writes and reads a shape."""
+    return "x".join(map(str, shape))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A sequence of layers, from the input to the logits."""
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UserError("a model needs at least one layer")
+
+    def shapes(self, input_shape: Shape) -> tuple[Shape, ...]:
+        """The output shape of every layer; raises UserError where a layer does not fit its input."""
+        shapes = []
+        shape = input_shape
+        for index, layer in enumerate(self.layers):
+            try:
+                shape = layer.output_shape(shape)
+            except UserError as error:
+                raise UserError(f"layer {index} ({layer}) on {shape_text(shape)}: {error}") from None
+            shapes.append(shape)
+        return tuple(shapes)
+
+    def with_num_classes(self, num_classes: int) -> Model:
+        """The same model with every `Dense(NUM_CLASSES)` given its number of units."""
+
+        def resolve(layer: Layer) -> Layer:
+            if isinstance(layer, Residual):
+                return Residual(tuple(map(resolve, layer.layers)))
+            if isinstance(layer, Dense) and layer.units == NUM_CLASSES:
+                return dataclasses.replace(layer, units=num_classes)
+            return layer
+
+        return Model(tuple(map(resolve, self.layers)))
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """`conv` as soon as one layer shares weights over positions, else `full`."""
+        return "conv" if any(isinstance(layer, Conv) for layer in walk(self.layers)) else "full"
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.layers))
+
+
+def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:
+    """Every layer that is not a branch, in the order in which data meets them."""
+    for layer in layers:
+        if isinstance(layer, Residual):
+            yield from walk(layer.layers)
+        else:
+            yield layer
+
+
+# The short notation: what `str(model)` writes, read back.
+
+NOTATION = (
+    "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:nobias], dense:UNITS[:nobias], "
+    "max:WINDOW[/STRIDES][:PADDING], avg:..., relu, tanh, residual(...)"
+)
+
+
+def parse_model(text: str) -> Model:
+    """A model from its short notation, layers apart by blanks or commas: `conv:6@5 relu max:2 dense:classes`.
+
+    Raises UserError for what is no notation, with the notation.
+    """
+    tokens = re.findall(r"residual\(|\)|[^\s,()]+|\(", text)
+
+    def sequence(nested: bool) -> tuple[Layer, ...]:
+        layers: list[Layer] = []
+        while tokens:
+            token = tokens.pop(0)
+            if token == ")" and nested:
+                return tuple(layers)
+            layers.append(Residual(sequence(nested=True)) if token == "residual(" else _parse_layer(token))
+        if nested:
+            raise UserError(f"{text!r}: a residual( is not closed")
+        return tuple(layers)
+
+    return Model(sequence(nested=False))
+
+
+_WINDOW = re.compile(r"(?P<size>\d+(?:x\d+)*)(?:/(?P<strides>\d+(?:x\d+)*))?")
+
+
+def _numbers(text: str) -> PerAxis:
+    values = tuple(map(int, text.split("x")))
+    return values[0] if len(values) == 1 else values
+
+
+def _parse_padding(text: str) -> Padding:
+    if text in ("same", "valid"):
+        return text.upper()
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    if re.fullmatch(r"\d+\+\d+(x\d+\+\d+)*", text):
+        pairs = (pair.split("+") for pair in text.split("x"))
+        return tuple((int(low), int(high)) for low, high in pairs)
+    raise ValueError(text)
+
+
+def _parse_layer(token: str) -> Layer:
+    name, *parts = token.split(":")
+    try:
+        if name in ("relu", "tanh") and not parts:
+            return Activation(name)  # type: ignore[arg-type]  # the line above narrows it, mypy does not see it
+        use_bias = "nobias" not in parts
+        parts = [part for part in parts if part != "nobias"]
+        if name == "dense":
+            (units,) = parts
+            return Dense(units if units == NUM_CLASSES else int(units), use_bias)
+        if name == "conv":
+            features, _, window = parts.pop(0).partition("@")
+            match = _WINDOW.fullmatch(window)
+            dilation = [_numbers(part[1:]) for part in parts if part.startswith("d")] or [1]
+            padding = [_parse_padding(part) for part in parts if not part.startswith("d")] or ["SAME"]
+            if match and len(dilation) == len(padding) == 1:
+                size, strides = _numbers(match["size"]), _numbers(match["strides"] or "1")
+                return Conv(int(features), size, strides, padding[0], dilation[0], use_bias)
+        if name in ("max", "avg") and use_bias:
+            match = _WINDOW.fullmatch(parts.pop(0))
+            padding = [_parse_padding(part) for part in parts] or ["VALID"]
+            if match and len(padding) == 1:
+                pool = MaxPool if name == "max" else AvgPool
+                return pool(
+                    _numbers(match["size"]), _numbers(match["strides"]) if match["strides"] else None, padding[0]
+                )
+    except (ValueError, IndexError):
+        pass  # no notation: said below, with the token itself
+    raise UserError(f"no layer {token!r}; there are: {NOTATION}")

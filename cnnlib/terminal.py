@@ -1,0 +1,96 @@
+"""How a run shows itself while it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def _means_text(means: dict[str, float], diverged: int) -> str:
+    parts = []
+    if "train_loss" in means:
+        parts.append(f"loss {means['train_loss']:.4f}")
+    if "validation_accuracy" in means:
+        parts.append(f"validation {100 * means['validation_accuracy']:.2f} %")
+    if diverged:
+        parts.append(f"{diverged} diverged")
+    return "  ".join(parts)
+
+
+class BarWatcher:
+    """A bar an arm: epoch, loss, validation accuracy, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[means]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> BarWatcher:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
+        self._task = self._progress.add_task(f"{name} x{lanes}", total=epochs, means="compiling")
+
+    def training_begins(self, name: str) -> None:
+        assert self._task is not None, "training_begins follows arm_begins"
+        self._progress.reset(self._task, means="training")  # restarts its clock
+
+    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
+        assert self._task is not None, "epoch_ends follows arm_begins"
+        self._progress.update(self._task, completed=epoch, means=_means_text(means, diverged))
+
+    def arm_ends(self, name: str) -> None:
+        self._task = None
+
+
+class LineWatcher:
+    """A line an epoch for logs and pipes, at most one every two seconds, and always the last of an arm."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> LineWatcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
+        self._print(f"{name}: compiling, then {epochs} epochs of {lanes} lanes")
+        self._epochs, self._said = epochs, 0.0
+
+    def training_begins(self, name: str) -> None:
+        self._first = time.monotonic()
+
+    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
+        now = time.monotonic()
+        if epoch < self._epochs and now - self._said < 2.0:
+            return
+        self._said = now
+        left = (now - self._first) / epoch * (self._epochs - epoch)
+        self._print(f"{name}: epoch {epoch}/{self._epochs}  {_means_text(means, diverged)}  {left:.0f} s left")
+
+    def arm_ends(self, name: str) -> None:
+        pass
+
+
+def watcher_for(console: Console) -> BarWatcher | LineWatcher:
+    """Bars on a terminal, lines elsewhere."""
+    return BarWatcher(console) if console.is_terminal else LineWatcher(console)

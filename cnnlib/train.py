@@ -1,0 +1,180 @@
+"""The heart: one model's training as pure functions of keys and numbers, and the map that makes lanes of them.
+
+Read it top to bottom. What is static (network, training rule, sizes) is closed over; everything else is an argument.
+`initialize`, `epoch` and `evaluate` are written for one model; `over_lanes` maps any of them over a population, and the
+caller compiles the result. Examples are drawn, augmented and normalised inside the program: between two epochs nothing
+but a few sums leaves the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, Num
+
+from cnnlib.augment import augmented, central, normalize
+from cnnlib.config import Augment, LaneNumbers, Optim
+from cnnlib.models import Network, Parameters, logits
+from cnnlib.optim import optimizer
+from cnnlib.spec import Shape
+
+
+class State(NamedTuple):
+    """Everything of one model that changes from epoch to epoch."""
+
+    parameters: Parameters
+    optimizer_state: optax.OptState
+    epochs: Int[Array, ""]
+    """Epochs finished with a finite loss."""
+    diverged: Bool[Array, ""]
+    """Once true, the model keeps the parameters of its last finite epoch."""
+
+
+class Examples(NamedTuple):
+    """One split on the device, as stored, with the statistics of the training part."""
+
+    x: Num[Array, "count ..."]
+    y: Int[Array, " count"]
+    mean: Float[Array, " channel"]
+    deviation: Float[Array, " channel"]
+
+
+class Sums(NamedTuple):
+    """Sums over examples, divided once, at the end, by whoever reports them."""
+
+    loss: Float[Array, ""]
+    correct: Int[Array, ""]
+    examples: Int[Array, ""]
+
+
+class Keys(NamedTuple):
+    """One key for each use of chance in a model's life."""
+
+    init: Key[Array, ""]
+    order: Key[Array, ""]
+    augment: Key[Array, ""]
+
+
+class Recipe(NamedTuple):
+    """What is static in training one model: a change of any of these is another program."""
+
+    network: Network
+    input_shape: Shape
+    optim: Optim
+    augment: Augment
+    batch_size: int
+    epochs: int
+
+
+def keys_of(seed: int | Int[Array, ""]) -> Keys:
+    """The keys of a seed. threefry by name: its bits do not change under vmap or with JAX's default generator."""
+    return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+
+
+def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
+    """The function that makes an untrained model: `init(numbers) -> State`."""
+
+    def init(numbers: LaneNumbers) -> State:
+        example = jnp.zeros((1, *recipe.input_shape), jnp.float32)
+        parameters = recipe.network.init(keys_of(numbers.seed).init, example)["params"]
+        # Neither the step count nor the numbers shape the optimiser's state.
+        optimizer_state = optimizer(recipe.optim, numbers, total_steps=1).init(parameters)
+        return State(parameters, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+    return init
+
+
+def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[State, Sums]]:
+    """The function that trains a model for one epoch: `train(state, numbers, examples) -> (state, sums)`.
+
+    The order is drawn anew each epoch; the examples that do not fill a batch at its end are left out of it. `sums` are
+    those of the training loss and accuracy, on augmented examples, while the parameters change.
+    """
+
+    def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
+        count = examples.y.shape[0]
+        steps = count // recipe.batch_size
+        rule = optimizer(recipe.optim, numbers, total_steps=steps * recipe.epochs)
+        keys = keys_of(numbers.seed)
+        order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
+        batches = order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
+
+        def loss(parameters: Parameters, x: Array, y: Array) -> tuple[Array, Array]:
+            output = logits(recipe.network, parameters, x)
+            targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
+            return optax.softmax_cross_entropy(output, targets).mean(), (output.argmax(-1) == y).sum()
+
+        def step(carry: tuple[Any, Any], batch: tuple[Array, Array]) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
+            parameters, optimizer_state = carry
+            index, number = batch
+            key = jax.random.fold_in(keys.augment, state.epochs * steps + number)
+            x = augmented(key, examples.x[index], recipe.augment)
+            x = normalize(x, examples.mean, examples.deviation)
+            (value, correct), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, x, examples.y[index])
+            update, optimizer_state = rule.update(gradient, optimizer_state, parameters)
+            return (optax.apply_updates(parameters, update), optimizer_state), (value, correct)
+
+        (parameters, optimizer_state), (values, corrects) = jax.lax.scan(
+            step, (state.parameters, state.optimizer_state), (batches, jnp.arange(steps))
+        )
+        sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size))
+        finite = jnp.isfinite(sums.loss) & ~state.diverged
+        trained = State(parameters, optimizer_state, state.epochs + 1, state.diverged)
+        frozen = state._replace(diverged=jnp.ones((), bool))
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen), sums
+
+    return train
+
+
+def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Sums]:
+    """The function that tests a model on every example: `test(parameters, examples) -> sums`, without smoothing.
+
+    The last batch is padded, and its padding masked out of the sums.
+    """
+
+    def test(parameters: Parameters, examples: Examples) -> Sums:
+        count = examples.y.shape[0]
+        size = min(batch_size, count)
+        steps = -(-count // size)
+        positions = jnp.arange(steps * size).reshape(steps, size)
+
+        def step(sums: Sums, position: Int[Array, " batch"]) -> tuple[Sums, None]:
+            index, real = jnp.minimum(position, count - 1), position < count
+            x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
+            output = logits(recipe.network, parameters, x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
+            correct = output.argmax(-1) == examples.y[index]
+            return Sums(
+                sums.loss + jnp.where(real, losses, 0.0).sum(),
+                sums.correct + jnp.where(real, correct, False).sum(),
+                sums.examples + real.sum(),
+            ), None
+
+        zero = jnp.zeros((), jnp.int32)
+        return jax.lax.scan(step, Sums(jnp.zeros((), jnp.float32), zero, zero), positions)[0]
+
+    return test
+
+
+def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int = 1) -> Callable[..., Any]:
+    """Maps a function of one model over a population: `at_a_time` lanes vectorised, the groups one after another.
+
+    The first `lane_arguments` arguments have a leading lane axis, the others are shared by all lanes.
+    """
+
+    def mapped(*arguments: Any) -> Any:
+        lanes, shared = arguments[:lane_arguments], arguments[lane_arguments:]
+
+        def one(lane: tuple[Any, ...]) -> Any:
+            return function(*lane, *shared)
+
+        if at_a_time >= jax.tree.leaves(lanes)[0].shape[0]:
+            return jax.vmap(one)(lanes)
+        # batch_size=1 would vectorise over one lane, which turns a convolution into a grouped one.
+        return jax.lax.map(one, lanes, batch_size=None if at_a_time == 1 else at_a_time)
+
+    return mapped

@@ -1,0 +1,21 @@
+"""The test session is strict: warnings are errors, implicit rank promotion raises, shapes in signatures are checked."""
+
+from __future__ import annotations
+
+import os
+
+# Before JAX is imported: every test runs on the CPU, whatever the machine has.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def float64():
+    """Double precision inside the test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

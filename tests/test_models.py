@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnlib.architectures import ARCHITECTURES, lenet5, mlp
+from cnnlib.models import logits, network
+from cnnlib.spec import parse_model
+
+
+def initialised(model, shape, seed=0):
+    net = network(model)
+    return net, net.init(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
+
+
+def test_a_full_net_is_products_biases_and_relus():
+    net, parameters = initialised(mlp(7, 5).with_num_classes(3), (4, 2))
+    parameters = jax.tree.map(lambda p: p + 0.1, parameters)
+    x = np.random.RandomState(0).normal(size=(6, 4, 2)).astype("float32")
+    layers = jax.tree.map(np.asarray, parameters)
+    h = x.reshape(6, 8)
+    for name in ("layer_0", "layer_2"):
+        h = np.maximum(h @ layers[name]["kernel"] + layers[name]["bias"], 0)
+    expected = h @ layers["layer_4"]["kernel"] + layers["layer_4"]["bias"]
+    np.testing.assert_allclose(logits(net, parameters, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_residual_adds_its_input():
+    net, parameters = initialised(parse_model("residual(dense:4 tanh)"), (4,))
+    x = np.random.RandomState(0).normal(size=(3, 4)).astype("float32")
+    inner = jax.tree.map(np.asarray, parameters["layer_0"]["layer_0"])
+    expected = x + np.tanh(x @ inner["kernel"] + inner["bias"])
+    np.testing.assert_allclose(net.apply({"params": parameters}, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_bias_has_none():
+    _, parameters = initialised(parse_model("conv:2@3:nobias dense:3:nobias"), (5, 5, 1))
+    assert [list(layer) for layer in parameters.values()] == [["kernel"], ["kernel"]]
+
+
+def test_average_pooling_is_a_mean():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_allclose(network(parse_model("avg:2")).apply({}, x)[0, ..., 0], [[2.5, 4.5], [10.5, 12.5]])
+
+
+def test_kernels_start_with_variance_one_over_fan_in():
+    _, parameters = initialised(parse_model("conv:64@5 dense:300"), (28, 28, 3))
+    for layer, fan_in in (("layer_0", 75), ("layer_1", 28 * 28 * 64)):
+        kernel = np.asarray(parameters[layer]["kernel"])
+        assert abs(kernel.var() * fan_in - 1) < 0.1
+        assert not np.any(parameters[layer]["bias"])
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_layer_computes_in_the_type_that_is_asked_for(name):
+    """No product of a bfloat16 network takes float32 operands, and its logits and gradients come back as float32."""
+    shape = (40, 1) if name.startswith("mnist1d") else (28, 28, 1)
+    net = network(ARCHITECTURES.get(name).with_num_classes(10), jnp.bfloat16)
+    x = jnp.ones((2, *shape))
+    parameters = net.init(jax.random.key(0), x)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)}
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: logits(net, p, x).sum()))(parameters)
+    operands = {
+        variable.aval.dtype
+        for equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+        for variable in equation.invars
+    }
+    assert operands == {jnp.dtype(jnp.bfloat16)}
+    gradients = jax.grad(lambda p: logits(net, p, x).sum())(parameters)
+    assert logits(net, parameters, x).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+
+
+def equations(jaxpr):
+    """The equations of a jaxpr and of all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_lenet5_and_its_seed_make_the_parameters():
+    model = lenet5().with_num_classes(10)
+    _, first = initialised(model, (28, 28, 1), seed=0)
+    _, again = initialised(model, (28, 28, 1), seed=0)
+    _, other = initialised(model, (28, 28, 1), seed=1)
+    assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(again)))
+    assert not np.array_equal(first["layer_0"]["kernel"], other["layer_0"]["kernel"])
