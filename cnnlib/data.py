@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import random
@@ -235,14 +236,15 @@ PREPARED_WITH_TENSORFLOW = (
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's log from drowning the one line that tells what is wrong."""
+    """Keeps TFDS's log and banners from drowning the one line that tells what is wrong."""
     import absl.logging  # noqa: F401  # sets the level below when it is first imported, so first
 
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,17 @@ from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
 from cnnlib.data import DataSet, describe, load
 from cnnlib.models import network
 from cnnlib.resolve import ResolvedArm, resolve
+from cnnlib.spec import shape_text
 from cnnlib.stats import mean_interval
 from cnnlib.train import Examples, Recipe, Sums
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Who is told how a run goes, such as the terminal."""
+
+    def says(self, text: str) -> None:
+        """Something that the user should know, in one line."""
 
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None: ...
 
@@ -94,7 +99,11 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
     data_set = load(experiment.data)
     arms = resolve(experiment, data_set.description)
     splits = on_device(data_set)
-    tracking.open_folder(out)
+    earlier = tracking.open_folder(out)
+    if earlier is not None:
+        watcher.says(f"the files of an earlier run moved to {earlier}")
+    shape = shape_text(data_set.description.input_shape)
+    watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
     config = to_dict(experiment)
     tracking.write_whole(
         out / "config.json", lambda path: path.write_text(tracking.to_json({"experiment": name, **config}))

@@ -42,6 +42,9 @@ class BarWatcher:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def says(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
         self._task = self._progress.add_task(f"{name} x{lanes}", total=epochs, means="compiling")
 
@@ -69,11 +72,11 @@ class LineWatcher:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def _print(self, text: str) -> None:
+    def says(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
-        self._print(f"{name}: compiling, then {epochs} epochs of {lanes} lanes")
+        self.says(f"{name}: compiling, then {epochs} epochs of {lanes} lanes")
         self._epochs, self._said = epochs, 0.0
 
     def training_begins(self, name: str) -> None:
@@ -85,7 +88,7 @@ class LineWatcher:
             return
         self._said = now
         left = (now - self._first) / epoch * (self._epochs - epoch)
-        self._print(f"{name}: epoch {epoch}/{self._epochs}  {_means_text(means, diverged)}  {left:.0f} s left")
+        self.says(f"{name}: epoch {epoch}/{self._epochs}  {_means_text(means, diverged)}  {left:.0f} s left")
 
     def arm_ends(self, name: str) -> None:
         pass

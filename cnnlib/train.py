@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from cnnlib.augment import augmented, central, normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
@@ -70,7 +70,7 @@ class Recipe(NamedTuple):
     epochs: int
 
 
-def keys_of(seed: int | Int[Array, ""]) -> Keys:
+def keys_of(seed: int | Integer[Array, ""]) -> Keys:
     """The keys of a seed. threefry by name: its bits do not change under vmap or with JAX's default generator."""
     return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
 
@@ -121,7 +121,7 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
         (parameters, optimizer_state), (values, corrects) = jax.lax.scan(
             step, (state.parameters, state.optimizer_state), (batches, jnp.arange(steps))
         )
-        sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size))
+        sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size, jnp.int32))
         finite = jnp.isfinite(sums.loss) & ~state.diverged
         trained = State(parameters, optimizer_state, state.epochs + 1, state.diverged)
         frozen = state._replace(diverged=jnp.ones((), bool))

@@ -12,7 +12,7 @@ from cnnlib.spec import parse_model
 
 def initialised(model, shape, seed=0):
     net = network(model)
-    return net, net.init(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
+    return net, jax.jit(net.init)(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
 
 
 def test_a_full_net_is_products_biases_and_relus():
@@ -59,19 +59,18 @@ def test_every_layer_computes_in_the_type_that_is_asked_for(name):
     shape = (40, 1) if name.startswith("mnist1d") else (28, 28, 1)
     net = network(ARCHITECTURES.get(name).with_num_classes(10), jnp.bfloat16)
     x = jnp.ones((2, *shape))
-    parameters = net.init(jax.random.key(0), x)["params"]
+    parameters = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)}
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p: logits(net, p, x).sum()))(parameters)
+    gradient = jax.grad(lambda p: logits(net, p, x).sum())
     operands = {
         variable.aval.dtype
-        for equation in equations(jaxpr.jaxpr)
+        for equation in equations(jax.make_jaxpr(gradient)(parameters).jaxpr)
         if equation.primitive.name in ("dot_general", "conv_general_dilated")
         for variable in equation.invars
     }
     assert operands == {jnp.dtype(jnp.bfloat16)}
-    gradients = jax.grad(lambda p: logits(net, p, x).sum())(parameters)
-    assert logits(net, parameters, x).dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(lambda p: logits(net, p, x), parameters).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(gradient, parameters))} == {jnp.dtype(jnp.float32)}
 
 
 def equations(jaxpr):

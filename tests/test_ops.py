@@ -16,7 +16,8 @@ from cnnlib import ops
 from cnnlib.errors import UserError
 from cnnlib.spec import pad_pairs
 
-draws = settings(max_examples=25, deadline=None)
+draws = settings(max_examples=20, deadline=None)
+few_draws = settings(max_examples=6, deadline=None)  # each compiles several programs
 
 
 @st.composite
@@ -102,7 +103,7 @@ def test_conv_gradients_are_finite_differences_in_float64(inputs, float64):
         np.testing.assert_allclose((gradient * direction).sum(), difference, rtol=1e-7)
 
 
-@draws
+@few_draws
 @given(problems())
 def test_conv_is_the_same_under_vmap_over_weights_over_inputs_and_in_a_loop(problem):
     x_shape, kernel_shape, arguments, _ = problem

@@ -1,0 +1,64 @@
+"""A file imports only from lower floors; files of one floor do not import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import cnnlib
+import experiments
+
+FLOORS = [
+    {"errors"},
+    {"spec", "registry"},
+    {"architectures", "cost", "ops"},
+    {"config"},
+    {"experiments.*", "data", "augment", "models", "optim", "stats"},
+    {"resolve", "train", "tracking"},
+    {"run", "report", "terminal"},
+    {"experiments.__main__"},
+]
+WITHOUT_JAX = {"errors", "spec", "registry", "architectures", "cost", "config", "experiments.*", "data", "resolve"}
+
+
+def files():
+    for path in Path(cnnlib.__file__).parent.glob("*.py"):
+        if path.stem != "__init__":
+            yield path.stem, path
+    for path in Path(experiments.__file__).parent.glob("*.py"):
+        if path.stem != "__init__":
+            yield ("experiments.__main__" if path.stem == "__main__" else "experiments.*"), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"cnnlib.{alias.name}" for alias in node.names] if node.module == "cnnlib" else [node.module])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def floor_of(name):
+    (floor,) = (number for number, names in enumerate(FLOORS) if name in names)
+    return floor
+
+
+def test_every_file_has_a_floor_and_imports_from_lower_ones():
+    names = {name for name, _ in files()}
+    assert names == set().union(*FLOORS)
+    for name, path in files():
+        for module in imports(path):
+            if module.startswith("cnnlib."):
+                imported = module.removeprefix("cnnlib.")
+                assert floor_of(imported) < floor_of(name), f"{name} imports {imported}: not below it"
+
+
+def test_declarations_and_counts_do_without_jax():
+    for name, path in files():
+        if name in WITHOUT_JAX:
+            heavy = {module.split(".")[0] for module in imports(path)} & {"jax", "flax", "optax"}
+            assert not heavy, f"{name} imports {heavy}"
+
+
+def test_only_one_file_knows_flax():
+    assert {name for name, path in files() if any(m.split(".")[0] == "flax" for m in imports(path))} == {"models"}

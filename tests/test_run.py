@@ -1,0 +1,217 @@
+"""A whole run, small: files, schema, compilations, choices."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from cnnlib import tracking
+from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, from_dict
+from cnnlib.data import describe
+from cnnlib.errors import UserError
+from cnnlib.resolve import resolve
+from cnnlib.run import lanes_at_a_time, run
+from cnnlib.spec import parse_model
+
+EXPERIMENT = Experiment(
+    arms=(
+        Arm("full", parse_model("avg:4 dense:8 relu dense:classes")),
+        Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes")),
+    ),
+    data=Data("lines", validation=200),
+    optim=Optim("adam", learning_rate=(0.01, 0.03)),
+    lanes=Lanes(seed=(3, 4)),
+    epochs=2,
+    batch_size=200,
+)
+
+
+class Silent:
+    """A watcher that remembers what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    def says(self, *what):
+        self.told.append(("says", *what))
+
+    def arm_begins(self, *what):
+        self.told.append(("begins", *what))
+
+    def training_begins(self, *what):
+        self.told.append(("trains", *what))
+
+    def epoch_ends(self, *what):
+        self.told.append(("epoch", *what))
+
+    def arm_ends(self, *what):
+        self.told.append(("ends", *what))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run: its results, its folder, what its watcher saw, and how many programs were compiled."""
+    folder, watcher, compiled = tmp_path_factory.mktemp("run"), Silent(), []
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    results = run(EXPERIMENT, "tiny", folder, watcher)
+    return results, folder, watcher.told, len(compiled)
+
+
+def test_results_hold_what_is_promised(finished):
+    results, folder, _, _ = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["experiment"] == "tiny"
+    assert results["data"] == {"name": "lines", "train": 3800, "validation": 200, "test": 1000}
+    assert results["device"]["platform"] == "cpu" and results["device"]["count"] >= 1 and results["device"]["kind"]
+    assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "cnnlib"}
+    assert results["wall_seconds"] > 0 and "commit" in results
+    assert [arm["name"] for arm in results["arms"]] == ["full", "conv"]
+    assert [arm["connectivity"] for arm in results["arms"]] == ["full", "conv"]
+    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT, describe(EXPERIMENT.data)), strict=True):
+        counts = resolved.count
+        assert (arm["parameters"], arm["connections"], arm["macs"]) == (
+            counts.parameters,
+            counts.connections,
+            counts.macs,
+        )
+        assert arm["compile_seconds"] > 0 and arm["train_seconds_per_lane"] > 0
+        assert [(lane["seed"], lane["learning_rate"]) for lane in arm["lanes"]] == [
+            (3, 0.01),
+            (4, 0.01),
+            (3, 0.03),
+            (4, 0.03),
+        ]
+        for lane in arm["lanes"]:
+            assert lane["status"] == "ok" and lane["epochs"] == 2
+            assert 0 <= lane["test_accuracy"] <= 1 and lane["test_loss"] > 0
+            assert lane["test_accuracy"] * 1000 == pytest.approx(round(lane["test_accuracy"] * 1000))  # every example
+
+
+def test_the_config_of_a_run_is_the_experiment(finished):
+    results, folder, _, _ = finished
+    assert from_dict(results["config"]) == EXPERIMENT
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored.pop("experiment") == "tiny" and from_dict(stored) == EXPERIMENT
+
+
+def test_settings_group_the_seeds_and_validation_chooses_among_them(finished):
+    for arm in finished[0]["arms"]:
+        assert [setting["learning_rate"] for setting in arm["settings"]] == [0.01, 0.03]
+        for number, setting in enumerate(arm["settings"]):
+            lanes = arm["lanes"][2 * number : 2 * number + 2]
+            assert setting["test_accuracy"]["n"] == 2
+            assert setting["test_accuracy"]["mean"] == pytest.approx(np.mean([lane["test_accuracy"] for lane in lanes]))
+        best = max(arm["settings"], key=lambda setting: setting["validation_accuracy"])
+        assert arm["settings"][arm["chosen_setting"]] == best and arm["test_accuracy"] == best["test_accuracy"]
+
+
+def test_metrics_have_a_line_an_epoch_and_lane(finished):
+    results, folder, _, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["arm"], m["epoch"], m["lane"]) for m in lines] == [
+        (arm, epoch, lane) for arm in ("full", "conv") for epoch in (1, 2) for lane in range(4)
+    ]
+    last = [m for m in lines if m["epoch"] == 2]
+    for metric, lane in zip(last, [lane for arm in results["arms"] for lane in arm["lanes"]], strict=True):
+        assert metric["validation_accuracy"] == lane["validation_accuracy"]
+        assert {"train_loss", "train_accuracy", "validation_loss", "seed", "learning_rate", "status"} <= set(metric)
+
+
+def test_each_program_of_an_arm_compiles_once(finished):
+    # initialise, epoch, validate, test: two arms, two epochs, four lanes.
+    assert finished[3] == 2 * 4
+
+
+def test_the_watcher_is_told_in_order(finished):
+    kinds = [what[0] for what in finished[2]]
+    assert kinds == ["begins", "trains", "epoch", "epoch", "ends"] * 2
+    assert finished[2][0] == ("begins", "full", 4, 2)
+
+
+def test_without_validation_there_is_none_and_nothing_is_chosen(tmp_path):
+    experiment = Experiment(**{**vars(EXPERIMENT), "data": Data("lines"), "epochs": 1, "arms": EXPERIMENT.arms[:1]})
+    (arm,) = run(experiment, "tiny", tmp_path, Silent())["arms"]
+    assert arm["chosen_setting"] is None and arm["test_accuracy"] == {"mean": None, "ci95": [None, None], "n": 0}
+    assert arm["settings"][0]["test_accuracy"]["n"] == 2
+    assert "validation_accuracy" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
+    deep = Arm("deep", parse_model("avg:4 dense:8 dense:8 dense:classes"))  # without ReLU nothing can die in peace
+    changes = {"arms": (deep,), "optim": Optim("sgd", learning_rate=(0.01, 1e8))}
+    experiment = Experiment(**{**vars(EXPERIMENT), **changes})
+    (arm,) = run(experiment, "tiny", tmp_path, Silent())["arms"]
+    assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
+    gone = arm["lanes"][2]
+    assert gone["test_accuracy"] is None and gone["test_loss"] is None and gone["epochs"] < 2
+    assert arm["settings"][1]["diverged"] == 2 and arm["settings"][1]["test_accuracy"]["n"] == 0
+    assert arm["chosen_setting"] == 0
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"batch_size": 3801}, "batch_size=3801 is larger than the training data: lines has 3800"),
+        ({"arms": (Arm("a", parse_model("conv:2@29:valid dense:classes")),)}, "arm a: layer 0"),
+        ({"arms": (Arm("a", parse_model("dense:4")),)}, "arm a: its output is 4, lines has 3 classes"),
+        ({"arms": (Arm("a", parse_model("conv:3@28:valid")),)}, "arm a: its output is 1x1x3"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(change, part, tmp_path):
+    with pytest.raises(UserError) as error:
+        run(Experiment(**{**vars(EXPERIMENT), **change}), "tiny", tmp_path / "out", Silent())
+    assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
+    full, conv = resolve(EXPERIMENT, describe(EXPERIMENT.data))
+    assert [lanes_at_a_time(EXPERIMENT, arm, 4, "cpu") for arm in (full, conv)] == [4, 1]
+    assert [lanes_at_a_time(EXPERIMENT, arm, 4, "gpu") for arm in (full, conv)] == [4, 4]
+    asked = Experiment(**{**vars(EXPERIMENT), "lanes": Lanes(seed=(3, 4), at_a_time=3)})
+    assert [lanes_at_a_time(asked, arm, 4, "cpu") for arm in (full, conv)] == [3, 3]
+    assert lanes_at_a_time(asked, conv, 2, "cpu") == 2
+
+
+def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path):
+    (tmp_path / "results.json").write_text("old")
+    (tmp_path / "mine.txt").write_text("not ours")
+    place = tracking.open_folder(tmp_path)
+    assert place is not None and (tmp_path / "earlier").is_dir()
+    (kept,) = (tmp_path / "earlier").rglob("results.json")
+    assert kept.read_text() == "old" and not (tmp_path / "results.json").exists()
+    assert (tmp_path / "mine.txt").read_text() == "not ours"
+    (tmp_path / "results.json").write_text("newer")
+    tracking.open_folder(tmp_path)
+    assert sorted(path.read_text() for path in (tmp_path / "earlier").rglob("results.json")) == ["newer", "old"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        tracking.open_folder(tmp_path / "file" / "run")
+
+
+def test_a_file_that_fails_half_way_leaves_the_old_one_and_no_trace(tmp_path):
+    path = tmp_path / "table.md"
+    path.write_text("old")
+
+    def fails(beside):
+        beside.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        tracking.write_whole(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_finite_is_null_in_json():
+    assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}

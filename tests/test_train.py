@@ -1,0 +1,202 @@
+"""What training means: lanes, chance, divergence, evaluation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnlib import train
+from cnnlib.config import Augment, LaneNumbers, Optim
+from cnnlib.data import make_lines
+from cnnlib.models import network
+from cnnlib.spec import parse_model
+from cnnlib.train import Examples, Recipe
+
+CONV = "conv:4@3 relu max:2 conv:6@3:valid relu max:2 dense:3"
+FULL = "dense:16 relu dense:3"
+# A lane of a population and the model alone are different programs: they may round differently, 32 steps long.
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def recipe(text=CONV, **changes):
+    base = Recipe(network(parse_model(text)), (12, 12, 1), Optim("adam"), Augment(), batch_size=20, epochs=4)
+    return base._replace(**changes)
+
+
+def examples(count=160, seed=0):
+    x, y = make_lines(np.random.RandomState(seed), count, side=28)
+    x = x[:, 8:20, 8:20]
+    return Examples(jnp.asarray(x), jnp.asarray(y), jnp.asarray([20.0]), jnp.asarray([30.0]))
+
+
+def lanes(*seeds, **numbers):
+    """Lanes of the given seeds; a number may be one for all or a list."""
+    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, **numbers}
+    columns = {name: jnp.broadcast_to(jnp.asarray(v, jnp.float32), (len(seeds),)) for name, v in values.items()}
+    return LaneNumbers(seed=jnp.asarray(seeds, jnp.uint32), **columns)
+
+
+@functools.cache
+def programs(recipe, at_a_time):
+    return (
+        jax.jit(train.over_lanes(train.initialize(recipe), 1)),
+        jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)),
+    )
+
+
+def trained(recipe, numbers, epochs=2, at_a_time=1):
+    data = examples()
+    initialize, epoch = programs(recipe, at_a_time)
+    states = initialize(numbers)
+    for _ in range(epochs):
+        states, sums = epoch(states, numbers, data)
+    return states, sums
+
+
+def lane(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), a, b)
+
+
+def differ(a, b):
+    return any(not np.allclose(x, y, **TOLERANCE) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("text", [CONV, FULL])
+def test_a_lane_equals_the_same_model_trained_alone(text):
+    numbers = lanes(7, 8, 9, learning_rate=[0.01, 0.02, 0.005], label_smoothing=[0.0, 0.1, 0.2])
+    initialize, epoch = jax.jit(train.initialize(recipe(text))), jax.jit(train.epoch(recipe(text)))
+    alone = []
+    for index in range(3):
+        state = initialize(lane(numbers, index))
+        for _ in range(2):
+            state, _ = epoch(state, lane(numbers, index), examples())
+        alone.append(state.parameters)
+    for at_a_time in (1, 2, 3):
+        together, _ = trained(recipe(text), numbers, at_a_time=at_a_time)
+        for index in range(3):
+            assert_close(lane(together.parameters, index), alone[index])
+
+
+def test_lanes_of_other_seeds_or_other_numbers_differ():
+    states, _ = trained(
+        recipe(), lanes(0, 1, 0, 0, 0, learning_rate=[0.01] * 3 + [0.02, 0.01], weight_decay=[0, 0, 0, 0, 0.1])
+    )
+    parameters = states.parameters
+    assert differ(lane(parameters, 0), lane(parameters, 1))
+    assert_close(lane(parameters, 0), lane(parameters, 2))  # the same lane twice
+    assert differ(lane(parameters, 0), lane(parameters, 3))
+    assert differ(lane(parameters, 0), lane(parameters, 4))
+
+
+def test_the_same_program_twice_gives_the_same_bits():
+    first, _ = trained(recipe(), lanes(3, 4))
+    again, _ = trained(recipe(), lanes(3, 4))
+    assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(again)))
+
+
+def test_training_learns():
+    states, first = trained(recipe(), lanes(0, 1), epochs=1)
+    _, last = trained(recipe(epochs=12), lanes(0, 1), epochs=12)
+    assert np.all(last.loss < 0.7 * first.loss)
+    assert np.all(last.examples == 160) and np.all(states.epochs == 1)
+
+
+def test_an_epoch_visits_each_example_at_most_once_in_an_order_of_its_own():
+    """With a learning rate of zero nothing moves, so the sums tell which examples were seen."""
+    frozen = lanes(0, learning_rate=0.0)
+    all_seen = recipe(FULL, batch_size=16)
+    states, sums = trained(all_seen, frozen, epochs=1)
+    whole = train.evaluate(all_seen)(lane(states.parameters, 0), examples())
+    np.testing.assert_allclose(sums.loss[0], whole.loss, rtol=1e-5)
+    assert sums.examples[0] == 160
+    # 160 examples in batches of 48: each epoch leaves out 16 of them, other ones each time.
+    some = recipe(FULL, batch_size=48)
+    losses = [float(trained(some, frozen, epochs=n)[1].loss[0]) for n in (1, 2, 3)]
+    assert trained(some, frozen, epochs=1)[1].examples[0] == 144
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_a_lane_that_diverges_is_marked_and_frozen_and_the_others_do_not_notice(at_a_time):
+    sgd = recipe(optim=Optim("sgd"))
+    with_bomb, sums = trained(sgd, lanes(0, 1, 2, learning_rate=[0.01, 1e8, 0.01]), epochs=3, at_a_time=at_a_time)
+    without, _ = trained(sgd, lanes(0, 5, 2), epochs=3, at_a_time=at_a_time)
+    assert with_bomb.diverged.tolist() == [False, True, False]
+    assert with_bomb.epochs[0] == 3 and with_bomb.epochs[1] < 3
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(lane(with_bomb.parameters, 1)))
+    assert not np.isfinite(sums.loss[1])
+    for index in (0, 2):
+        assert_close(lane(with_bomb.parameters, index), lane(without.parameters, index))
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch():
+    """A model that answers with the brightest of three pixels, whose right answers are counted by hand."""
+    model = recipe("dense:3")._replace(input_shape=(3, 1))
+    x = np.random.RandomState(0).randint(0, 256, (103, 3, 1)).astype(np.uint8)
+    y = np.random.RandomState(1).randint(0, 3, 103).astype(np.int32)
+    data = Examples(jnp.asarray(x), jnp.asarray(y), jnp.asarray([0.0]), jnp.asarray([255.0]))
+    parameters = {"layer_0": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}
+    logits = x[..., 0] / 255
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(103), y]
+    for batch_size in (1, 10, 103, 500):
+        sums = train.evaluate(model, batch_size)(parameters, data)
+        assert sums.examples == 103
+        assert sums.correct == (logits.argmax(1) == y).sum()
+        np.testing.assert_allclose(sums.loss, losses.sum(), rtol=1e-5)
+
+
+def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
+    smoothed, sums = trained(recipe(FULL), lanes(0, learning_rate=0.0, label_smoothing=0.3), epochs=1)
+    plain, plain_sums = trained(recipe(FULL), lanes(0, learning_rate=0.0), epochs=1)
+    # At initialisation the cross-entropy and its mean over classes are both near log 3, but not equal.
+    assert float(sums.loss[0]) != pytest.approx(float(plain_sums.loss[0]), rel=1e-3)
+    assert_close(smoothed.parameters, plain.parameters)
+    evaluate = train.evaluate(recipe(FULL))
+    a, b = (evaluate(lane(state.parameters, 0), examples()).loss for state in (smoothed, plain))
+    assert a == b
+
+
+def test_a_full_net_is_indifferent_to_a_permutation_of_pixels_that_its_first_layer_absorbs():
+    """Permuted pixels with permuted first-layer rows train to the same net with permuted rows: it has no locality."""
+    full = recipe(FULL, optim=Optim("sgd"))
+    data = examples()
+    order = np.random.RandomState(0).permutation(144)
+    shuffled = data._replace(x=data.x.reshape(160, 144)[:, order].reshape(data.x.shape))
+    state = jax.jit(train.initialize(full))(lane(lanes(0), 0))
+    first = state.parameters["layer_0"]
+    moved = {**state.parameters, "layer_0": {**first, "kernel": first["kernel"][order]}}
+    epoch = jax.jit(train.epoch(full))
+    after, _ = epoch(state, lane(lanes(0), 0), data)
+    after_moved, _ = epoch(state._replace(parameters=moved), lane(lanes(0), 0), shuffled)
+    np.testing.assert_allclose(
+        after.parameters["layer_0"]["kernel"][order], after_moved.parameters["layer_0"]["kernel"], **TOLERANCE
+    )
+
+
+def test_augmentation_and_crops_reach_training_and_evaluation():
+    cropped = recipe(FULL, augment=Augment(shift=1, crop=10, flip=True))._replace(input_shape=(10, 10, 1))
+    states, _ = trained(cropped, lanes(0), epochs=1)
+    plain, _ = trained(cropped._replace(augment=Augment(crop=10)), lanes(0), epochs=1)
+    assert differ(states.parameters, plain.parameters)
+    assert train.evaluate(cropped)(lane(states.parameters, 0), examples()).examples == 160
+
+
+def test_bfloat16_trains_to_about_the_same_loss():
+    narrow = recipe()._replace(network=network(parse_model(CONV), jnp.bfloat16))
+    _, sums = trained(narrow, lanes(0, 1))
+    _, exact = trained(recipe(), lanes(0, 1))
+    np.testing.assert_allclose(sums.loss, exact.loss, rtol=0.1)
+
+
+def test_every_use_of_chance_has_a_key_of_its_own():
+    keys = train.keys_of(0)
+    data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
+    assert len(set(data)) == len(keys) == 3
