@@ -101,9 +101,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
+@pytest.mark.parametrize(("arguments", "part"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
 def test_what_the_user_got_wrong_is_one_line_and_status_2(arguments, part, tmp_path):
     done = experiments(*arguments, cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path))
     assert done.returncode == 2

@@ -130,9 +130,11 @@ def test_each_program_of_an_arm_compiles_once(finished):
 
 
 def test_the_watcher_is_told_in_order(finished):
-    kinds = [what[0] for what in finished[2]]
+    (said, text), *told = finished[2]
+    assert said == "says" and "lines: 3,800 training examples of 28x28x1" in text
+    kinds = [what[0] for what in told]
     assert kinds == ["begins", "trains", "epoch", "epoch", "ends"] * 2
-    assert finished[2][0] == ("begins", "full", 4, 2)
+    assert told[0] == ("begins", "full", 4, 2)
 
 
 def test_without_validation_there_is_none_and_nothing_is_chosen(tmp_path):

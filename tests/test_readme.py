@@ -1,0 +1,87 @@
+"""What the README says is so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import cnnlib
+from cnnlib import report
+from cnnlib.config import EXPERIMENTS, Experiment, from_dict, override
+from cnnlib.data import describe
+from cnnlib.resolve import resolve
+from experiments.__main__ import COMMANDS, parser_for
+
+ROOT = Path(cnnlib.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = json.loads((ROOT / "docs" / "fc_vs_conv" / "results.json").read_text())
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_blocks_are_one_command_each():
+    run, test, *rest = blocks("sh")
+    assert rest == [] and README.index("```sh") < README.index("```\n")
+    for command in (run, test):
+        assert command.count("\n") == 1 and command.startswith("python3 -m venv .venv && ")
+    assert run.rstrip().endswith("-m experiments run fc_vs_conv")
+    assert "'.[test]'" in test and "-m pytest" in test
+
+
+def commands():
+    return re.findall(r"python -m experiments ([^#`\n]*)", README)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_names_what_exists(command):
+    verb, *arguments = shlex.split(command)
+    assert verb in COMMANDS
+    if verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
+        options = parser_for(verb).parse_intermixed_args(arguments)
+        override(EXPERIMENTS.get(options.name), options.overrides)
+
+
+def test_the_table_is_that_of_the_stored_results():
+    (table,) = re.findall(r"<!-- table: fc_vs_conv -->\n(.*)<!-- end of table -->", README, re.DOTALL)
+    assert table == report.markdown(RESULTS)
+
+
+def test_the_stored_results_are_those_of_the_registered_experiment():
+    assert from_dict(RESULTS["config"]) == EXPERIMENTS.get("fc_vs_conv")
+    assert (ROOT / "docs" / "fc_vs_conv" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_readme_concludes_follows_from_the_stored_results():
+    arms = {arm["name"]: arm for arm in RESULTS["arms"]}
+    lenet5, full, matched = arms["lenet5"], arms["lenet_300_100"], arms["mlp_75_33"]
+    assert lenet5["test_accuracy"]["mean"] - full["test_accuracy"]["mean"] >= 0.02
+    assert lenet5["test_accuracy"]["ci95"][0] > full["test_accuracy"]["ci95"][1]
+    assert lenet5["test_accuracy"]["ci95"][0] > matched["test_accuracy"]["ci95"][1]
+    assert round(lenet5["parameters"] / full["parameters"], 2) == 0.23
+    assert lenet5["macs"] > full["macs"] > matched["macs"]
+    assert lenet5["train_seconds_per_lane"] > full["train_seconds_per_lane"]
+    assert RESULTS["wall_seconds"] < 60
+
+
+def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
+    (code,) = blocks("python")
+    body = code.split('"""', 2)[2]
+    assert len(code.splitlines()) <= 15
+    monkeypatch.setattr(EXPERIMENTS, "_declarations", {})
+    names: dict[str, object] = {}
+    exec(compile(code.replace(body, body), "strides.py", "exec"), names)
+    experiment = EXPERIMENTS.get("strides")
+    assert isinstance(experiment, Experiment)
+    pooled, strided = resolve(experiment, describe(experiment.data))
+    assert pooled.count.parameters == 61_706 and strided.model.connectivity == "conv"
+
+
+def test_the_map_names_every_file():
+    mapped = set(re.findall(r"`(cnnlib/\w+\.py)`", README))
+    assert mapped == {f"cnnlib/{path.name}" for path in (ROOT / "cnnlib").glob("*.py") if path.stem != "__init__"}
