@@ -21,7 +21,7 @@ def fc_vs_conv() -> Experiment:
     return Experiment(
         data=Data("mnist5k", validation=500),
         arms=(Arm("lenet_300_100", lenet_300_100()), Arm("mlp_75_33", mlp_75_33()), Arm("lenet5", lenet5())),
-        # Of 0.003, 0.005, 0.01, 0.015, 0.02 and 0.03 the peak with the best validation accuracy, averaged over the arms.
+        # The peak of 0.003, 0.005, 0.01, 0.015, 0.02, 0.03 with the best validation accuracy, averaged over the arms.
         optim=Optim("adamw", schedule="one_cycle", learning_rate=(0.02,), weight_decay=(0.01,)),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),
         epochs=12,
