@@ -265,9 +265,10 @@ def _tfds(data: Data) -> _Source:
     except ImportError as error:
         raise UserError(_needs_tensorflow(data.name, error)) from error
     except (ValueError, AssertionError) as error:  # not found, no such config or version, no parsable name
-        where = directory or os.environ.get("TFDS_DATA_DIR") or "TFDS's default folder"
+        folder = Path(directory or tfds.core.constants.DATA_DIR)
+        prepared = sorted({path.parents[1].name for path in folder.glob("*/*/dataset_info.json")})
         raise UserError(
-            f"no data set {data.name!r}; there are: {', '.join(SOURCES)}, what is prepared in {where}, "
+            f"no data set {data.name!r}; there are: {', '.join(SOURCES)}; in {folder}: {', '.join(prepared) or 'none'}; "
             f"and the image classification sets of tensorflow-datasets"
         ) from error
     image_key, label_key, shape, num_classes = _image_classification(data.name, builder.info)

@@ -35,7 +35,11 @@ def arm(name, connectivity, parameters, settings, lanes, chosen=0):
 RESULTS = {
     "experiment": "fc_vs_conv",
     "data": {"name": "mnist5k", "train": 3500, "validation": 500, "test": 1000},
-    "config": {"epochs": 12, "optim": {"name": "sgd", "learning_rate": [0.1], "momentum": [0.9]}},
+    "config": {
+        "epochs": 12,
+        "compute_dtype": "float32",
+        "optim": {"name": "sgd", "learning_rate": [0.1], "momentum": [0.9]},
+    },
     "device": {"count": 1, "kind": "cpu"},
     "versions": {"jax": "0.10.2"},
     "wall_seconds": 37.4,
