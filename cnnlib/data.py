@@ -268,8 +268,8 @@ def _tfds(data: Data) -> _Source:
         folder = Path(directory or tfds.core.constants.DATA_DIR)
         prepared = sorted({path.parents[1].name for path in folder.glob("*/*/dataset_info.json")})
         raise UserError(
-            f"no data set {data.name!r}; there are: {', '.join(SOURCES)}; in {folder}: {', '.join(prepared) or 'none'}; "
-            f"and the image classification sets of tensorflow-datasets"
+            f"no data set {data.name!r}; there are: {', '.join(SOURCES)}; in {folder}: "
+            f"{', '.join(prepared) or 'none'}; and the image classification sets of tensorflow-datasets"
         ) from error
     image_key, label_key, shape, num_classes = _image_classification(data.name, builder.info)
     counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}

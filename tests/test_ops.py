@@ -61,6 +61,13 @@ def stock(x, kernel, strides, resolved, dilation):
 
 
 @draws
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 5), st.integers(1, 3))
+def test_same_padding_is_that_of_xla(n, k, s, d):
+    ((low, high),) = lax.padtype_to_pads((n,), ((k - 1) * d + 1,), (s,), "SAME")
+    assert pad_pairs("SAME", (n,), (k,), (s,), (d,)) == ((low, high),)
+
+
+@draws
 @given(problems())
 def test_conv_equals_its_definition(problem):
     x_shape, kernel_shape, arguments, resolved = problem

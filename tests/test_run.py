@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cnnlib import tracking
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, from_dict
+from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict
 from cnnlib.data import describe
 from cnnlib.errors import UserError
 from cnnlib.resolve import resolve
-from cnnlib.run import lanes_at_a_time, run
+from cnnlib.run import _headline, _settings, lanes_at_a_time, run
 from cnnlib.spec import parse_model
 
 EXPERIMENT = Experiment(
@@ -156,6 +156,17 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
     assert arm["settings"][1]["diverged"] == 2 and arm["settings"][1]["test_accuracy"]["n"] == 0
     assert arm["chosen_setting"] == 0
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "results.json").read_text()
+
+
+def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
+    def lane(rate, accuracy):
+        numbers = LaneNumbers(0, rate, 0.9, 0.0, 0.0)._asdict()
+        status = "diverged" if math.isnan(accuracy) else "ok"
+        return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
+
+    settings = _settings([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
+    assert settings[1]["validation_accuracy"] == 0.9 and settings[1]["test_accuracy"]["n"] == 1
+    assert _headline(settings)["chosen_setting"] == 0  # the other is better on average, but lost a lane
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,14 @@ def test_a_lane_that_diverges_is_marked_and_frozen_and_the_others_do_not_notice(
         assert_close(lane(with_bomb.parameters, index), lane(without.parameters, index))
 
 
+def test_a_lane_once_marked_stays_as_it_is():
+    model, numbers = recipe(FULL), lanes(0)
+    states, _ = trained(model, numbers, epochs=1)
+    marked = states._replace(diverged=jnp.asarray([True]))
+    after, _ = programs(model, 1)[1](marked, numbers, examples())
+    assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(marked)))
+
+
 def test_evaluation_counts_every_example_once_whatever_the_batch():
     """A model that answers with the brightest of three pixels, whose right answers are counted by hand."""
     model = recipe("dense:3")._replace(input_shape=(3, 1))
