@@ -172,9 +172,10 @@ def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int
         def one(lane: tuple[Any, ...]) -> Any:
             return function(*lane, *shared)
 
+        if at_a_time == 1:  # and not a batch_size of 1, which would turn a convolution into a grouped one
+            return jax.lax.map(one, lanes)
         if at_a_time >= jax.tree.leaves(lanes)[0].shape[0]:
             return jax.vmap(one)(lanes)
-        # batch_size=1 would vectorise over one lane, which turns a convolution into a grouped one.
-        return jax.lax.map(one, lanes, batch_size=None if at_a_time == 1 else at_a_time)
+        return jax.lax.map(one, lanes, batch_size=at_a_time)
 
     return mapped
