@@ -263,8 +263,10 @@ def _tfds(data: Data) -> _Source:
         if not builder.is_prepared():
             builder = tfds.builder(data.name, data_dir=directory, file_format="array_record")
     except ImportError as error:
-        raise UserError(_needs_tensorflow(data.name, error)) from error
-    except (ValueError, AssertionError) as error:  # not found, no such config or version, no parsable name
+        if "tensorflow" in str(error):
+            raise UserError(_needs_tensorflow(data.name, error)) from error
+        raise UserError(f"{data.name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except (ValueError, AssertionError, TypeError) as error:  # not found, no such configuration, no parsable name
         folder = Path(directory or tfds.core.constants.DATA_DIR)
         prepared = sorted({path.parents[1].name for path in folder.glob("*/*/dataset_info.json")})
         raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 from cnnlib import tracking, train
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
 from cnnlib.data import DataSet, describe, load
+from cnnlib.errors import UserError
 from cnnlib.models import network
 from cnnlib.resolve import ResolvedArm, resolve
 from cnnlib.spec import shape_text
@@ -92,7 +93,8 @@ def compile_programs(
 def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[str, Any]:
     """Trains every lane of every arm and writes `config.json`, `metrics.jsonl` and `results.json` to `out`.
 
-    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together.
+    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together, and
+    for an arm that does not fit in the memory, which shows only when it runs: then `results.json` is missing.
     """
     began = time.perf_counter()
     resolve(experiment, describe(experiment.data))
@@ -109,7 +111,18 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
         out / "config.json", lambda path: path.write_text(tracking.to_json({"experiment": name, **config}))
     )
     with tracking.JsonLines(out / "metrics.jsonl") as metrics:
-        arm_results = [run_arm(experiment, arm, splits, metrics, watcher) for arm in arms]
+        arm_results = []
+        for arm in arms:
+            try:
+                arm_results.append(run_arm(experiment, arm, splits, metrics, watcher))
+            except jax.errors.JaxRuntimeError as error:
+                if "out of memory" not in str(error).lower():
+                    raise
+                lanes = len(lane_numbers(experiment))
+                raise UserError(
+                    f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters do not fit in the memory; "
+                    f"fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may"
+                ) from error
     device = jax.devices()[0]
     results: dict[str, Any] = {
         "experiment": name,

@@ -336,18 +336,20 @@ def parse_model(text: str) -> Model:
     """
     tokens = re.findall(r"residual\(|\)|[^\s,()]+|\(", text)
 
-    def sequence(nested: bool) -> tuple[Layer, ...]:
+    def sequence(depth: int) -> tuple[Layer, ...]:
+        if depth > 32:
+            raise UserError("residuals are nested more than 32 deep")
         layers: list[Layer] = []
         while tokens:
             token = tokens.pop(0)
-            if token == ")" and nested:
+            if token == ")" and depth:
                 return tuple(layers)
-            layers.append(Residual(sequence(nested=True)) if token == "residual(" else _parse_layer(token))
-        if nested:
+            layers.append(Residual(sequence(depth + 1)) if token == "residual(" else _parse_layer(token))
+        if depth:
             raise UserError(f"{text!r}: a residual( is not closed")
         return tuple(layers)
 
-    return Model(sequence(nested=False))
+    return Model(sequence(0))
 
 
 _WINDOW = re.compile(r"(?P<size>\d+(?:x\d+)*)(?:/(?P<strides>\d+(?:x\d+)*))?")

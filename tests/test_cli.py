@@ -122,6 +122,12 @@ def test_traceback_shows_where_it_was_noticed(tmp_path):
     assert "Traceback" in done.stderr and "epochs must be at least 1" in done.stderr
 
 
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m experiments show fc_vs_conv | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "fc_vs_conv\n" and done.stderr == ""
+
+
 def test_help_is_there(tmp_path):
     assert "run NAME" in experiments("--help", cwd=tmp_path).stdout
     assert "FIELD=VALUE" in experiments("run", "--help", cwd=tmp_path).stdout

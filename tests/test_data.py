@@ -121,6 +121,8 @@ def test_statistics_leave_validation_and_test_out():
         (Data("nowhere"), "no data set 'nowhere'; there are: mnist5k, mnist1d, lines"),
         (Data("../nowhere"), "no data set"),
         (Data("mnist:9.9.9"), "no data set"),
+        (Data("mnist/a=1"), "no data set"),
+        (Data("huggingface:mnist"), "cannot be read"),
         (Data("penguins"), "no image classification set"),
         (Data("imagenet2012"), "images of one size"),
         (Data("cifar10", data_dir="/nowhere"), "/nowhere is no folder"),

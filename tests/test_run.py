@@ -185,6 +185,13 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, part, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_an_arm_that_does_not_fit_in_the_memory_is_named(tmp_path):
+    huge = Arm("huge", parse_model("dense:99999999999 dense:classes"))  # 300 TB
+    with pytest.raises(UserError, match="arm huge: 2 lanes of 78,799,999,999,215 parameters do not fit"):
+        run(Experiment(**{**vars(EXPERIMENT), "arms": (huge,), "optim": Optim()}), "tiny", tmp_path, Silent())
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
     full, conv = resolve(EXPERIMENT, describe(EXPERIMENT.data))
     assert [lanes_at_a_time(EXPERIMENT, arm, 4, "cpu") for arm in (full, conv)] == [4, 1]

@@ -63,6 +63,7 @@ def test_layers_may_be_apart_by_blanks_or_commas():
         "conv:3@3/0",
         "lenet",
         "",
+        "residual(" * 3000,
     ],
 )
 def test_what_is_no_notation_is_said_in_one_line(text):
