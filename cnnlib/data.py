@@ -262,10 +262,11 @@ def _tfds(data: Data) -> _Source:
         builder = tfds.builder(data.name, data_dir=directory)
         if not builder.is_prepared():
             builder = tfds.builder(data.name, data_dir=directory, file_format="array_record")
+        info = builder.info
     except ImportError as error:
         if "tensorflow" in str(error):
             raise UserError(_needs_tensorflow(data.name, error)) from error
-        raise UserError(f"{data.name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(_unreadable(data.name, error)) from error
     except (ValueError, AssertionError, TypeError) as error:  # not found, no such configuration, no parsable name
         folder = Path(directory or tfds.core.constants.DATA_DIR)
         prepared = sorted({path.parents[1].name for path in folder.glob("*/*/dataset_info.json")})
@@ -273,7 +274,9 @@ def _tfds(data: Data) -> _Source:
             f"no data set {data.name!r}; there are: {', '.join(SOURCES)}; in {folder}: "
             f"{', '.join(prepared) or 'none'}; and the image classification sets of tensorflow-datasets"
         ) from error
-    image_key, label_key, shape, num_classes = _image_classification(data.name, builder.info)
+    except Exception as error:  # damaged files: what TFDS and its formats raise has no common class
+        raise UserError(_unreadable(data.name, error)) from error
+    image_key, label_key, shape, num_classes = _image_classification(data.name, info)
     counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}
 
     def read() -> tuple[Split, Split]:
@@ -282,7 +285,10 @@ def _tfds(data: Data) -> _Source:
         if not is_prepared:
             _prepare(data.name, builder)
             _counts(data.name, builder.info.splits)
-        train, test = (_decoded(builder, split, image_key, label_key) for split in ("train", "test"))
+        try:
+            train, test = (_decoded(builder, split, image_key, label_key) for split in ("train", "test"))
+        except Exception as error:
+            raise UserError(_unreadable(data.name, error)) from error
         return train, test
 
     return _Source(builder.info.full_name, shape, num_classes, counts, read)
@@ -294,8 +300,16 @@ def _counts(name: str, splits: Any) -> dict[str, int]:
     return {split: splits[split].num_examples for split in ("train", "test")}
 
 
+def _first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unreadable(name: str, error: object) -> str:
+    return f"{name} cannot be read: {_first_line(error)}"
+
+
 def _needs_tensorflow(name: str, error: object) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = _first_line(error)
     return f"preparing {name} needs TensorFlow, cnnlib's extra `prepare`: pip install -e '.[prepare]' ({reason})"
 
 
@@ -325,8 +339,7 @@ def _prepare(name: str, builder: Any) -> None:
         raise UserError(_needs_tensorflow(name, error)) from error
     except Exception as error:
         # Whatever TFDS's many builders raise (network, checksum, manual download); `--traceback` shows the cause.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"tensorflow-datasets could not prepare {name}: {reason}") from error
+        raise UserError(f"tensorflow-datasets could not prepare {name}: {_first_line(error)}") from error
 
 
 def cache_folder() -> Path:
@@ -343,10 +356,9 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = cache_folder() / "data" / f"{builder.info.full_name.replace('/', '-')}-{key}"
     paths = folder / f"{split}-x.npy", folder / f"{split}-y.npy"
-    if all(path.exists() for path in paths):
-        x, y = (np.load(path, allow_pickle=False) for path in paths)
-        if x.shape == shape and x.dtype == np.uint8 and y.shape == (count,) and y.dtype == np.int32:
-            return Split(x, y)
+    cached = _cached(paths, shape)
+    if cached is not None:
+        return cached
     with _quiet():
         source = builder.as_data_source(split=split)
     x, y = np.empty(shape, np.uint8), np.empty(count, np.int32)
@@ -356,6 +368,16 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     for path, array in zip(paths, (x, y), strict=True):
         _save_atomically(path, array)
     return Split(x, y)
+
+
+def _cached(paths: tuple[Path, Path], shape: Shape) -> Split | None:
+    """The decoded examples of an earlier run; None where there are none, or not whole: they are decoded again."""
+    try:
+        x, y = (np.load(path, allow_pickle=False) for path in paths)
+    except (OSError, ValueError, EOFError):  # missing, unreadable, cut off
+        return None
+    fits = x.shape == shape and x.dtype == np.uint8 and y.shape == shape[:1] and y.dtype == np.int32
+    return Split(x, y) if fits else None
 
 
 def _save_atomically(path: Path, array: np.ndarray) -> None:

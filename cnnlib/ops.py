@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnnlib.spec import Padding, PerAxis, Window, window_over
+from cnnlib.spec import Padding, PerAxis, Window, pool_window, window_over
 
 FEW_CHANNELS = 4
 """Below this many input channels, so for grey and colour images, a convolution is im2col (see `_conv_forward`)."""
@@ -152,7 +152,7 @@ def max_pool(
     Where values tie in windows that do not overlap, they share the gradient equally. Overlapping or padded windows take
     the derivative of `jnp.maximum`, tap by tap, which shares it as well, not equally where more than two tie.
     """
-    window = window_over(x.shape[1:], "window", window_shape, strides or window_shape, 1, padding)
+    window = pool_window(x.shape[1:], "window", window_shape, strides, padding)
     if window.strides == window.size and not any(map(any, window.padding)):
         return _tiled_max_pool(x, window)
     return _largest_tap(x, window)
@@ -198,6 +198,6 @@ def avg_pool(
     padding: Padding = "VALID",
 ) -> Float[Array, "batch *output_spatial channel"]:
     """The mean under each window; `strides` defaults to the window, zeros of the padding count as values."""
-    window = window_over(x.shape[1:], "window", window_shape, strides or window_shape, 1, padding)
+    window = pool_window(x.shape[1:], "window", window_shape, strides, padding)
     taps = _taps(x, window, fill=0.0)
     return functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype)

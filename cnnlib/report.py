@@ -133,11 +133,20 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
             accuracy = setting["test_accuracy"]
             if accuracy["mean"] is None:
                 continue
-            # Settings of one arm stand side by side, lanes a little to the left of their mean, which would hide them.
-            x = arm["parameters"] * 1.12**index
+            # Settings stand side by side within 8 % of the arm's true place, lanes a little to the left of their mean.
+            place = index / (len(arm["settings"]) - 1) - 0.5 if len(arm["settings"]) > 1 else 0.0
+            x = arm["parameters"] * 1.16**place
             lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in LANE_NUMBERS)]
             fine = [100 * lane["test_accuracy"] for lane in lanes if lane["status"] == "ok"]
-            axes.scatter([0.95 * x] * len(fine), fine, s=22, color=color, marker=marker, alpha=0.45, linewidths=0)
+            axes.scatter(
+                [(0.95 if place == 0.0 else 0.99) * x] * len(fine),
+                fine,
+                s=22,
+                color=color,
+                marker=marker,
+                alpha=0.45,
+                linewidths=0,
+            )
             mean = 100 * accuracy["mean"]
             low, high = (mean if end is None else 100 * end for end in accuracy["ci95"])
             label = None if arm["connectivity"] in labelled else arm["connectivity"]

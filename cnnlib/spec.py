@@ -24,6 +24,10 @@ NUM_CLASSES = "classes"
 """As the units of a `Dense` layer: as many as the data has classes."""
 
 
+LARGEST = 1_000_000
+"""Bound of a window's numbers, so that shapes stay within what XLA can index."""
+
+
 def per_axis(value: PerAxis, axes: int, what: str) -> tuple[int, ...]:
     """One number an axis; an int stands for every axis. Raises UserError where the lengths differ."""
     if isinstance(value, int):
@@ -114,6 +118,19 @@ def window_over(
     return Window(spatial, sizes, steps, spread, pairs)
 
 
+def pool_window(
+    input_shape: Shape, what: str, window_shape: PerAxis, strides: PerAxis | None, padding: Padding
+) -> Window:
+    """The window of a pooling; raises UserError as well for padding that could fill a whole window."""
+    window = window_over(input_shape, what, window_shape, window_shape if strides is None else strides, 1, padding)
+    for k, pair in zip(window.size, window.padding, strict=True):
+        if max(pair) >= k:
+            raise UserError(
+                f"{what} has padding of {max(pair)}: it must be less than the window, or one sees nothing else"
+            )
+    return window
+
+
 def _text(value: PerAxis) -> str:
     return str(value) if isinstance(value, int) else "x".join(map(str, value))
 
@@ -126,13 +143,13 @@ def _padding_text(padding: Padding) -> str:
 
 def _check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> None:
     for what, value in numbers.items():
-        if any(v < 1 for v in ((value,) if isinstance(value, int) else value)):
-            raise UserError(f"{name}: {what} must be at least 1, not {_text(value)}")
+        if not all(1 <= v <= LARGEST for v in ((value,) if isinstance(value, int) else value)):
+            raise UserError(f"{name}: {what} must be in 1..{LARGEST:,}, not {_text(value)}")
     if isinstance(padding, str) and padding not in ("SAME", "VALID"):
         raise UserError(f"{name}: padding must be SAME, VALID, a number or pairs, not {padding!r}")
     pairs = ((padding,),) if isinstance(padding, int) else padding
-    if not isinstance(pairs, str) and any(v < 0 for pair in pairs for v in pair):
-        raise UserError(f"{name}: padding must not be negative, not {_padding_text(padding)}")
+    if not isinstance(pairs, str) and not all(0 <= v <= LARGEST for pair in pairs for v in pair):
+        raise UserError(f"{name}: padding must be in 0..{LARGEST:,}, not {_padding_text(padding)}")
 
 
 @dataclass(frozen=True)
@@ -202,11 +219,11 @@ class Pool:
     padding: Padding = "VALID"
 
     def __post_init__(self) -> None:
-        _check_window("pool", {"window": self.window_shape, "strides": self.strides or 1}, self.padding)
+        strides = 1 if self.strides is None else self.strides
+        _check_window("pool", {"window": self.window_shape, "strides": strides}, self.padding)
 
     def window(self, input_shape: Shape) -> Window:
-        strides = self.window_shape if self.strides is None else self.strides
-        return window_over(input_shape, f"window {self}", self.window_shape, strides, 1, self.padding)
+        return pool_window(input_shape, f"window {self}", self.window_shape, self.strides, self.padding)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return (*self.window(input_shape).output_size, input_shape[-1])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import sys
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_statistics_leave_validation_and_test_out():
         (Data("../nowhere"), "no data set"),
         (Data("mnist:9.9.9"), "no data set"),
         (Data("mnist/a=1"), "no data set"),
-        (Data("huggingface:mnist"), "cannot be read"),
+        (Data("huggingface:mnist"), "cannot be read: No module named"),
         (Data("penguins"), "no image classification set"),
         (Data("imagenet2012"), "images of one size"),
         (Data("cifar10", data_dir="/nowhere"), "/nowhere is no folder"),
@@ -214,5 +215,30 @@ def test_a_damaged_cache_is_decoded_again(tiny, tmp_path):
     name, folder = tiny
     first = load(Data(name, data_dir=str(folder)))
     (cached,) = (tmp_path / "cache").rglob("test-x.npy")
-    np.save(cached, np.zeros(3))
+    np.save(cached, np.zeros(3))  # whole, but not ours
     np.testing.assert_array_equal(load(Data(name, data_dir=str(folder))).test.x, first.test.x)
+
+
+def test_a_cache_that_is_cut_off_is_decoded_again(tiny, tmp_path):
+    name, folder = tiny
+    first = load(Data(name, data_dir=str(folder)))
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:100] if "-x" in file.name else b"")
+    np.testing.assert_array_equal(load(Data(name, data_dir=str(folder))).test.x, first.test.x)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing", "no description"])
+def test_a_damaged_data_set_is_said_in_one_line(damage, tiny):
+    name, folder = tiny
+    load(Data(name, data_dir=str(folder)))
+    shutil.rmtree(folder.parent / "cache")
+    (records,) = folder.rglob("*test.array_record*")
+    if damage == "cut off":
+        records.write_bytes(records.read_bytes()[:50])
+    elif damage == "missing":
+        records.unlink()
+    else:
+        next(folder.rglob("dataset_info.json")).write_text("{")
+    with pytest.raises(UserError) as error:
+        load(Data(name, data_dir=str(folder)))
+    assert "\n" not in str(error.value) and name in str(error.value)

@@ -121,6 +121,15 @@ def test_the_figure_shows_every_lane_and_the_means_with_their_intervals(drawn):
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"full", "conv"}
 
 
+def test_many_settings_stay_at_the_size_that_the_arm_has(drawn):
+    results = several()
+    rates = [round(0.001 * n, 3) for n in range(1, 31)]
+    results["arms"] = results["arms"][:1]
+    results["arms"][0]["settings"] = [setting(0.90, 0.89, 0.91, 2, rate) for rate in rates]
+    bars = [bar.lines[0].get_xydata()[0][0] for bar in drawn(results).containers]
+    assert len(bars) == 30 and all(abs(x / 266_610 - 1) < 0.09 for x in bars)
+
+
 def test_a_figure_of_nothing_but_diverged_lanes_is_still_a_figure(drawn):
     results = copy.deepcopy(RESULTS)
     for each in results["arms"]:
