@@ -271,7 +271,7 @@ def _parse_architecture(text: str, path: str) -> Model:
 def _parse_part(hint: type, text: str, path: str) -> tuple[Any, ...]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if hint is int and span:
-        first, last = map(int, span.groups())
+        first, last = (_parse_scalar(int, end, path) for end in span.groups())
         _require(last - first < 100_000, f"{path}={text}: more than 100,000 values")
         return tuple(range(first, last + 1))
     return (_parse_scalar(hint, text, path),)

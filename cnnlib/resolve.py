@@ -28,6 +28,10 @@ def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedA
         raise UserError(
             f"batch_size={experiment.batch_size} is larger than the training data: {description.name} has {available}"
         )
+    if available is not None and available // experiment.batch_size * experiment.epochs >= 2**31:
+        raise UserError(
+            f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
+        )
     input_shape = experiment.augment.seen_shape(description.input_shape)
     arms = []
     for arm in experiment.arms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -50,6 +51,34 @@ def lanes_at_a_time(experiment: Experiment, arm: ResolvedArm, lanes: int, platfo
     return min(experiment.lanes.at_a_time or default, lanes)
 
 
+def first_device() -> jax.Device:
+    """The device that JAX runs on; raises UserError where it finds none of the platform that was asked for."""
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or "no such platform").splitlines()[0]
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}"
+        ) from error
+
+
+def check_memory(experiment: Experiment, arm: ResolvedArm, device: jax.Device) -> None:
+    """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory holds."""
+    statistics = device.memory_stats() or {}
+    memory = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lanes = len(lane_numbers(experiment))
+    if 4 * arm.count.parameters * (lanes + 1) > memory:
+        raise does_not_fit(arm, lanes)
+
+
+def does_not_fit(arm: ResolvedArm, lanes: int) -> UserError:
+    """What to say of an arm that needs more memory than there is."""
+    return UserError(
+        f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters do not fit in the memory; "
+        f"fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may"
+    )
+
+
 class Programs(NamedTuple):
     """The compiled programs of one arm, all lanes at once, and the seconds that compiling them took."""
 
@@ -94,12 +123,15 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
     """Trains every lane of every arm and writes `config.json`, `metrics.jsonl` and `results.json` to `out`.
 
     Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together, and
-    for an arm that does not fit in the memory, which shows only when it runs: then `results.json` is missing.
+    for an arm whose activations do not fit in the memory, which shows only as it runs: without `results.json`, then.
     """
     began = time.perf_counter()
+    device = first_device()
     resolve(experiment, describe(experiment.data))
     data_set = load(experiment.data)
     arms = resolve(experiment, data_set.description)
+    for arm in arms:
+        check_memory(experiment, arm, device)
     splits = on_device(data_set)
     earlier = tracking.open_folder(out)
     if earlier is not None:
@@ -118,12 +150,7 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
             except jax.errors.JaxRuntimeError as error:
                 if "out of memory" not in str(error).lower():
                     raise
-                lanes = len(lane_numbers(experiment))
-                raise UserError(
-                    f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters do not fit in the memory; "
-                    f"fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may"
-                ) from error
-    device = jax.devices()[0]
+                raise does_not_fit(arm, len(lane_numbers(experiment))) from error
     results: dict[str, Any] = {
         "experiment": name,
         "config": config,
@@ -184,7 +211,7 @@ def run_arm(
             )
         going = [line for line in lines if line["status"] == "ok"]
         means = {key: float(np.mean([line[key] for line in going])) for key in lines[0] if key != "status" and going}
-        watcher.epoch_ends(arm.name, epoch, means, int(diverged.sum()))
+        watcher.epoch_ends(arm.name, epoch, means, len(lines) - len(going))
     test = jax.device_get(programs.test(states.parameters, splits["test"]))
     watcher.arm_ends(arm.name)
     lane_results = _lane_results(lanes, test, validation, states)
@@ -205,15 +232,15 @@ def run_arm(
 
 
 def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:
-    """One lane's means of one epoch; of a lane that has diverged, nothing but that."""
+    """One lane's means; of a lane that has diverged, or has a loss that is not finite, nothing but that."""
+    given = {part: part_sums for part, part_sums in sums.items() if part_sums is not None}
+    gone = diverged or not all(np.isfinite(part_sums.loss[lane]) for part_sums in given.values())
     means: dict[str, Any] = {}
-    for part, part_sums in sums.items():
-        if part_sums is not None:
-            means[f"{part}_loss"] = math.nan if diverged else float(part_sums.loss[lane] / part_sums.examples[lane])
-            means[f"{part}_accuracy"] = (
-                math.nan if diverged else float(part_sums.correct[lane] / part_sums.examples[lane])
-            )
-    return {**means, "status": "diverged" if diverged else "ok"}
+    for part, part_sums in given.items():
+        count = part_sums.examples[lane]
+        means[f"{part}_loss"] = math.nan if gone else float(part_sums.loss[lane] / count)
+        means[f"{part}_accuracy"] = math.nan if gone else float(part_sums.correct[lane] / count)
+    return {**means, "status": "diverged" if gone else "ok"}
 
 
 def _lane_results(
@@ -222,9 +249,7 @@ def _lane_results(
     epochs, diverged = np.asarray(states.epochs), np.asarray(states.diverged)
     results = []
     for lane, numbers in enumerate(lanes):
-        # A lane whose last step blew up shows it only here: its loss was finite before every step.
-        gone = bool(diverged[lane]) or not np.isfinite(test.loss[lane])
-        means = _metrics({"test": test, "validation": validation}, lane, gone)
+        means = _metrics({"test": test, "validation": validation}, lane, bool(diverged[lane]))
         results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane])})
     return results
 

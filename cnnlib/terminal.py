@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class RunConsole(Console):
+    """A console whose reader may leave, as `head` does: a run goes on without it, since its results are files."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _means_text(means: dict[str, float], diverged: int) -> str:

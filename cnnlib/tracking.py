@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import tempfile
 import time
@@ -40,10 +41,11 @@ def open_folder(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        old = [folder / name for name in RUN_FILES if (folder / name).exists()]
+        # lexists and lstat: a link that leads nowhere is in the way as well
+        old = [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
         if not old:
             return None
-        began = min(path.stat().st_mtime for path in old)
+        began = min(path.lstat().st_mtime for path in old)
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(began))
         place = folder / "earlier" / stamp
         number = 1

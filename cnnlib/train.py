@@ -122,7 +122,8 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
             step, (state.parameters, state.optimizer_state), (batches, jnp.arange(steps))
         )
         sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size, jnp.int32))
-        finite = jnp.isfinite(sums.loss) & ~state.diverged
+        # The last step's loss is that of the parameters before it, so these are looked at as well.
+        finite = jnp.isfinite(sums.loss) & all_finite(parameters) & ~state.diverged
         trained = State(parameters, optimizer_state, state.epochs + 1, state.diverged)
         frozen = state._replace(diverged=jnp.ones((), bool))
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen), sums
@@ -158,6 +159,11 @@ def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Exa
         return jax.lax.scan(step, Sums(jnp.zeros((), jnp.float32), zero, zero), positions)[0]
 
     return test
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of every leaf is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int = 1) -> Callable[..., Any]:

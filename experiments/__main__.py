@@ -43,7 +43,7 @@ def parser_for(command: str) -> Parser:
             "overrides", metavar="FIELD=VALUE", nargs="*", help="such as epochs=3; `show` prints them all"
         )
     if command == "run":
-        parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: runs/NAME)")
+        parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
     return parser
 
@@ -89,13 +89,11 @@ def command_show(name: str, experiment: Experiment) -> None:
 
 
 def command_run(name: str, experiment: Experiment, out: Path) -> None:
-    from rich.console import Console
-
     from cnnlib import report, tracking
     from cnnlib.run import run
-    from cnnlib.terminal import watcher_for
+    from cnnlib.terminal import RunConsole, watcher_for
 
-    console = Console()
+    console = RunConsole()
     with watcher_for(console) as watcher:
         results = run(experiment, name, out, watcher)
     tracking.write_whole(out / "table.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8"))
@@ -116,17 +114,31 @@ def main(arguments: Sequence[str]) -> int:
         if command == "list":
             command_list()
             return 0
+        if command == "run" and options.out == "":
+            raise UserError("--out needs a folder")
         experiment = override(EXPERIMENTS.get(options.name), options.overrides)
         if command == "show":
             command_show(options.name, experiment)
         else:
-            command_run(options.name, experiment, options.out or Path("runs") / options.name)
+            command_run(options.name, experiment, Path(options.out or Path("runs", options.name)))
         return 0
-    except UserError as error:
+    except Exception as error:
         if "--traceback" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        told = " ".join(str(error).split())
+        if isinstance(error, UserError):
+            print(f"error: {told}", file=sys.stderr)
+            return 2
+        # Not the user's mistake as far as we know. It still is one line, and never a success.
+        kind = type(error).__name__
+        print(f"error: unexpected {kind}: {told[:300]} (--traceback shows where)", file=sys.stderr)
+        return 1
+
+
+def end(status: int) -> NoReturn:
+    """Leaves at once: JAX's threads may be at work still, and an interpreter that tears down under them crashes."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -134,9 +146,8 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+        end(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
         print("interrupted", file=sys.stderr)
+        end(128 + signal.SIGINT)
     sys.exit(status)

@@ -66,7 +66,6 @@ def test_what_the_readme_concludes_follows_from_the_stored_results():
     assert round(lenet5["parameters"] / full["parameters"], 2) == 0.23
     assert lenet5["macs"] > full["macs"] > matched["macs"]
     assert lenet5["train_seconds_per_lane"] > full["train_seconds_per_lane"]
-    assert RESULTS["wall_seconds"] < 60
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):

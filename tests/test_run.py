@@ -14,7 +14,7 @@ from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from
 from cnnlib.data import describe
 from cnnlib.errors import UserError
 from cnnlib.resolve import resolve
-from cnnlib.run import _headline, _settings, lanes_at_a_time, run
+from cnnlib.run import _headline, _settings, first_device, lanes_at_a_time, run
 from cnnlib.spec import parse_model
 
 EXPERIMENT = Experiment(
@@ -189,7 +189,7 @@ def test_an_arm_that_does_not_fit_in_the_memory_is_named(tmp_path):
     huge = Arm("huge", parse_model("dense:99999999999 dense:classes"))  # 300 TB
     with pytest.raises(UserError, match="arm huge: 2 lanes of 78,799,999,999,215 parameters do not fit"):
         run(Experiment(**{**vars(EXPERIMENT), "arms": (huge,), "optim": Optim()}), "tiny", tmp_path, Silent())
-    assert not (tmp_path / "results.json").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
@@ -212,6 +212,31 @@ def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path):
     (tmp_path / "results.json").write_text("newer")
     tracking.open_folder(tmp_path)
     assert sorted(path.read_text() for path in (tmp_path / "earlier").rglob("results.json")) == ["newer", "old"]
+
+
+def test_a_link_that_leads_nowhere_is_moved_aside(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "gone" / "file")
+    assert tracking.open_folder(tmp_path) is not None
+    assert not (tmp_path / "metrics.jsonl").is_symlink()
+
+
+def test_a_platform_that_is_not_there_is_a_user_error(monkeypatch):
+    def fails():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fails)
+    with pytest.raises(UserError, match="JAX finds no device"):
+        first_device()
+
+
+def test_metrics_say_what_results_say_of_a_lane_that_blows_up_in_its_last_step(tmp_path):
+    deep = Arm("deep", parse_model("dense:50 dense:50 dense:50 dense:50 dense:50 dense:classes"))
+    optim = Optim("sgd", learning_rate=(9e8,), momentum=(0.0,))
+    changes = {"arms": (deep,), "optim": optim, "epochs": 1, "batch_size": 3800}
+    (arm,) = run(Experiment(**{**vars(EXPERIMENT), **changes}), "tiny", tmp_path, Silent())["arms"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == [lane["status"] for lane in arm["lanes"]] == ["diverged"] * 2
+    assert all(line["validation_accuracy"] is None for line in lines)
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
