@@ -153,6 +153,14 @@ def test_a_lane_once_marked_stays_as_it_is():
     assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves(marked)))
 
 
+def test_a_last_step_that_leaves_nothing_finite_counts_as_diverged():
+    one_step = recipe(FULL, optim=Optim("sgd"), batch_size=160)
+    states, sums = trained(one_step, lanes(0, 1, learning_rate=[3e38, 0.01]), epochs=1)
+    assert np.isfinite(sums.loss).all()  # the loss is that of the parameters before the step
+    assert states.diverged.tolist() == [True, False] and states.epochs.tolist() == [0, 1]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states.parameters))
+
+
 def test_evaluation_counts_every_example_once_whatever_the_batch():
     """A model that answers with the brightest of three pixels, whose right answers are counted by hand."""
     model = recipe("dense:3")._replace(input_shape=(3, 1))
