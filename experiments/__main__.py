@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
             command_run(options.name, experiment, Path(options.out or Path("runs", options.name)))
         return 0
     except Exception as error:
-        if "--traceback" in arguments:
+        if "--traceback" in arguments or isinstance(error, BrokenPipeError):
             raise
         told = " ".join(str(error).split())
         if isinstance(error, UserError):

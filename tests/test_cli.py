@@ -131,6 +131,8 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m experiments show fc_vs_conv | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "fc_vs_conv\n" and done.stderr == ""
+    nobody = f"{sys.executable} -u -m experiments show fc_vs_conv | true"  # unbuffered: the first print meets no reader
+    assert subprocess.run(["bash", "-c", nobody], cwd=tmp_path, capture_output=True, check=False).stderr == b""
 
 
 def test_a_run_goes_on_when_its_reader_stops(tmp_path):

@@ -155,7 +155,7 @@ def test_a_lane_once_marked_stays_as_it_is():
 
 def test_a_last_step_that_leaves_nothing_finite_counts_as_diverged():
     one_step = recipe(FULL, optim=Optim("sgd"), batch_size=160)
-    states, sums = trained(one_step, lanes(0, 1, learning_rate=[3e38, 0.01]), epochs=1)
+    states, sums = trained(one_step, lanes(0, 1, learning_rate=[3e38, 0.01], weight_decay=[1e6, 0.0]), epochs=1)
     assert np.isfinite(sums.loss).all()  # the loss is that of the parameters before the step
     assert states.diverged.tolist() == [True, False] and states.epochs.tolist() == [0, 1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states.parameters))
