@@ -16,6 +16,8 @@ Parameters = dict[str, Any]
 """Layer by layer, by position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`; a residual's layers nest."""
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
+NON_DECREASING = {"relu", "tanh"}
+"""Activations that commute with a maximum."""
 KERNEL_INIT = nn.initializers.lecun_normal()
 
 
@@ -28,6 +30,8 @@ class Affine(nn.Module):
 
     layer: Conv | Dense
     compute_dtype: DTypeLike
+    pool: Layer | None = None
+    """Pooling between the product and the bias (see `Network`)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
@@ -44,7 +48,10 @@ class Affine(nn.Module):
         if isinstance(layer, Dense):
             x = x @ kernel
         else:
-            x = ops.conv(x, kernel, strides=layer.strides, padding=layer.padding, dilation=layer.dilation)
+            conv = ops.conv2d if x.ndim == 4 else ops.conv1d
+            x = conv(x, kernel, strides=layer.strides, padding=layer.padding, dilation=layer.dilation)
+        if isinstance(self.pool, MaxPool):
+            x = max_pool(x, self.pool)
         if layer.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (features,), jnp.float32)
             # Spelled out, since the test session raises on implicit rank promotion.
@@ -56,6 +63,9 @@ class Network(nn.Module):
     """A sequence of layers as a Flax module: `init(key, x)` gives variables, `apply(variables, x)` the output.
 
     `x` is `(batch, *spatial, channel)`, float; the output is of `compute_dtype`.
+
+    A bias, a rounding and a non-decreasing activation commute with a maximum: max pooling after them gives the same
+    values as before them. So it comes first, and they run on what is left, a quarter for a window of 2x2.
     """
 
     layers: tuple[Layer, ...]
@@ -64,22 +74,44 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
         x = x.astype(self.compute_dtype)
+        early = pools_before_bias(self.layers)
         for index, layer in enumerate(self.layers):
-            x = self.apply_layer(layer, x, f"layer_{index}")
+            if index not in early.values():
+                pool = early.get(index)
+                x = self.apply_layer(layer, x, f"layer_{index}", None if pool is None else self.layers[pool])
         return x
 
-    def apply_layer(self, layer: Layer, x: Array, name: str) -> Array:
+    def apply_layer(self, layer: Layer, x: Array, name: str, pool: Layer | None) -> Array:
         match layer:
             case Conv() | Dense():
-                return Affine(layer, self.compute_dtype, name=name)(x)
+                return Affine(layer, self.compute_dtype, pool, name=name)(x)
             case MaxPool():
-                return ops.max_pool(x, layer.window_shape, layer.strides, layer.padding)
+                return max_pool(x, layer)
             case AvgPool():
                 return ops.avg_pool(x, layer.window_shape, layer.strides, layer.padding)
             case Activation():
                 return ACTIVATIONS[layer.function](x)
             case Residual():
                 return x + Network(layer.layers, self.compute_dtype, name=name)(x)
+
+
+def max_pool(x: Array, layer: MaxPool) -> Array:
+    """The layer applied to `(batch, *spatial, channel)`."""
+    return ops.max_pool(x, layer.window_shape, layer.strides, layer.padding)
+
+
+def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
+    """Positions of convolutions, each with that of the max pooling that may move to before its bias."""
+    pools = {}
+    for index, layer in enumerate(layers):
+        after = index + 1
+        while after < len(layers) and isinstance(between := layers[after], Activation):
+            if between.function not in NON_DECREASING:
+                break
+            after += 1
+        if isinstance(layer, Conv) and after < len(layers) and isinstance(layers[after], MaxPool):
+            pools[index] = after
+    return pools
 
 
 def logits(network: Network, parameters: Parameters, x: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:

@@ -10,9 +10,9 @@ import experiments
 
 FLOORS = [
     {"errors"},
-    {"spec", "registry"},
-    {"architectures", "cost", "ops"},
-    {"config"},
+    {"spec", "registry", "kernels"},
+    {"architectures", "cost", "primitives"},
+    {"config", "ops"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"resolve", "train", "tracking"},
     {"run", "report", "terminal"},

@@ -85,14 +85,6 @@ def test_a_lane_equals_the_same_model_trained_alone(text):
             assert_close(lane(together.parameters, index), alone[index])
 
 
-def test_one_lane_is_not_vectorised_over_itself():
-    """A vmap over a single convolutional model would make a grouped convolution of it, which is slow."""
-    mapped = train.over_lanes(train.epoch(recipe()), 1, lane_arguments=2)
-    states = jax.eval_shape(train.over_lanes(train.initialize(recipe()), 1), lanes(0))
-    jaxpr = str(jax.make_jaxpr(mapped)(states, lanes(0), examples()))
-    assert "f32[20,12,12,1]" in jaxpr and "f32[1,20,12,12,1]" not in jaxpr
-
-
 def test_lanes_of_other_seeds_or_other_numbers_differ():
     states, _ = trained(
         recipe(), lanes(0, 1, 0, 0, 0, learning_rate=[0.01] * 3 + [0.02, 0.01], weight_decay=[0, 0, 0, 0, 0.1])

@@ -1,0 +1,437 @@
+// Correlation and pooling of channels-last float32 maps on a CPU, called by XLA through its foreign function interface.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Span<const int64_t>;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kRows = 14;
+#else
+constexpr int kWidth = 8, kRows = 6;
+#endif
+typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+constexpr int kPartialSums = 16;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Runs work(0) ... work(chunks - 1), each once, on the caller and on XLA's threads.
+template <typename Work>
+void parallel(ffi::ThreadPool& pool, int64_t chunks, Work work) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto drain = [shared, chunks](const Work& work) {
+    for (int64_t chunk; (chunk = shared->next.fetch_add(1)) < chunks;) {
+      work(chunk);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
+  for (int64_t i = 0; i < helpers; ++i)
+    pool.Schedule([drain, shared, chunks, &work] {
+      if (shared->next.load() < chunks) drain(work);
+    });
+  drain(work);
+  while (shared->done.load(std::memory_order_acquire) < chunks) std::this_thread::yield();
+}
+
+template <typename Work>
+void parallel_over_images(ffi::ThreadPool& pool, int64_t images, Work work) {
+  const int64_t chunk_size = std::max<int64_t>(1, images / 32);
+  parallel(pool, (images + chunk_size - 1) / chunk_size, [&](int64_t chunk) {
+    for (int64_t n = chunk * chunk_size; n < std::min(images, (chunk + 1) * chunk_size); ++n) work(n);
+  });
+}
+
+// Where a kernel of (height, width) taps meets an image of (height, width, channels), and what it makes of it.
+struct Geometry {
+  int64_t height, width, channels;
+  int64_t out_height, out_width, features;
+  int64_t kernel_height, kernel_width;
+  int64_t stride[2], low[2], x_dilation[2], kernel_dilation[2];
+  // Neighbouring output columns that are computed as one position with more features.
+  int64_t fold = 1;
+  int64_t padded_height, padded_width;
+  bool copies;
+
+  Geometry(Integers x, Integers kernel, Integers y, Integers strides, Integers lows, Integers x_dilations,
+           Integers kernel_dilations)
+      : height(x[2]), width(x[3]), channels(x[4]), out_height(y[2]), out_width(y[3]), features(y[4]),
+        kernel_height(kernel[1]), kernel_width(kernel[2]) {
+    for (int axis : {0, 1}) {
+      stride[axis] = strides[axis];
+      low[axis] = lows[axis];
+      x_dilation[axis] = x_dilations[axis];
+      kernel_dilation[axis] = kernel_dilations[axis];
+    }
+    fold_columns();
+    padded_height = (out_height - 1) * stride[0] + (kernel_height - 1) * kernel_dilation[0] + 1;
+    padded_width = (out_width - 1) * stride[1] + (kernel_width - 1) * kernel_dilation[1] + 1;
+    copies = low[0] != 0 || low[1] != 0 || x_dilation[0] != 1 || x_dilation[1] != 1 || padded_height > height ||
+             padded_width > width;
+    if (!copies) padded_height = height, padded_width = width;
+  }
+
+  // Few features leave most of a vector empty. So `fold` neighbouring columns of the output, which are neighbours in
+  // memory too, are taken as the features of one position, and the kernel widens by as many strides: it holds itself
+  // once a column, shifted, among zeros. Chosen is the fold that wastes the fewest lanes and taps.
+  void fold_columns() {
+    if (kernel_dilation[1] != 1) return;
+    auto useful = [&](int64_t columns) {
+      double lanes = double(columns * features) / round_up(columns * features, kWidth);
+      return lanes * kernel_width / (kernel_width + (columns - 1) * stride[1]);
+    };
+    int64_t best = 1;
+    for (int64_t columns = 2; columns * features <= kWidth; ++columns)
+      if (out_width % columns == 0 && useful(columns) > useful(best)) best = columns;
+    fold = best;
+    kernel_width += (fold - 1) * stride[1];
+    out_width /= fold;
+    features *= fold;
+    stride[1] *= fold;
+  }
+
+  int64_t image_size() const { return height * width * channels; }
+  int64_t positions() const { return out_height * out_width; }
+  int64_t rows() const { return kernel_height * kernel_width * channels; }
+  int64_t row_size() const { return round_up(features, kWidth); }
+
+  // Calls see(packed, plain) with the offsets of each run of features in a packed kernel and in the caller's.
+  template <typename See>
+  void each_run(See see) const {
+    int64_t plain_features = features / fold, step = stride[1] / fold;
+    int64_t plain_width = kernel_width - (fold - 1) * step;
+    for (int64_t i = 0; i < kernel_height; ++i)
+      for (int64_t column = 0; column < fold; ++column)
+        for (int64_t j = 0; j < plain_width; ++j)
+          for (int64_t c = 0; c < channels; ++c)
+            see(((i * kernel_width + j + column * step) * channels + c) * row_size() + column * plain_features,
+                ((i * plain_width + j) * channels + c) * plain_features);
+  }
+
+  std::vector<int32_t> offsets(int64_t rows, int64_t columns, const int64_t (&steps)[2]) const {
+    std::vector<int32_t> result;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) result.push_back((i * steps[0] * padded_width + j * steps[1]) * channels);
+    return result;
+  }
+  std::vector<int32_t> position_offsets() const { return offsets(out_height, out_width, stride); }
+  std::vector<int32_t> tap_offsets() const { return offsets(kernel_height, kernel_width, kernel_dilation); }
+
+  // The image with its padding and dilation spelled out, in scratch that holds zeros elsewhere.
+  const float* padded(const float* image, std::vector<float>& scratch) const {
+    if (!copies) return image;
+    scratch.resize(padded_height * padded_width * channels);  // new elements are zero, and stay so
+    for (int64_t i = 0; i < height; ++i) {
+      int64_t row = i * x_dilation[0] + low[0];
+      if (row < 0 || row >= padded_height) continue;
+      float* to = scratch.data() + row * padded_width * channels;
+      const float* from = image + i * width * channels;
+      if (x_dilation[1] == 1) {
+        int64_t first = std::max<int64_t>(0, -low[1]), last = std::min(width, padded_width - low[1]);
+        if (first < last)
+          std::memcpy(to + (first + low[1]) * channels, from + first * channels, 4 * (last - first) * channels);
+      } else {
+        for (int64_t j = 0; j < width; ++j) {
+          int64_t column = j * x_dilation[1] + low[1];
+          if (column >= 0 && column < padded_width)
+            std::memcpy(to + column * channels, from + j * channels, 4 * channels);
+        }
+      }
+    }
+    return scratch.data();
+  }
+};
+
+// kRows positions by kVectors vectors of output channels, held in registers over all taps and input channels.
+template <int kVectors>
+void forward_tile(const float* image, const int32_t* position, const std::vector<int32_t>& taps, int64_t channels,
+                  const float* kernel, int64_t kernel_row, Vector (&sum)[kRows][kVectors]) {
+  Vector s[kRows][kVectors] = {};
+  const float* from[kRows];
+  for (int r = 0; r < kRows; ++r) from[r] = image + position[r];
+  for (int32_t tap : taps)
+    for (int64_t c = 0; c < channels; ++c, kernel += kernel_row) {
+      Vector k[kVectors];
+      for (int v = 0; v < kVectors; ++v) k[v] = load(kernel + v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        float x = from[r][tap + c];
+        for (int v = 0; v < kVectors; ++v) s[r][v] += x * k[v];
+      }
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = s[r][v];
+}
+
+template <int kVectors>
+void forward_block(const Geometry& g, const float* image, const std::vector<int32_t>& positions,
+                   const std::vector<int32_t>& taps, const float* kernel, int64_t feature, float* y) {
+  int64_t count = positions.size();
+  int64_t kept = std::min<int64_t>(kVectors * kWidth, g.features - feature);
+  for (int64_t start = 0; start < count; start += kRows) {
+    int32_t position[kRows];
+    for (int r = 0; r < kRows; ++r) position[r] = positions[std::min<int64_t>(start + r, count - 1)];
+    Vector sum[kRows][kVectors];
+    forward_tile<kVectors>(image, position, taps, g.channels, kernel + feature, g.row_size(), sum);
+    int rows = std::min<int64_t>(kRows, count - start);
+    for (int r = 0; r < rows; ++r) {
+      float* to = y + (start + r) * g.features + feature;
+      if (kept == kVectors * kWidth)
+        for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, sum[r][v]);
+      else
+        std::memcpy(to, sum[r], 4 * kept);
+    }
+  }
+}
+
+// One row of the kernel (or one tap) times kTile of its values by kVectors of output channels, over all positions.
+template <int kTile, int kVectors>
+void gradient_tile(const float* image, const std::vector<int32_t>& positions, const float* gradient, int64_t row_size,
+                   float* sums) {
+  Vector s[kTile][kVectors];
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < kVectors; ++v) s[r][v] = load(sums + r * row_size + v * kWidth);
+  for (int32_t position : positions) {
+    const float* x = image + position;
+    Vector g[kVectors];
+    for (int v = 0; v < kVectors; ++v) g[v] = load(gradient + v * kWidth);
+    gradient += row_size;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTile; ++r)
+      for (int v = 0; v < kVectors; ++v) s[r][v] += x[r] * g[v];
+  }
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < kVectors; ++v) store(sums + r * row_size + v * kWidth, s[r][v]);
+}
+
+using GradientTile = void (*)(const float*, const std::vector<int32_t>&, const float*, int64_t, float*);
+template <int kVectors, int... kTiles>
+GradientTile gradient_tile_of(int tile, std::integer_sequence<int, kTiles...>) {
+  static const GradientTile table[] = {gradient_tile<kTiles + 1, kVectors>...};
+  return table[tile - 1];
+}
+
+// y[l, n] = the correlation of x[l, n] with kernel[l]: x (lane, image, height, width, channel), kernel (lane, height,
+// width, channel, feature).
+ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultBuffer<ffi::F32> y, Integers strides,
+                     Integers low, Integers x_dilation, Integers kernel_dilation) {
+  const Geometry g(x.dimensions(), kernel.dimensions(), y->dimensions(), strides, low, x_dilation, kernel_dilation);
+  const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
+  const auto positions = g.position_offsets(), taps = g.tap_offsets();
+  const int64_t kernel_size = g.rows() * g.row_size(), plain_size = kernel.element_count() / lanes;
+  const float* packed = kernel.typed_data();
+  std::vector<float> storage;
+  if (g.fold > 1 || g.row_size() != g.features) {
+    storage.resize(lanes * kernel_size);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      g.each_run([&](int64_t to, int64_t from) {
+        std::memcpy(&storage[lane * kernel_size + to], packed + lane * plain_size + from, 4 * g.features / g.fold);
+      });
+    packed = storage.data();
+  }
+  const int64_t chunk_size = std::max<int64_t>(1, batch / 32), chunks = (batch + chunk_size - 1) / chunk_size;
+  parallel(pool, lanes * chunks, [&](int64_t chunk) {
+    std::vector<float> scratch;
+    const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
+    const float* k = packed + lane * kernel_size;
+    for (int64_t n = lane * batch + first; n < lane * batch + std::min(batch, first + chunk_size); ++n) {
+      const float* image = g.padded(x.typed_data() + n * g.image_size(), scratch);
+      float* to = y->typed_data() + n * g.positions() * g.features;
+      int64_t feature = 0;
+      for (; feature + kWidth < g.row_size(); feature += 2 * kWidth)
+        forward_block<2>(g, image, positions, taps, k, feature, to);
+      if (feature < g.row_size()) forward_block<1>(g, image, positions, taps, k, feature, to);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// result[l] = the sum over images of x[l, n], shifted by each tap, times gradient[l, n]; shapes as in Correlate.
+ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::ResultBuffer<ffi::F32> result,
+                          Integers strides, Integers low, Integers x_dilation, Integers kernel_dilation) {
+  const Geometry g(x.dimensions(), result->dimensions(), gradient.dimensions(), strides, low, x_dilation,
+                   kernel_dilation);
+  const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
+  const auto positions = g.position_offsets(), taps = g.tap_offsets();
+  const int64_t row_size = g.row_size(), kernel_size = g.rows() * row_size;
+  // Taps that follow one another in memory make one segment.
+  std::vector<std::pair<int32_t, int64_t>> segments;
+  for (int32_t tap : taps)
+    if (!segments.empty() && tap == segments.back().first + segments.back().second)
+      segments.back().second += g.channels;
+    else
+      segments.emplace_back(tap, g.channels);
+  // As many partial sums whatever the machine, added in order: the result depends on neither threads nor timing.
+  const int64_t chunk_size = (batch + kPartialSums - 1) / kPartialSums, chunks = (batch + chunk_size - 1) / chunk_size;
+  std::vector<float> partial(lanes * chunks * kernel_size);
+  parallel(pool, lanes * chunks, [&](int64_t chunk) {
+    std::vector<float> scratch, wide;
+    if (row_size != g.features) wide.resize(g.positions() * row_size);
+    const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
+    for (int64_t n = lane * batch + first; n < lane * batch + std::min(batch, first + chunk_size); ++n) {
+      const float* image = g.padded(x.typed_data() + n * g.image_size(), scratch);
+      const float* from = gradient.typed_data() + n * g.positions() * g.features;
+      if (row_size != g.features) {
+        for (int64_t p = 0; p < g.positions(); ++p)
+          std::memcpy(&wide[p * row_size], from + p * g.features, 4 * g.features);
+        from = wide.data();
+      }
+      for (int64_t feature = 0; feature < row_size; feature += 2 * kWidth) {
+        float* to = &partial[chunk * kernel_size + feature];
+        for (auto [offset, length] : segments)
+          for (int64_t start = 0; start < length; start += kRows) {
+            const int64_t tile = std::min<int64_t>(kRows, length - start);
+            const auto sizes = std::make_integer_sequence<int, kRows>();
+            const bool two = feature + kWidth < row_size;
+            (two ? gradient_tile_of<2>(tile, sizes) : gradient_tile_of<1>(tile, sizes))(
+                image + offset + start, positions, from + feature, row_size, to);
+            to += tile * row_size;
+          }
+      }
+    }
+  });
+  const int64_t plain_size = result->element_count() / lanes;
+  std::fill_n(result->typed_data(), result->element_count(), 0.0f);
+  for (int64_t chunk = 0; chunk < lanes * chunks; ++chunk)
+    g.each_run([&](int64_t packed, int64_t plain) {
+      const float* from = &partial[chunk * kernel_size + packed];
+      float* to = result->typed_data() + chunk / chunks * plain_size + plain;
+      for (int64_t f = 0; f < g.features / g.fold; ++f) to[f] += from[f];
+    });
+  return ffi::Error::Success();
+}
+
+// Max pooling of (image, height, width, channel).
+struct Pooling {
+  int64_t height, width, channels, out_height, out_width;
+  Integers window, strides, low;
+
+  // The rows (axis 0) or columns (axis 1) of the image under the window at a position.
+  std::pair<int64_t, int64_t> under(int axis, int64_t position) const {
+    const int64_t start = position * strides[axis] - low[axis], size = axis == 0 ? height : width;
+    return {std::max<int64_t>(start, 0), std::min(start + window[axis], size)};
+  }
+  int64_t in_size() const { return height * width * channels; }
+  int64_t out_size() const { return out_height * out_width * channels; }
+
+  // Calls see(output, taps, tap_count, lanes) with offsets into one image, for every position and up to kWidth channels.
+  template <typename See>
+  void each_vector(See see) const {
+    std::vector<int64_t> taps(window[0] * window[1]);
+    for (int64_t i = 0; i < out_height; ++i) {
+      const auto [top, bottom] = under(0, i);
+      for (int64_t j = 0; j < out_width; ++j) {
+        const auto [left, right] = under(1, j);
+        for (int64_t c = 0; c < channels; c += kWidth) {
+          int64_t count = 0;
+          for (int64_t h = top; h < bottom; ++h)
+            for (int64_t w = left; w < right; ++w) taps[count++] = (h * width + w) * channels + c;
+          see((i * out_width + j) * channels + c, taps.data(), count, std::min<int64_t>(kWidth, channels - c));
+        }
+      }
+    }
+  }
+};
+
+// `lanes` values from p on, and what follows or zeros after them; `end` is where the memory of p ends.
+inline Vector load(const float* p, const float* end, int64_t lanes) {
+  if (p + kWidth <= end) return load(p);
+  Vector v = {};
+  std::memcpy(&v, p, 4 * lanes);
+  return v;
+}
+// The counterpart. Where there is room it overwrites what follows, which the caller fills in later.
+inline void store(float* p, const float* end, int64_t lanes, Vector v) {
+  if (p + kWidth <= end)
+    store(p, v);
+  else
+    std::memcpy(p, &v, 4 * lanes);
+}
+
+ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::F32> y, Integers window, Integers strides,
+                   Integers low) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  const Pooling p{in[1], in[2], in[3], out[1], out[2], window, strides, low};
+  parallel_over_images(pool, in[0], [&](int64_t n) {
+    const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
+    float *to = y->typed_data() + n * p.out_size(), *to_end = to + p.out_size();
+    p.each_vector([&](int64_t output, const int64_t* taps, int64_t count, int64_t lanes) {
+      Vector best = load(from + taps[0], from_end, lanes);
+      for (int64_t t = 1; t < count; ++t) {
+        const Vector v = load(from + taps[t], from_end, lanes);
+        best = ((v > best) | (v != v)) ? v : best;  // what is not a number wins
+      }
+      store(to + output, to_end, lanes, best);
+    });
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of each window goes to the values that equal its largest, in equal shares.
+ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Floats x, Floats y, Floats gradient, ffi::ResultBuffer<ffi::F32> result,
+                           Integers window, Integers strides, Integers low) {
+  const auto in = x.dimensions(), out = y.dimensions();
+  const Pooling p{in[1], in[2], in[3], out[1], out[2], window, strides, low};
+  const Vector zero = {};
+  // Windows that tile the image, in whole vectors, meet each value once: it is written, not added to.
+  const bool tiles = p.channels % kWidth == 0 && p.height == p.out_height * window[0] && strides[0] == window[0] &&
+                     p.width == p.out_width * window[1] && strides[1] == window[1] && low[0] == 0 && low[1] == 0;
+  parallel_over_images(pool, in[0], [&](int64_t n) {
+    const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
+    const float *largest = y.typed_data() + n * p.out_size(), *largest_end = largest + p.out_size();
+    const float *share = gradient.typed_data() + n * p.out_size(), *share_end = share + p.out_size();
+    float *to = result->typed_data() + n * p.in_size(), *to_end = to + p.in_size();
+    if (!tiles) std::fill(to, to_end, 0.0f);
+    p.each_vector([&](int64_t output, const int64_t* taps, int64_t count, int64_t lanes) {
+      const Vector best = load(largest + output, largest_end, lanes);
+      Vector winners = {};
+      for (int64_t t = 0; t < count; ++t) winners += load(from + taps[t], from_end, lanes) == best ? zero + 1 : zero;
+      Vector each = load(share + output, share_end, lanes) / winners;
+      for (int64_t lane = lanes; lane < kWidth; ++lane) each[lane] = 0;  // these belong to the next position
+      for (int64_t t = 0; t < count; ++t) {
+        const Vector won = load(from + taps[t], from_end, lanes) == best ? each : zero;
+        if (tiles)
+          store(to + taps[t], won);
+        else
+          store(to + taps[t], to_end, lanes, load(to + taps[t], to_end, lanes) + won);
+      }
+    });
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+using ffi::Ffi;
+#define CORRELATION_ATTRIBUTES \
+  .Attr<Integers>("strides").Attr<Integers>("low").Attr<Integers>("x_dilation").Attr<Integers>("kernel_dilation")
+#define POOLING_ATTRIBUTES .Attr<Integers>("window").Attr<Integers>("strides").Attr<Integers>("low")
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_correlate, Correlate,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>() CORRELATION_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_kernel_gradient, KernelGradient,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>() CORRELATION_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_max_pool, MaxPool,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>() POOLING_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_max_pool_gradient, MaxPoolGradient,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>() POOLING_ATTRIBUTES);
