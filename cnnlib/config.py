@@ -118,7 +118,8 @@ class Lanes:
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One lane a seed (initial weights, order of the data, augmentation) for every combination of traced numbers."""
     at_a_time: int | None = None
-    """Lanes that are vectorised together; 1: one after another. None: the default of the backend and the arm."""
+    """Lanes that are vectorised together; 1: one after another. None: one where a CPU convolves, else as many as fit in
+    the memory."""
 
     def __post_init__(self) -> None:
         _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
@@ -155,6 +156,8 @@ class Experiment:
     """Examples a step; an epoch drops the last, incomplete batch of its own random order."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, where the next run of the same program finds them."""
 
     def __post_init__(self) -> None:
         _require(len(self.arms) > 0, "an experiment needs at least one arm")

@@ -77,7 +77,7 @@ def caption(results: dict[str, Any]) -> str:
         f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test; "
         f"{config['epochs']} epochs in {config['compute_dtype']}. Interval: Student's t over n lanes. "
         f"Connections and multiply-adds an example count taps on padding, not biases. "
-        f"{device['count']} x {device['kind']}, jax {results['versions']['jax']}, "
+        f"{device['count']} x {device['kind']}, {device['kernels']} kernels, jax {results['versions']['jax']}, "
         f"{results['wall_seconds']:.0f} s in all."
     )
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnlib import tracking, train
+from cnnlib import kernels, tracking, train
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
 from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import UserError
-from cnnlib.models import network
+from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of
 from cnnlib.resolve import ResolvedArm, resolve
 from cnnlib.spec import shape_text
 from cnnlib.stats import mean_interval
@@ -31,24 +31,15 @@ class Watcher(Protocol):
     def says(self, text: str) -> None:
         """Something that the user should know, in one line."""
 
-    def arm_begins(self, name: str, lanes: int, epochs: int) -> None: ...
+    def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
+        """The arm's programs are to be compiled; every arm's are before the first one trains."""
 
-    def training_begins(self, name: str) -> None:
-        """The arm's programs are compiled."""
+    def training_begins(self, name: str) -> None: ...
 
     def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
         """`means` over the lanes that have not diverged: `train_loss` and, if there is any, `validation_accuracy`."""
 
     def arm_ends(self, name: str) -> None: ...
-
-
-def lanes_at_a_time(experiment: Experiment, arm: ResolvedArm, lanes: int, platform: str) -> int:
-    """How many lanes are vectorised together: `lanes.at_a_time`, else one where a CPU convolves, else all.
-
-    On a CPU one convolutional model fills the cores, and convolutions vectorised over weights are slow there.
-    """
-    default = 1 if platform == "cpu" and arm.model.connectivity == "conv" else lanes
-    return min(experiment.lanes.at_a_time or default, lanes)
 
 
 def first_device() -> jax.Device:
@@ -62,100 +53,55 @@ def first_device() -> jax.Device:
         ) from error
 
 
-def check_memory(experiment: Experiment, arm: ResolvedArm, device: jax.Device) -> None:
-    """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory holds."""
-    statistics = device.memory_stats() or {}
-    memory = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lanes = len(lane_numbers(experiment))
-    if 4 * arm.count.parameters * (lanes + 1) > memory:
-        raise does_not_fit(arm, lanes)
-
-
-def does_not_fit(arm: ResolvedArm, lanes: int) -> UserError:
-    """What to say of an arm that needs more memory than there is."""
-    return UserError(
-        f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters do not fit in the memory; "
-        f"fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may"
-    )
-
-
-class Programs(NamedTuple):
-    """The compiled programs of one arm, all lanes at once, and the seconds that compiling them took."""
-
-    initialize: Any
-    epoch: Any
-    test: Any
-    validate: Any
-    """None without validation examples."""
-    compile_seconds: float
-
-
-def compile_programs(
-    experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers, splits: dict[str, Examples]
-) -> Programs:
-    """Compiles every program of an arm ahead of its first call."""
-    recipe = Recipe(
-        network(arm.model, jnp.dtype(experiment.compute_dtype)),
-        arm.input_shape,
-        experiment.optim,
-        experiment.augment,
-        experiment.batch_size,
-        experiment.epochs,
-    )
-    lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
-    at_a_time = lanes_at_a_time(experiment, arm, lanes, jax.devices()[0].platform)
-    start = time.perf_counter()
-    # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
-    initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
-    states = jax.eval_shape(initialize, numbers)
-    epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
-    evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
-    return Programs(
-        initialize.lower(numbers).compile(),
-        epoch.lower(states, numbers, splits["train"]).compile(),
-        evaluate.lower(states.parameters, splits["test"]).compile(),
-        evaluate.lower(states.parameters, splits["validation"]).compile() if "validation" in splits else None,
-        time.perf_counter() - start,
-    )
-
-
 def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[str, Any]:
     """Trains every lane of every arm and writes `config.json`, `metrics.jsonl` and `results.json` to `out`.
 
-    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together, and
-    for an arm whose activations do not fit in the memory, which shows only as it runs: without `results.json`, then.
+    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together or
+    does not fit in the memory.
     """
     began = time.perf_counter()
     device = first_device()
     resolve(experiment, describe(experiment.data))
     data_set = load(experiment.data)
     arms = resolve(experiment, data_set.description)
+    tracking.check_folder(out)
     for arm in arms:
-        check_memory(experiment, arm, device)
+        check_parameters_fit(experiment, arm, device)
     splits = on_device(data_set)
+    shape = shape_text(data_set.description.input_shape)
+    watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
+    cpu_kernels = kernels_for(arms, device, watcher)
+    lanes = lane_numbers(experiment)
+    columns = zip(*lanes, strict=True)
+    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
+    programs: dict[Recipe, Programs] = {}
+    with compile_cache(experiment.compile_cache):
+        for arm in arms:
+            watcher.arm_begins(arm.name, len(lanes), experiment.epochs)
+            if (recipe := recipe_of(experiment, arm)) not in programs:
+                programs[recipe] = compile_programs(experiment, arm, numbers, splits, device)
     earlier = tracking.open_folder(out)
     if earlier is not None:
         watcher.says(f"the files of an earlier run moved to {earlier}")
-    shape = shape_text(data_set.description.input_shape)
-    watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
     config = to_dict(experiment)
     tracking.write_whole(
         out / "config.json", lambda path: path.write_text(tracking.to_json({"experiment": name, **config}))
     )
     with tracking.JsonLines(out / "metrics.jsonl") as metrics:
-        arm_results = []
-        for arm in arms:
-            try:
-                arm_results.append(run_arm(experiment, arm, splits, metrics, watcher))
-            except jax.errors.JaxRuntimeError as error:
-                if "out of memory" not in str(error).lower():
-                    raise
-                raise does_not_fit(arm, len(lane_numbers(experiment))) from error
+        arm_results = [
+            run_arm(experiment, arm, programs[recipe_of(experiment, arm)], numbers, splits, metrics, watcher)
+            for arm in arms
+        ]
     results: dict[str, Any] = {
         "experiment": name,
         "config": config,
         "data": {"name": data_set.description.name, **data_set.description.counts},
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "kernels": cpu_kernels,
+        },
         "versions": tracking.versions(),
         "commit": tracking.commit(),
         "wall_seconds": time.perf_counter() - began,
@@ -165,6 +111,18 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
     # As the file says it: what is not finite is None.
     plain: dict[str, Any] = tracking.plain(results)
     return plain
+
+
+def kernels_for(arms: tuple[ResolvedArm, ...], device: jax.Device, watcher: Watcher) -> str:
+    """Which kernels convolve and pool: `native` (kernels.cc) or `xla`; the user is told what takes time or costs it."""
+    if device.platform != "cpu" or all(arm.model.connectivity == "full" for arm in arms):
+        return "xla"
+    if os.environ.get("CNNLIB_KERNELS") != "xla" and not kernels.is_compiled():
+        watcher.says("compiling the convolutions for this processor, once")
+    choice = kernels.chosen()
+    if choice == "xla" and (problem := kernels.register()) and os.environ.get("CNNLIB_KERNELS") != "xla":
+        watcher.says(f"{problem}: convolutions run on XLA's own kernels, 2 to 4 times as long")
+    return choice
 
 
 def on_device(data_set: DataSet) -> dict[str, Examples]:
@@ -180,38 +138,46 @@ def on_device(data_set: DataSet) -> dict[str, Examples]:
 def run_arm(
     experiment: Experiment,
     arm: ResolvedArm,
+    programs: Programs,
+    numbers: LaneNumbers,
     splits: dict[str, Examples],
     metrics: tracking.JsonLines,
     watcher: Watcher,
 ) -> dict[str, Any]:
     """Trains and tests all lanes of one arm; returns its part of `results.json`."""
     lanes = lane_numbers(experiment)
-    columns = zip(*lanes, strict=True)
-    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
-    watcher.arm_begins(arm.name, len(lanes), experiment.epochs)
-    programs = compile_programs(experiment, arm, numbers, splits)
     watcher.training_begins(arm.name)
     states = programs.initialize(numbers)
-    train_seconds = 0.0
+    jax.block_until_ready(states)  # type: ignore[no-untyped-call]
+    train_seconds, idle_since = 0.0, time.perf_counter()
     validation: Sums | None = None
-    for epoch in range(1, experiment.epochs + 1):
-        start = time.perf_counter()
+
+    def dispatch(states: train.State) -> tuple[train.State, EpochSums]:
+        """Sets an epoch going; its sums outlive the states, which the next epoch overwrites."""
         states, sums = programs.epoch(states, numbers, splits["train"])
-        jax.block_until_ready(states)  # type: ignore[no-untyped-call]
-        seconds = time.perf_counter() - start
+        validated = programs.validate and programs.validate(states.parameters, splits["validation"])
+        return states, EpochSums(sums, jnp.copy(states.diverged), validated)
+
+    states, going = dispatch(states)
+    for epoch in range(1, experiment.epochs + 1):
+        ended = going
+        # The device has the next epoch to do while this one's sums are fetched, written and shown.
+        if epoch < experiment.epochs:
+            states, going = dispatch(states)
+        sums, diverged = jax.device_get((ended.train, ended.diverged))
+        seconds = time.perf_counter() - idle_since
+        validation = jax.device_get(ended.validation)
+        idle_since = time.perf_counter()
         train_seconds += seconds
-        if programs.validate is not None:
-            validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-        diverged = np.asarray(states.diverged)
-        columns_of = {"train": jax.device_get(sums), "validation": validation}
+        columns_of = {"train": sums, "validation": validation}
         lines = [_metrics(columns_of, lane, bool(diverged[lane])) for lane in range(len(lanes))]
         for lane, (lane_number, line) in enumerate(zip(lanes, lines, strict=True)):
             metrics.write(
                 {"arm": arm.name, "lane": lane, **lane_number._asdict(), "epoch": epoch, **line, "seconds": seconds}
             )
-        going = [line for line in lines if line["status"] == "ok"]
-        means = {key: float(np.mean([line[key] for line in going])) for key in lines[0] if key != "status" and going}
-        watcher.epoch_ends(arm.name, epoch, means, len(lines) - len(going))
+        fine = [line for line in lines if line["status"] == "ok"]
+        means = {key: float(np.mean([line[key] for line in fine])) for key in lines[0] if key != "status" and fine}
+        watcher.epoch_ends(arm.name, epoch, means, len(lines) - len(fine))
     test = jax.device_get(programs.test(states.parameters, splits["test"]))
     watcher.arm_ends(arm.name)
     lane_results = _lane_results(lanes, test, validation, states)
@@ -224,11 +190,21 @@ def run_arm(
         "connections": arm.count.connections,
         "macs": arm.count.macs,
         "compile_seconds": programs.compile_seconds,
+        "lanes_at_a_time": programs.at_a_time,
+        "memory_bytes": programs.memory_bytes,
         "train_seconds_per_lane": train_seconds / len(lanes),
         **_headline(settings),
         "settings": settings,
         "lanes": lane_results,
     }
+
+
+class EpochSums(NamedTuple):
+    """What one epoch leaves on the device to be reported, an entry a lane."""
+
+    train: Sums
+    diverged: jax.Array
+    validation: Sums | None
 
 
 def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:

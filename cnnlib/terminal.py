@@ -42,7 +42,7 @@ class BarWatcher:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> BarWatcher:
         self._progress.start()
@@ -55,18 +55,19 @@ class BarWatcher:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
-        self._task = self._progress.add_task(f"{name} x{lanes}", total=epochs, means="compiling")
+        self._tasks[name] = self._progress.add_task(f"{name} x{lanes}", total=epochs, means="compiling")
 
     def training_begins(self, name: str) -> None:
-        assert self._task is not None, "training_begins follows arm_begins"
-        self._progress.reset(self._task, means="training")  # restarts its clock
+        for task in self._tasks.values():
+            if self._progress.tasks[task].completed == 0:
+                self._progress.update(task, means="waiting")
+        self._progress.reset(self._tasks[name], means="training")  # restarts its clock
 
     def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
-        assert self._task is not None, "epoch_ends follows arm_begins"
-        self._progress.update(self._task, completed=epoch, means=_means_text(means, diverged))
+        self._progress.update(self._tasks[name], completed=epoch, means=_means_text(means, diverged))
 
     def arm_ends(self, name: str) -> None:
-        self._task = None
+        pass
 
 
 class LineWatcher:
@@ -85,11 +86,11 @@ class LineWatcher:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
-        self.says(f"{name}: compiling, then {epochs} epochs of {lanes} lanes")
-        self._epochs, self._said = epochs, 0.0
+        self.says(f"{name}: compiling for {epochs} epochs of {lanes} lanes")
+        self._epochs = epochs
 
     def training_begins(self, name: str) -> None:
-        self._first = time.monotonic()
+        self._first, self._said = time.monotonic(), 0.0
 
     def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
         now = time.monotonic()

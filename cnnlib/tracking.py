@@ -34,13 +34,22 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def check_folder(folder: Path) -> None:
+    """Raises UserError where the folder of a run cannot be made or written; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def open_folder(folder: Path) -> str | None:
-    """Makes the folder of a run. Files of an earlier run in it move to `earlier/TIME/` inside it, TIME being when the
-    earlier run began; returns that place, or None. Raises UserError where the folder cannot be made or written."""
+    """Makes room for a run in its folder. Files of an earlier run in it move to `earlier/TIME/` inside it, TIME being
+    when the earlier run began; returns that place, or None. Raises UserError where the folder cannot be written."""
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
         # lexists and lstat: a link that leads nowhere is in the way as well
         old = [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
         if not old:

@@ -178,7 +178,7 @@ def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int
         def one(lane: tuple[Any, ...]) -> Any:
             return function(*lane, *shared)
 
-        if at_a_time == 1:  # and not a batch_size of 1, which would turn a convolution into a grouped one
+        if at_a_time == 1:  # without a vmap over one lane, whose products would be batches of one
             return jax.lax.map(one, lanes)
         if at_a_time >= jax.tree.leaves(lanes)[0].shape[0]:
             return jax.vmap(one)(lanes)

@@ -95,7 +95,10 @@ WRONG = [
     (["run", "fc_vs_conv", "--out", ""], "--out needs a folder"),
     (["show", "fc_vs_conv", "epochs=1\nx"], "epochs=1 x: expected a whole number"),
     (["run", "fc_vs_conv", "epochs=9999999999999"], "2**31 steps"),
-    (["run", "fc_vs_conv", "arms.lenet5.model=dense:99999999999 dense:classes"], "do not fit in the memory"),
+    (
+        ["run", "fc_vs_conv", "arms.lenet5.model=dense:99999999999 dense:classes"],
+        "5 lanes of 79,499,999,999,215 parameters need 1,",
+    ),
     (["run", "fc_vs_conv", "arms.lenet5.model=max:2:5 dense:classes"], "padding of 5"),
     (["run", "fc_vs_conv", "lanes.seed="], "at least one lane"),
     (["run", "fc_vs_conv", "batch_size=4001"], "batch_size=4001 is larger than the training data"),

@@ -15,6 +15,7 @@ FLOORS = [
     {"config", "ops"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"resolve", "train", "tracking"},
+    {"programs"},
     {"run", "report", "terminal"},
     {"experiments.__main__"},
 ]

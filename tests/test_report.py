@@ -40,7 +40,7 @@ RESULTS = {
         "compute_dtype": "float32",
         "optim": {"name": "sgd", "learning_rate": [0.1], "momentum": [0.9]},
     },
-    "device": {"count": 1, "kind": "cpu"},
+    "device": {"count": 1, "kind": "cpu", "kernels": "native"},
     "versions": {"jax": "0.10.2"},
     "wall_seconds": 37.4,
     "arms": [

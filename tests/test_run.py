@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib import tracking
-from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict
-from cnnlib.data import describe
+from cnnlib import kernels, programs, tracking
+from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict, lane_numbers
+from cnnlib.data import describe, load
 from cnnlib.errors import UserError
+from cnnlib.programs import compile_programs
 from cnnlib.resolve import resolve
-from cnnlib.run import _headline, _settings, first_device, lanes_at_a_time, run
+from cnnlib.run import _headline, _settings, first_device, kernels_for, on_device, run
 from cnnlib.spec import parse_model
 
 EXPERIMENT = Experiment(
@@ -27,6 +31,7 @@ EXPERIMENT = Experiment(
     lanes=Lanes(seed=(3, 4)),
     epochs=2,
     batch_size=200,
+    compile_cache=False,
 )
 
 
@@ -125,15 +130,15 @@ def test_metrics_have_a_line_an_epoch_and_lane(finished):
 
 
 def test_each_program_of_an_arm_compiles_once(finished):
-    # initialise, epoch, validate, test: two arms, two epochs, four lanes.
-    assert finished[3] == 2 * 4
+    # initialise, epoch, validate, test: two arms, two epochs, four lanes; and a copy of the flags.
+    assert finished[3] == 2 * 4 + 1
 
 
 def test_the_watcher_is_told_in_order(finished):
     (said, text), *told = finished[2]
     assert said == "says" and "lines: 3,800 training examples of 28x28x1" in text
     kinds = [what[0] for what in told]
-    assert kinds == ["begins", "trains", "epoch", "epoch", "ends"] * 2
+    assert kinds == ["begins"] * 2 + ["trains", "epoch", "epoch", "ends"] * 2
     assert told[0] == ("begins", "full", 4, 2)
 
 
@@ -187,18 +192,130 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, part, tmp_
 
 def test_an_arm_that_does_not_fit_in_the_memory_is_named(tmp_path):
     huge = Arm("huge", parse_model("dense:99999999999 dense:classes"))  # 300 TB
-    with pytest.raises(UserError, match="arm huge: 2 lanes of 78,799,999,999,215 parameters do not fit"):
+    with pytest.raises(UserError, match=r"arm huge: 2 lanes of 78,799,999,999,215 parameters need 880,658\.6 GiB"):
         run(Experiment(**{**vars(EXPERIMENT), "arms": (huge,), "optim": Optim()}), "tiny", tmp_path, Silent())
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_device_trains_the_next_epoch_while_the_sums_of_one_are_fetched(tmp_path, monkeypatch):
+    order = []
+
+    class Watched(Silent):
+        def epoch_ends(self, name, epoch, *_):
+            order.append(f"told {epoch}")
+
+    def compiled(*arguments):
+        made = compile_programs(*arguments)
+
+        def epoch(*arguments):
+            order.append("dispatched")
+            return made.epoch(*arguments)
+
+        return made._replace(epoch=epoch)
+
+    monkeypatch.setattr("cnnlib.run.compile_programs", compiled)
+    run(replace(EXPERIMENT, epochs=3, arms=EXPERIMENT.arms[:1]), "tiny", tmp_path, Watched())
+    assert order == ["dispatched", "dispatched", "told 1", "dispatched", "told 2", "told 3"]
+
+
+def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[1].name) or compile_programs(*a))
+    model = EXPERIMENT.arms[0].model
+    arms = (Arm("one", model), EXPERIMENT.arms[1], Arm("two", model))
+    one, _, two = run(replace(EXPERIMENT, arms=arms, epochs=1), "tiny", tmp_path, Silent())["arms"]
+    assert made == ["one", "conv"]
+    assert one["lanes"] == two["lanes"]  # and nothing of the first is left in the second
+
+
+def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+    kept = lambda: {path.name for path in (tmp_path / "cache").rglob("jit_*") if path.suffix != ".atime"}  # noqa: E731
+
+    def trained(**change):
+        jax.clear_caches()
+        hits.clear()
+        experiment = replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1], **change)
+        return run(experiment, "tiny", tmp_path / "out", Silent())["arms"][0]["lanes"]
+
+    without = trained()
+    assert not kept() and not hits
+    first = trained(compile_cache=True)
+    programs = kept()
+    assert programs and not hits
+    second = trained(compile_cache=True)
+    assert len(hits) == len(programs) and kept() == programs
+    assert without == first == second
+    assert trained() == second and not hits  # the setting lasts as long as the run
+
+
+def in_the_memory(experiment, monkeypatch, free):
+    """The programs of an experiment's first arm with as many bytes free, beside its data."""
+    description = load(experiment.data)
+    arm = resolve(experiment, description.description)[0]
+    columns = zip(*lane_numbers(experiment), strict=True)
+    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
+    monkeypatch.setattr(programs, "free_memory", lambda device: free)
+    return compile_programs(experiment, arm, numbers, on_device(description), jax.devices()[0])
+
+
+def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
+    all_four = in_the_memory(EXPERIMENT, monkeypatch, 2**40)
+    assert all_four.at_a_time == 4
+    data = programs.size_of(on_device(load(EXPERIMENT.data))["train"])
+    fewer = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - data - 1)
+    assert fewer.at_a_time in (1, 2) and fewer.memory_bytes < all_four.memory_bytes
+    just = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - data)
+    assert just.at_a_time == 4
+    with pytest.raises(UserError, match=r"arm full: 4 lanes, 1 at a time, need .* MiB, 0.0 MiB are free; fewer"):
+        in_the_memory(EXPERIMENT, monkeypatch, 1000)
+    asked = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
+    with pytest.raises(UserError, match="4 lanes, 4 at a time, need"):  # what was asked for is not changed in silence
+        in_the_memory(asked, monkeypatch, all_four.memory_bytes - data - 1)
+
+
+def test_the_compiler_counts_the_memory_that_a_program_takes():
+    def work(x):  # one argument and one result of 4 MB; the square is a temporary buffer of as much
+        return jnp.sort(jnp.sort(x)[::-1] ** 2)
+
+    x = jnp.zeros(1_000_000)
+    need = programs.memory_of(jax.jit(work).lower(x).compile())
+    assert 8_000_000 <= need <= 24_000_000
+    assert programs.memory_of(jax.jit(work, donate_argnums=0).lower(x).compile()) <= need
+
+
+def test_free_memory_is_less_than_there_is():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < programs.free_memory(jax.devices()[0]) < total
+
+
 def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
     full, conv = resolve(EXPERIMENT, describe(EXPERIMENT.data))
-    assert [lanes_at_a_time(EXPERIMENT, arm, 4, "cpu") for arm in (full, conv)] == [4, 1]
-    assert [lanes_at_a_time(EXPERIMENT, arm, 4, "gpu") for arm in (full, conv)] == [4, 4]
-    asked = Experiment(**{**vars(EXPERIMENT), "lanes": Lanes(seed=(3, 4), at_a_time=3)})
-    assert [lanes_at_a_time(asked, arm, 4, "cpu") for arm in (full, conv)] == [3, 3]
-    assert lanes_at_a_time(asked, conv, 2, "cpu") == 2
+    assert [programs.preferred_at_a_time(arm, 4, "cpu") for arm in (full, conv)] == [4, 1]
+    assert [programs.preferred_at_a_time(arm, 4, "gpu") for arm in (full, conv)] == [4, 4]
+
+
+@pytest.mark.parametrize(("asked", "lanes"), [(3, 3), (9, 4), (None, 1)])
+def test_lanes_at_a_time_can_be_asked_for(asked, lanes, monkeypatch):
+    experiment = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=asked), arms=EXPERIMENT.arms[1:])
+    assert in_the_memory(experiment, monkeypatch, 2**40).at_a_time == lanes
+
+
+def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
+    arms = resolve(EXPERIMENT, describe(EXPERIMENT.data))
+    monkeypatch.setattr(kernels, "register", lambda: "there is no C++ compiler (c++)")
+    monkeypatch.delenv("CNNLIB_KERNELS", raising=False)
+    watcher = Silent()
+    assert kernels_for(arms, jax.devices()[0], watcher) == "xla"
+    ((_, text),) = watcher.told[-1:]
+    assert text.startswith("there is no C++ compiler (c++): convolutions run on XLA's own kernels")
+    silent = Silent()
+    monkeypatch.setenv("CNNLIB_KERNELS", "xla")  # as asked for
+    assert kernels_for(arms, jax.devices()[0], silent) == "xla" and not silent.told
+    assert kernels_for(arms[:1], jax.devices()[0], silent) == "xla" and not silent.told
 
 
 def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path):

@@ -1,0 +1,177 @@
+"""What an arm runs: its programs, compiled ahead, with as many lanes at a time as are fast and fit in the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+from cnnlib import kernels, train
+from cnnlib.config import Experiment, LaneNumbers, lane_numbers
+from cnnlib.errors import UserError
+from cnnlib.models import network
+from cnnlib.resolve import ResolvedArm
+from cnnlib.train import Examples, Recipe
+
+
+def preferred_at_a_time(arm: ResolvedArm, lanes: int, platform: str) -> int:
+    """How many lanes are best vectorised together where memory does not matter: one where a CPU convolves, else all.
+
+    One convolutional model fills a CPU's cores, and the activations of several outgrow its cache; full nets gain from
+    larger products (`python -m benchmarks lanes`).
+    """
+    return 1 if platform == "cpu" and arm.model.connectivity == "conv" else lanes
+
+
+def free_memory(device: jax.Device) -> int:
+    """Bytes that a program may still take on the device: what its allocator has left, or the host's free memory.
+
+    On a host also what the container's limit (control group, version 2) leaves.
+    """
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo, limit, used = Path("/proc/meminfo"), *(Path("/sys/fs/cgroup", f"memory.{n}") for n in ("max", "current"))
+    if meminfo.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        free = 1024 * int(found[1]) if found else free
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def check_parameters_fit(experiment: Experiment, arm: ResolvedArm, device: jax.Device) -> None:
+    """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
+    lanes = len(lane_numbers(experiment))
+    need = 4 * arm.count.parameters * (lanes + 1)
+    if need > (free := free_memory(device)):
+        raise UserError(
+            f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters need {size_text(need)}, "
+            f"{size_text(free)} are free; fewer lanes (lanes.seed) may fit"
+        )
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
+
+
+class Programs(NamedTuple):
+    """The compiled programs of an arm, all lanes at once."""
+
+    initialize: Any
+    epoch: Any
+    test: Any
+    validate: Any
+    """None without validation examples."""
+    at_a_time: int
+    """Lanes that run vectorised together."""
+    memory_bytes: int
+    """What the largest of them takes at its peak, data included, by the compiler's own account."""
+    compile_seconds: float
+
+
+def memory_of(compiled: Any) -> int:
+    """Bytes that a compiled program takes while it runs: arguments, results and temporary buffers."""
+    sizes = compiled.memory_analysis()
+    return int(
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+    )
+
+
+def compile_programs(
+    experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers, splits: dict[str, Examples], device: jax.Device
+) -> Programs:
+    """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
+
+    Raises UserError where one lane at a time does not fit, or not as many as `lanes.at_a_time` asks for.
+    """
+    recipe = recipe_of(experiment, arm)
+    lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
+    wanted = experiment.lanes.at_a_time
+    at_a_time = min(wanted or preferred_at_a_time(arm, lanes, device.platform), lanes)
+    start = time.perf_counter()
+    # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
+    initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
+    states = jax.eval_shape(initialize, numbers)
+    initial = initialize.lower(numbers).compile()
+    free = free_memory(device)
+    while True:
+        epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
+        evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
+        compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
+        for split in ("test", "validation"):
+            if split in splits:
+                compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
+        need = max(map(memory_of, compiled.values()))
+        # The examples are on the device already, so they are in `need` and not in `free`.
+        if need - size_of(splits["train"]) <= free:
+            break
+        if at_a_time == 1 or wanted:
+            raise UserError(
+                f"arm {arm.name}: {lanes} lanes, {at_a_time} at a time, need {size_text(need)}, {size_text(free)} are "
+                f"free; fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may fit"
+            )
+        at_a_time = max(1, min(at_a_time // 2, at_a_time * free // need))
+    return Programs(
+        initial,
+        compiled["train"],
+        compiled["test"],
+        compiled.get("validation"),
+        at_a_time,
+        need,
+        time.perf_counter() - start,
+    )
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:
+    """What is static in training an arm's models. Arms of equal recipes share their programs."""
+    return Recipe(
+        network(arm.model, jnp.dtype(experiment.compute_dtype)),
+        arm.input_shape,
+        experiment.optim,
+        experiment.augment,
+        experiment.batch_size,
+        experiment.epochs,
+    )
+
+
+@contextlib.contextmanager
+def compile_cache(wanted: bool) -> Iterator[None]:
+    """Inside, what JAX compiles is kept in the user's cache folder, one subfolder a kind of processor.
+
+    A cache folder that the user gave JAX (`JAX_COMPILATION_CACHE_DIR`) stays in use.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    kind = hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
+    folder = Path(cache) / "cnnlib" / "programs" / kind
+    settings: Any = jax.config
+    values: dict[str, Any] = {"jax_enable_compilation_cache": wanted}
+    if wanted and settings.jax_compilation_cache_dir is None:
+        values["jax_compilation_cache_dir"] = str(folder)
+        values["jax_persistent_cache_min_compile_time_secs"] = 0.2
+    before = {name: getattr(settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            settings.update(name, value)
+        compilation_cache.reset_cache()  # JAX looks at the settings at its first compilation, which may be over
+        yield
+    finally:
+        for name, value in before.items():
+            settings.update(name, value)
+        compilation_cache.reset_cache()
