@@ -1,49 +1,74 @@
-"""`python -m benchmarks step [--net NET] [--batch-size N] [--rounds N] [--json FILE]`: speed beside peers."""
+"""`python -m benchmarks step | lanes | ops | memory`: speed and memory beside peers (`benchmarks/README.md`)."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from benchmarks import peers, step
+from benchmarks import lanes, memory, operations, peers, step
+from benchmarks.timing import Table
+from cnnlib import kernels
+from cnnlib.errors import UserError
 from cnnlib.tracking import versions
 
 
+def tables(options: argparse.Namespace) -> Iterator[Table]:
+    """What the chosen benchmark finds, table by table."""
+    nets = options.net or step.NETS
+    match options.benchmark:
+        case "step":
+            yield from (step.measure(net, options.batch_size, options.rounds) for net in nets)
+        case "lanes":
+            counts = tuple(options.lanes or lanes.LANES)
+            yield from (lanes.measure(net, options.batch_size, options.rounds, counts) for net in nets)
+        case "ops":
+            yield from operations.measure(options.batch_size, options.rounds)
+        case "memory":
+            yield from (memory.measure(net, options.batch_size) for net in nets)
+
+
 def main(arguments: list[str]) -> int:
-    """Runs a benchmark, prints its table, and writes it to `--json`."""
+    """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step"])
-    parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them")
+    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory"])
+    parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
+    parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if min(options.batch_size, options.rounds, *(options.lanes or [1])) < 1:
+        parser.error("--batch-size, --rounds and --lanes must be at least 1")
     device = jax.devices()[0]
-    print(f"{jax.device_count()} x {device.device_kind}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    if not peers.has_torch():
-        print("PyTorch is not installed: its rows are missing (extra `bench`)")
+    used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}
+    if (missing := peers.torch_is_missing()) is None:
+        import torch
+
+        used["torch"] = torch.__version__
+    machine = f"{jax.device_count()} x {device.device_kind}"
+    print(f"{machine}; {', '.join(f'{name} {value}' for name, value in used.items())}", flush=True)
+    if missing:
+        print(missing)
     measured = []
-    for net in options.net or step.NETS:
-        result = step.measure(net, options.batch_size, options.rounds)
-        measured.append(result)
-        print(
-            f"\n{net}, batch {result['batch_size']}, {result['rounds']} rounds; "
-            f"matrix product {result['matrix_product_gflops']:.0f} GFLOP/s\n"
-        )
-        print(f"{'ms a lane-step':32} {'median':>8} {'low':>8} {'high':>8} {'x ours':>8} {'share':>7}")
-        for row in result["rows"]:
-            print(
-                f"{row['name']:32} {row['median_ms']:8.2f} {row['low_ms']:8.2f} {row['high_ms']:8.2f} "
-                f"{row['times_ours']:8.2f} {row['share_of_matrix_product_rate']:7.1%}"
-            )
+    for table in tables(options):
+        measured.append(dataclasses.asdict(table))
+        print(f"\n{table.text(options.markdown)}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions(), "results": measured}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, "versions": used, "tables": measured}, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

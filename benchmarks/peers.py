@@ -61,17 +61,27 @@ def stock_step(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return init, step
 
 
-def has_torch() -> bool:
-    """Whether PyTorch is installed: it is a peer, not a dependency."""
-    return importlib.util.find_spec("torch") is not None
+def stacked_init(init: Callable[..., Any], x: jax.Array, lanes: int) -> Any:
+    """The states of `lanes` stock models, stacked for `jax.vmap`."""
+    return jax.jit(jax.vmap(init, (0, None)))(jax.random.split(jax.random.key(0), lanes), jnp.asarray(x))
 
 
-def torch_step(model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool) -> Callable[[], None]:
-    """One eager training step of the same model in PyTorch, in place; `x` is channels-last float32."""
+def torch_is_missing() -> str | None:
+    """Why PyTorch takes no part, in one line: it is a peer, not a dependency."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed (extra `bench`): its rows are missing"
+    import torch
+
+    if jax.devices()[0].platform == "gpu" and not torch.cuda.is_available():
+        return "this PyTorch sees no GPU: its rows are missing"
+    return None
+
+
+def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
+    """The model as a `torch.nn.Sequential` for examples of channels-last `shape`."""
     import torch
 
     layers: list[Any] = []
-    shape = x.shape[1:]
     flat = False
     for layer, output_shape in zip(model.layers, model.shapes(shape), strict=True):
         match layer:
@@ -87,22 +97,74 @@ def torch_step(model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool) 
             case Activation():
                 layers.append(torch.nn.ReLU())
         shape = output_shape
-    net = torch.nn.Sequential(*layers)
-    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return torch.nn.Sequential(*layers)
+
+
+def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any, Any]:
+    """The batch as PyTorch has it, on the device that JAX runs on; `x` is channels-last float32."""
+    import torch
+
+    device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
+    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
     if channels_last:
-        net = net.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
-    labels = torch.from_numpy(y.astype(np.int64))
-    rule = torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM)
+    return images, torch.from_numpy(y.astype(np.int64)).to(device)
+
+
+def torch_finished() -> None:
+    """Waits for PyTorch's GPU; a CPU has finished when a call returns."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def torch_step(
+    model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool, models: int = 1, compiled: bool = False
+) -> Callable[[], None]:
+    """One training step of each of `models` networks, one after another, in place: eager, or with `torch.compile`."""
+    import torch
+
+    images, labels = torch_batch(x, y, channels_last)
+    nets = [torch_net(model, x.shape[1:]).to(images.device) for _ in range(models)]
+    if channels_last:
+        nets = [net.to(memory_format=torch.channels_last) for net in nets]
+    rules = [torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM) for net in nets]
+    if compiled:
+        nets = [torch.compile(net) for net in nets]
 
     def step() -> None:
-        rule.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(net(images), labels).backward()
-        rule.step()
+        for net, rule in zip(nets, rules, strict=True):
+            rule.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(net(images), labels).backward()
+            rule.step()
+        torch_finished()
 
     return step
 
 
-def stacked_init(init: Callable[..., Any], x: jax.Array, lanes: int) -> Any:
-    """The states of `lanes` stock models, stacked for `jax.vmap`."""
-    return jax.jit(jax.vmap(init, (0, None)))(jax.random.split(jax.random.key(0), lanes), jnp.asarray(x))
+def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> Callable[[], None]:
+    """One training step of all of `models` networks at once: `torch.func.vmap` over their stacked parameters."""
+    import torch
+    from torch.func import functional_call, grad, stack_module_state, vmap
+
+    images, labels = torch_batch(x, y, channels_last=False)
+    nets = [torch_net(model, x.shape[1:]).to(images.device) for _ in range(models)]
+    parameters, _ = stack_module_state(nets)
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    momenta = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    skeleton = nets[0]
+
+    def loss(parameters: Any, images: Any, labels: Any) -> Any:
+        return torch.nn.functional.cross_entropy(functional_call(skeleton, parameters, (images,)), labels)
+
+    gradients_of = vmap(grad(loss), in_dims=(0, None, None))
+
+    def step() -> None:
+        with torch.no_grad():
+            for name, gradient in gradients_of(parameters, images, labels).items():
+                momenta[name].mul_(MOMENTUM).add_(gradient)
+                parameters[name].sub_(momenta[name], alpha=LEARNING_RATE)
+        torch_finished()
+
+    return step

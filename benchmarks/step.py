@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.timing import Contestant, blocked, interleaved, matrix_product, summary
-from cnnlib import train
+from benchmarks.timing import Contestant, Table, blocked, interleaved, matrix_product, summary
+from cnnlib import kernels, train
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.cost import count
@@ -19,28 +19,59 @@ from cnnlib.spec import Model
 from cnnlib.train import Examples, Recipe
 
 NETS = ("lenet_300_100", "lenet5", "two_conv")
+INPUT_SHAPE = (28, 28, 1)
 LANES, STEPS, LOOP_STEPS = 8, 16, 4
 
 
-def ours(model: Model, x: np.ndarray, y: np.ndarray, lanes: int, at_a_time: int) -> Any:
-    """The compiled epoch of `STEPS` steps for a population, with its arguments: a call trains `lanes * STEPS` steps."""
+def model_of(net: str) -> Model:
+    """A registered architecture for ten classes."""
+    return ARCHITECTURES.get(net).with_num_classes(10)
+
+
+def batch_of(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images and labels: what they show does not change the time."""
+    random = np.random.RandomState(0)
+    return random.normal(size=(batch_size, *INPUT_SHAPE)).astype(np.float32), random.randint(0, 10, batch_size)
+
+
+def default_at_a_time(model: Model, lanes: int) -> int:
+    """How many lanes cnnlib vectorises by default (`cnnlib.programs`)."""
+    return 1 if model.connectivity == "conv" and jax.devices()[0].platform == "cpu" else lanes
+
+
+def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: int) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled epoch of `steps` steps for a population, with its arguments."""
+    x, y = batch_of(batch_size)
     optim = Optim("sgd", learning_rate=(peers.LEARNING_RATE,), momentum=(peers.MOMENTUM,))
-    recipe = Recipe(network(model), x.shape[1:], optim, Augment(), batch_size=len(x), epochs=1)
-    data = Examples(
-        jnp.tile(jnp.asarray(x), (STEPS, 1, 1, 1)), jnp.tile(jnp.asarray(y), STEPS), jnp.zeros(1), jnp.ones(1)
-    )
+    recipe = Recipe(network(model), INPUT_SHAPE, optim, Augment(), batch_size, epochs=1)
+    images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
+    data = Examples(jnp.tile(images, (steps, 1, 1, 1)), jnp.tile(labels, steps), jnp.zeros(1), jnp.ones(1))
     ones = np.ones(lanes, np.float32)
     numbers = LaneNumbers(
         np.arange(lanes, dtype=np.uint32), peers.LEARNING_RATE * ones, peers.MOMENTUM * ones, 0 * ones, 0 * ones
-    )
+    )  # type: ignore[arg-type]
     states = jax.jit(train.over_lanes(train.initialize(recipe), 1))(numbers)
     epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2))
-    return blocked(epoch.lower(states, numbers, data).compile(), states, numbers, data)
+    return epoch.lower(states, numbers, data).compile(), (states, numbers, data)
 
 
-def contestants(model: Model, x: np.ndarray, y: np.ndarray, at_a_time: int) -> list[Contestant]:
-    """Everybody who trains `model` on the batch `x`, `y`."""
-    images, labels = jnp.asarray(x), jnp.asarray(y)
+def ours(model: Model, batch_size: int, lanes: int, steps: int = STEPS, at_a_time: int | None = None) -> Any:
+    """A call that trains `lanes * steps` steps."""
+    program, arguments = our_epoch(model, batch_size, lanes, at_a_time or default_at_a_time(model, lanes), steps)
+    return blocked(program, *arguments)
+
+
+def step_operations(model: Model, batch_size: int) -> float:
+    """Floating-point operations of a step: forward, and backward to weights and inputs, three times the multiply-adds,
+    two operations each; the first layer has no input gradient."""
+    first = count(Model(model.layers[:1]), INPUT_SHAPE).macs
+    return 2.0 * batch_size * (3 * count(model, INPUT_SHAPE).macs - first)
+
+
+def contestants(model: Model, batch_size: int) -> list[Contestant]:
+    """Everybody who trains `model`."""
+    x, y = batch_of(batch_size)
+    images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     init, step = peers.stock_step(model)
     state = jax.jit(init)(jax.random.key(0), images)
     states = peers.stacked_init(init, images, LANES)
@@ -50,8 +81,8 @@ def contestants(model: Model, x: np.ndarray, y: np.ndarray, at_a_time: int) -> l
         return jax.lax.scan(lambda s, _: (step(s, images, labels), None), state, length=LOOP_STEPS)[0]
 
     entries = [
-        Contestant(f"cnnlib, {LANES} lanes", ours(model, x, y, LANES, at_a_time), LANES * STEPS),
-        Contestant("cnnlib, 1 lane", ours(model, x, y, 1, 1), STEPS),
+        Contestant(f"cnnlib, {LANES} lanes", ours(model, batch_size, LANES), LANES * STEPS),
+        Contestant("cnnlib, 1 lane", ours(model, batch_size, 1), STEPS),
         Contestant("stock Flax, a step a call", blocked(jax.jit(step), state, images, labels)),
         Contestant("stock Flax, steps in lax.scan", blocked(scanned, state), LOOP_STEPS),
         Contestant(
@@ -60,36 +91,35 @@ def contestants(model: Model, x: np.ndarray, y: np.ndarray, at_a_time: int) -> l
             LANES,
         ),
     ]
-    if peers.has_torch():
-        entries.append(Contestant("PyTorch eager, NCHW", peers.torch_step(model, x, y, channels_last=False)))
-        entries.append(Contestant("PyTorch eager, channels_last", peers.torch_step(model, x, y, channels_last=True)))
+    if peers.torch_is_missing():
+        return entries
+    entries += [
+        Contestant("PyTorch eager, NCHW", peers.torch_step(model, x, y, channels_last=False)),
+        Contestant("PyTorch eager, channels_last", peers.torch_step(model, x, y, channels_last=True)),
+    ]
+    try:
+        kernels.compiler()
+    except kernels.Unavailable as problem:
+        print(f"{problem}: torch.compile takes no part")
+    else:
+        compiled = peers.torch_step(model, x, y, channels_last=True, compiled=True)
+        entries.append(Contestant("PyTorch torch.compile, channels_last", compiled))
     return entries
 
 
-def measure(net: str, batch_size: int, rounds: int) -> dict[str, Any]:
+def measure(net: str, batch_size: int, rounds: int) -> Table:
     """Milliseconds a lane-step of every contestant on one net, and its share of the matrix-product rate."""
-    model = ARCHITECTURES.get(net).with_num_classes(10)
-    random = np.random.RandomState(0)
-    x = random.normal(size=(batch_size, 28, 28, 1)).astype(np.float32)
-    y = random.randint(0, 10, batch_size).astype(np.int32)
-    convolves_on_cpu = model.connectivity == "conv" and jax.devices()[0].platform == "cpu"
+    model = model_of(net)
     yardstick, operations = matrix_product()
-    entries = contestants(model, x, y, at_a_time=1 if convolves_on_cpu else LANES)
+    entries = contestants(model, batch_size)
     seconds = interleaved([yardstick, *entries], rounds)
     rate = operations / float(np.median(seconds[yardstick.name]))
-    # Forward, and backward to weights and inputs: three times the multiply-adds; the first layer has no input gradient.
-    first = count(Model(model.layers[:1]), x.shape[1:]).macs
-    step_operations = 2.0 * batch_size * (3 * count(model, x.shape[1:]).macs - first)
-    rows = []
-    for entry in entries:
-        median = float(np.median(seconds[entry.name]))
-        rows.append(
-            {
-                "name": entry.name,
-                **summary(seconds[entry.name]),
-                "share_of_matrix_product_rate": step_operations / median / rate,
-                # Round by round, so that a machine that slows down slows both.
-                "times_ours": float(np.median(np.divide(seconds[entry.name], seconds[f"cnnlib, {LANES} lanes"]))),
-            }
-        )
-    return {"net": net, "batch_size": batch_size, "rounds": rounds, "matrix_product_gflops": rate / 1e9, "rows": rows}
+    rows = [
+        {
+            "ms a lane-step": entry.name,
+            **summary(seconds[entry.name], seconds[f"cnnlib, {LANES} lanes"]),
+            "share": step_operations(model, batch_size) / float(np.median(seconds[entry.name])) / rate,
+        }
+        for entry in entries
+    ]
+    return Table(f"{net}, batch {batch_size}, {rounds} rounds; matrix product {rate / 1e9:.0f} GFLOP/s", rows)

@@ -28,10 +28,15 @@ def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[fl
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant in contestants:
-            start = time.perf_counter()
-            contestant.work()
-            seconds[contestant.name].append((time.perf_counter() - start) / contestant.units)
+            seconds[contestant.name].append(timed(contestant))
     return seconds
+
+
+def timed(contestant: Contestant) -> float:
+    """Seconds a unit of one call."""
+    start = time.perf_counter()
+    contestant.work()
+    return (time.perf_counter() - start) / contestant.units
 
 
 def blocked(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -46,10 +51,49 @@ def matrix_product(side: int = 2048) -> tuple[Contestant, float]:
     return Contestant("matrix product", blocked(product, a)), 2.0 * side**3
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, lowest and highest, in milliseconds."""
-    return {
+def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, float]:
+    """Median, lowest and highest, in milliseconds; and how many times `ours`, round by round, the median of that.
+
+    Round by round, so that a machine that slows down slows both.
+    """
+    found = {
         "median_ms": 1e3 * float(np.median(seconds)),
         "low_ms": 1e3 * min(seconds),
         "high_ms": 1e3 * max(seconds),
     }
+    return found if ours is None else {**found, "times_ours": float(np.median(np.divide(seconds, ours)))}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a benchmark found: rows of one shape, None where something was not measured."""
+
+    title: str
+    rows: list[dict[str, Any]]
+
+    def text(self, markdown: bool) -> str:
+        """For a terminal, or for a README."""
+        header = [name.replace("_", " ") for name in self.rows[0]]
+        cells = [[cell_text(name, value) for name, value in row.items()] for row in self.rows]
+        if markdown:
+            rule = [" --- " if index == 0 else " ---: " for index in range(len(header))]
+            lines = [header, *cells]
+            body = ["| " + " | ".join(line) + " |" for line in lines]
+            return "\n".join([f"*{self.title}*", "", body[0], f"|{'|'.join(rule)}|", *body[1:]])
+        widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
+        aligned = [
+            "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in (header, *cells)
+        ]
+        return "\n".join([self.title, "", *(line.rstrip() for line in aligned)])
+
+
+def cell_text(name: str, value: Any) -> str:
+    """A number as its column's name says: shares in percent, times in milliseconds, bytes in MiB."""
+    if value is None:
+        return "-"
+    if name.startswith("share"):
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return str(value)

@@ -1,0 +1,74 @@
+"""Populations: milliseconds a lane-step over the number of lanes, ours beside every other way to train many models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.step import batch_of, default_at_a_time, model_of, ours
+from benchmarks.timing import Contestant, Table, blocked, interleaved, timed
+from cnnlib.spec import Model
+
+LANES = (1, 2, 4, 8, 16, 64, 256)
+LONGEST = 20.0
+"""Seconds: a contestant whose call takes longer is not given more lanes."""
+
+
+def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -> list[Contestant]:
+    """Every way to train `lanes` models a step, except those that are `left_out`."""
+    x, y = batch_of(batch_size)
+    images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
+    init, step = peers.stock_step(model)
+    stepped = jax.jit(step)
+    steps = max(2, 16 // lanes)
+
+    def looped() -> Any:
+        states = [jax.jit(init)(jax.random.key(lane), images) for lane in range(lanes)]
+        return lambda: jax.block_until_ready([stepped(state, images, labels) for state in states])
+
+    def vmapped() -> Any:
+        states = peers.stacked_init(init, images, lanes)
+        return blocked(jax.jit(jax.vmap(step, (0, None, None))), states, images, labels)
+
+    makers: dict[str, tuple[Any, int]] = {
+        "cnnlib": (lambda: ours(model, batch_size, lanes, steps), lanes * steps),
+        "cnnlib, one at a time": (lambda: ours(model, batch_size, lanes, steps, 1), lanes * steps),
+        "cnnlib, all at a time": (lambda: ours(model, batch_size, lanes, steps, lanes), lanes * steps),
+        "stock Flax, vmap": (vmapped, lanes),
+        "stock Flax, loop over models": (looped, lanes),
+    }
+    if not peers.torch_is_missing():
+        makers["PyTorch, loop over models, channels_last"] = (
+            lambda: peers.torch_step(model, x, y, channels_last=True, models=lanes),
+            lanes,
+        )
+        makers["PyTorch, torch.func.vmap"] = (lambda: peers.torch_func_step(model, x, y, lanes), lanes)
+    # The default is one of the two.
+    del makers["cnnlib, one at a time" if default_at_a_time(model, lanes) == 1 else "cnnlib, all at a time"]
+    return [Contestant(name, make(), units) for name, (make, units) in makers.items() if name not in left_out]
+
+
+def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LANES) -> Table:
+    """A row a contestant, a column a number of lanes; None where a call would have taken too long."""
+    model = model_of(net)
+    left_out: set[str] = set()
+    columns: dict[int, dict[str, float]] = {}
+    names: list[str] = []
+    for lanes in counts:
+        entries = contestants(model, batch_size, lanes, left_out)
+        for entry in entries:
+            entry.work()
+            if timed(entry) * entry.units > LONGEST:
+                left_out.add(entry.name)
+        # Also those that are too slow for more are measured here, at the number where they became so.
+        seconds = interleaved(entries, rounds)
+        columns[lanes] = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+        names += [entry.name for entry in entries if entry.name not in names]
+    rows = [
+        {"ms a lane-step": name, **{f"{lanes} lanes": columns[lanes].get(name) for lanes in counts}} for name in names
+    ]
+    return Table(f"{net}, batch {batch_size}, median of {rounds} rounds", rows)

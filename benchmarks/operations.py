@@ -1,0 +1,123 @@
+"""Each operation and its gradients: ours and stock, in and out of a loop, one kernel and eight at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from benchmarks.timing import Contestant, Table, blocked, interleaved, matrix_product
+from cnnlib import kernels, ops
+
+CONVOLUTIONS = {
+    # name: height = width, channels, features, kernel, padding
+    "LeNet-5 c1, 28x28x1 -> 6, 5x5": (28, 1, 6, 5, "SAME"),
+    "LeNet-5 c3, 14x14x6 -> 16, 5x5": (14, 6, 16, 5, "VALID"),
+    "two-conv 1, 28x28x1 -> 32, 3x3": (28, 1, 32, 3, "SAME"),
+    "two-conv 2, 14x14x32 -> 64, 3x3": (14, 32, 64, 3, "SAME"),
+}
+POOLS = {"LeNet-5 pool 1, 28x28x6": (28, 6), "two-conv pool 1, 28x28x32": (28, 32)}
+REPEATS, LANES = 4, 8
+Operation = Callable[..., Any]
+
+
+def stock_conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
+    """The convolution as JAX has it."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def parts(operation: Operation) -> dict[str, Operation]:
+    """The operation of (x, kernel, gradient of its output) and its gradients, each on its own."""
+    return {
+        "forward": lambda x, kernel, _: operation(x, kernel),
+        "input gradient": lambda x, kernel, g: jax.vjp(lambda x: operation(x, kernel), x)[1](g)[0],
+        "weight gradient": lambda x, kernel, g: jax.vjp(lambda k: operation(x, k), kernel)[1](g)[0],
+    }
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """What is traced inside runs on these CPU kernels."""
+    before = os.environ.get("CNNLIB_KERNELS", "auto")
+    os.environ["CNNLIB_KERNELS"] = implementation
+    try:
+        yield
+    finally:
+        os.environ["CNNLIB_KERNELS"] = before
+
+
+def implementations() -> list[str]:
+    """Ours: one on an accelerator; on a CPU kernels.cc where it can be compiled, and XLA's."""
+    if jax.devices()[0].platform != "cpu":
+        return ["xla"]
+    return ["xla"] if kernels.register() else ["native", "xla"]
+
+
+def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: Any) -> list[Contestant]:
+    """Outside a loop, in `lax.map`, and under `vmap` over LANES kernels; compiled here, inside the caller's `using`."""
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * REPEATS), (x, kernel, gradient))
+    lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * LANES), (x, kernel, gradient))
+    alone = jax.jit(operation).lower(x, kernel, gradient).compile()
+    looped = jax.jit(lambda operands: lax.map(lambda one: operation(*one), operands)).lower(many).compile()
+    vmapped = jax.jit(jax.vmap(operation)).lower(*lanes).compile()
+    return [
+        Contestant(f"{name}: alone", blocked(alone, x, kernel, gradient)),
+        Contestant(f"{name}: in a loop", blocked(looped, many), REPEATS),
+        Contestant(f"{name}: vmap", blocked(vmapped, *lanes), LANES),
+    ]
+
+
+def measure(batch_size: int, rounds: int) -> list[Table]:
+    """A table an operation: milliseconds a call alone, in a loop and under vmap; of convolutions the best share."""
+    tables = []
+    random = np.random.RandomState(0)
+    for name, (size, channels, features, k, padding) in CONVOLUTIONS.items():
+        x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
+        kernel = jnp.asarray(random.normal(size=(k, k, channels, features)), jnp.float32)
+        y = jax.eval_shape(lambda x, kernel, padding=padding: stock_conv(x, kernel, padding), x, kernel)
+        gradient = jnp.asarray(random.normal(size=y.shape), jnp.float32)
+        bodies: dict[str, Operation] = {}
+        for implementation in implementations():
+            bodies[f"cnnlib, {implementation}"] = lambda x, w, padding=padding: ops.conv2d(x, w, padding=padding)
+        bodies["stock lax"] = lambda x, w, padding=padding: stock_conv(x, w, padding)
+        tables.append(race(name, bodies, x, kernel, gradient, rounds, 2.0 * y.size * k * k * channels))
+    for name, (size, channels) in POOLS.items():
+        x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
+        gradient = jnp.asarray(random.normal(size=(batch_size, size // 2, size // 2, channels)), jnp.float32)
+        bodies = {f"cnnlib, {each}": lambda x, _: ops.max_pool(x, 2) for each in implementations()}
+        bodies["stock flax"] = lambda x, _: nn.max_pool(x, (2, 2), strides=(2, 2))
+        tables.append(race(name, bodies, x, jnp.zeros(()), gradient, rounds, None))
+    return tables
+
+
+def race(
+    title: str, bodies: dict[str, Operation], x: Any, kernel: Any, gradient: Any, rounds: int, operations: float | None
+) -> Table:
+    """Every part of every implementation, all three ways, in turn."""
+    yardstick, product = matrix_product()
+    entries, labels = [yardstick], []
+    for name, body in bodies.items():
+        with using(name.removeprefix("cnnlib, ") if name.startswith("cnnlib") else "auto"):
+            for part, operation in parts(body).items():
+                if part == "weight gradient" and operations is None:
+                    continue  # pooling has none
+                labels.append(f"{part}, {name}")
+                entries += three_ways(labels[-1], operation, x, kernel, gradient)
+    seconds = interleaved(entries, rounds)
+    rate = product / float(np.median(seconds[yardstick.name]))
+    rows = []
+    for label in sorted(labels, key=lambda text: text.split(",")[0]):
+        ways = {way: float(np.median(seconds[f"{label}: {way}"])) for way in ("alone", "in a loop", "vmap")}
+        row: dict[str, Any] = {"ms a call": label, **{way: 1e3 * value for way, value in ways.items()}}
+        row[f"vmap of {LANES}, a kernel"] = row.pop("vmap")
+        if operations is not None:
+            row["share in a loop"] = operations / ways["in a loop"] / rate
+        rows.append(row)
+    return Table(f"{title}, median of {rounds} rounds; matrix product {rate / 1e9:.0f} GFLOP/s", rows)

@@ -1,0 +1,98 @@
+"""That the benchmarks run and say what they measured; how fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import lanes, operations, step
+from benchmarks.timing import Contestant, Table, interleaved, summary
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_step_has_a_row_a_contestant(tmp_path):
+    path = tmp_path / "step.json"
+    arguments = ["step", "--net", "lenet_300_100", "--batch-size", "4", "--rounds", "2", "--json", str(path)]
+    assert command.main(arguments) == 0
+    (table,) = json.loads(path.read_text())["tables"]
+    names = [row["ms a lane-step"] for row in table["rows"]]
+    assert names[:3] == ["cnnlib, 8 lanes", "cnnlib, 1 lane", "stock Flax, a step a call"] and len(names) >= 5
+    for row in table["rows"]:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["times_ours"] > 0
+    assert table["rows"][0]["times_ours"] == 1
+
+
+def test_the_operations_of_a_step_are_three_times_its_products():
+    # LeNet-300-100 by hand: 784*300 + 300*100 + 100*10 multiply-adds; no input gradient for the first layer.
+    first, rest = 784 * 300, 300 * 100 + 100 * 10
+    assert step.step_operations(step.model_of("lenet_300_100"), 7) == 2 * 7 * (2 * first + 3 * rest)
+
+
+@pytest.mark.slow
+def test_lanes_leaves_out_what_would_take_too_long(monkeypatch):
+    monkeypatch.setattr(lanes, "LONGEST", -1.0)
+    table = lanes.measure("lenet5", batch_size=2, rounds=1, counts=(1, 2))
+    assert all(row["1 lanes"] > 0 and row["2 lanes"] is None for row in table.rows)
+    assert {"cnnlib", "cnnlib, all at a time", "stock Flax, vmap"} <= {row["ms a lane-step"] for row in table.rows}
+
+
+@pytest.mark.slow
+def test_ops_measures_every_part_of_every_implementation(monkeypatch):
+    monkeypatch.setattr(operations, "CONVOLUTIONS", {"small": (6, 2, 3, 3, "SAME")})
+    monkeypatch.setattr(operations, "POOLS", {"pool": (6, 2)})
+    conv, pool = operations.measure(batch_size=2, rounds=1)
+    implementations = len(operations.implementations()) + 1
+    assert len(conv.rows) == 3 * implementations and len(pool.rows) == 2 * implementations
+    assert all(value > 0 for row in conv.rows + pool.rows for value in row.values() if not isinstance(value, str))
+
+
+@pytest.mark.slow
+def test_memory_counts_a_population_and_a_lane(capsys):
+    assert command.main(["memory", "--net", "lenet_300_100", "--batch-size", "4"]) == 0
+    rows = capsys.readouterr().out.splitlines()[-5:]
+    alone, many = (float(row.split()[-2].replace(",", "")) for row in rows[:2])
+    assert many > alone > 2 * 4 * 266_610 / 2**20  # parameters and momenta, 4 bytes each
+
+
+def test_contestants_take_turns():
+    order = []
+    entries = [Contestant(name, lambda name=name: order.append(name)) for name in "ab"]
+    seconds = interleaved(entries, rounds=2)
+    assert order == ["a", "b"] * 3 and [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_ratios_are_taken_round_by_round():
+    # Twice as long in every round; the ratio of the medians would be 2 as well, that of the extremes would not.
+    found = summary([2.0, 8.0, 4.0], ours=[1.0, 4.0, 2.0])
+    assert found == {"median_ms": 4000.0, "low_ms": 2000.0, "high_ms": 8000.0, "times_ours": 2.0}
+    assert math.isclose(summary([2.0, 2.0, 9.0], ours=[1.0, 4.0, 3.0])["times_ours"], 2.0)
+
+
+def test_a_table_reads_in_a_terminal_and_in_a_readme():
+    table = Table("title", [{"ms a call": "ours", "median_ms": 1234.5, "share": 0.5}, {"ms a call": "x"} | NOTHING])
+    assert table.text(markdown=False).splitlines() == [
+        "title",
+        "",
+        "ms a call  median ms  share",
+        "ours        1,234.50  50.0%",
+        "x                  -      -",
+    ]
+    assert table.text(markdown=True).splitlines()[2:] == [
+        "| ms a call | median ms | share |",
+        "| --- | ---: | ---: |",
+        "| ours | 1,234.50 | 50.0% |",
+        "| x | - | - |",
+    ]
+
+
+NOTHING = {"median_ms": None, "share": None}
+
+
+def test_numbers_below_one_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["step", "--rounds", "0"])
+    assert ended.value.code == 2 and "must be at least 1" in capsys.readouterr().err
