@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cnnlib.cache import cache_folder
 from cnnlib.config import Data
 from cnnlib.errors import UserError
 from cnnlib.spec import Shape
@@ -342,19 +342,13 @@ def _prepare(name: str, builder: Any) -> None:
         raise UserError(f"tensorflow-datasets could not prepare {name}: {_first_line(error)}") from error
 
 
-def cache_folder() -> Path:
-    """Where decoded data is kept between runs: `$XDG_CACHE_HOME/cnnlib`, else `~/.cache/cnnlib`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cnnlib"
-
-
 def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     """A split as arrays: decoded once, then read from the cache, whose key holds the prepared files' description."""
     count = builder.info.splits[split].num_examples
     shape = (count, *builder.info.features[image_key].shape)
     identity = f"{builder.data_path}\n{(Path(builder.data_path) / 'dataset_info.json').read_text()}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = cache_folder() / "data" / f"{builder.info.full_name.replace('/', '-')}-{key}"
+    folder = cache_folder("data") / f"{builder.info.full_name.replace('/', '-')}-{key}"
     paths = folder / f"{split}-x.npy", folder / f"{split}-y.npy"
     cached = _cached(paths, shape)
     if cached is not None:

@@ -16,6 +16,7 @@ using Integers = ffi::Span<const int64_t>;
 
 namespace {
 
+// As many values as a vector register holds, and as many such vectors as leave room for the operands beside them.
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kRows = 14;
 #else
@@ -25,36 +26,44 @@ typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_ali
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+// The sums of a weight gradient are made in as many parts, whatever the number of threads.
 constexpr int kPartialSums = 16;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Runs work(0) ... work(chunks - 1), each once, on the caller and on XLA's threads.
+// Runs work(0) ... work(chunks - 1), each once, on the caller and on XLA's threads. What a chunk throws, for want of
+// memory, becomes an error of the whole, since no exception may leave one of XLA's threads.
 template <typename Work>
-void parallel(ffi::ThreadPool& pool, int64_t chunks, Work work) {
+ffi::Error parallel(ffi::ThreadPool& pool, int64_t chunks, Work work) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
   };
   auto shared = std::make_shared<Shared>();
-  auto drain = [shared, chunks](const Work& work) {
+  // A helper that starts late finds nothing to do, so nobody waits for one that has not started: `work` is gone by then.
+  auto drain = [shared, chunks, &work] {
     for (int64_t chunk; (chunk = shared->next.fetch_add(1)) < chunks;) {
-      work(chunk);
+      try {
+        work(chunk);
+      } catch (...) {
+        shared->failed = true;
+      }
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
-  for (int64_t i = 0; i < helpers; ++i)
-    pool.Schedule([drain, shared, chunks, &work] {
-      if (shared->next.load() < chunks) drain(work);
-    });
-  drain(work);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([drain] { drain(); });
+  drain();
   while (shared->done.load(std::memory_order_acquire) < chunks) std::this_thread::yield();
+  if (shared->failed) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "a kernel of cnnlib ran out of memory");
+  return ffi::Error::Success();
 }
 
 template <typename Work>
-void parallel_over_images(ffi::ThreadPool& pool, int64_t images, Work work) {
+ffi::Error parallel_over_images(ffi::ThreadPool& pool, int64_t images, Work work) {
   const int64_t chunk_size = std::max<int64_t>(1, images / 32);
-  parallel(pool, (images + chunk_size - 1) / chunk_size, [&](int64_t chunk) {
+  return parallel(pool, (images + chunk_size - 1) / chunk_size, [&](int64_t chunk) {
     for (int64_t n = chunk * chunk_size; n < std::min(images, (chunk + 1) * chunk_size); ++n) work(n);
   });
 }
@@ -125,14 +134,14 @@ struct Geometry {
                 ((i * plain_width + j) * channels + c) * plain_features);
   }
 
-  std::vector<int32_t> offsets(int64_t rows, int64_t columns, const int64_t (&steps)[2]) const {
-    std::vector<int32_t> result;
+  std::vector<int64_t> offsets(int64_t rows, int64_t columns, const int64_t (&steps)[2]) const {
+    std::vector<int64_t> result;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) result.push_back((i * steps[0] * padded_width + j * steps[1]) * channels);
     return result;
   }
-  std::vector<int32_t> position_offsets() const { return offsets(out_height, out_width, stride); }
-  std::vector<int32_t> tap_offsets() const { return offsets(kernel_height, kernel_width, kernel_dilation); }
+  std::vector<int64_t> position_offsets() const { return offsets(out_height, out_width, stride); }
+  std::vector<int64_t> tap_offsets() const { return offsets(kernel_height, kernel_width, kernel_dilation); }
 
   // The image with its padding and dilation spelled out, in scratch that holds zeros elsewhere.
   const float* padded(const float* image, std::vector<float>& scratch) const {
@@ -161,12 +170,12 @@ struct Geometry {
 
 // kRows positions by kVectors vectors of output channels, held in registers over all taps and input channels.
 template <int kVectors>
-void forward_tile(const float* image, const int32_t* position, const std::vector<int32_t>& taps, int64_t channels,
+void forward_tile(const float* image, const int64_t* position, const std::vector<int64_t>& taps, int64_t channels,
                   const float* kernel, int64_t kernel_row, Vector (&sum)[kRows][kVectors]) {
   Vector s[kRows][kVectors] = {};
   const float* from[kRows];
   for (int r = 0; r < kRows; ++r) from[r] = image + position[r];
-  for (int32_t tap : taps)
+  for (int64_t tap : taps)
     for (int64_t c = 0; c < channels; ++c, kernel += kernel_row) {
       Vector k[kVectors];
       for (int v = 0; v < kVectors; ++v) k[v] = load(kernel + v * kWidth);
@@ -181,12 +190,12 @@ void forward_tile(const float* image, const int32_t* position, const std::vector
 }
 
 template <int kVectors>
-void forward_block(const Geometry& g, const float* image, const std::vector<int32_t>& positions,
-                   const std::vector<int32_t>& taps, const float* kernel, int64_t feature, float* y) {
+void forward_block(const Geometry& g, const float* image, const std::vector<int64_t>& positions,
+                   const std::vector<int64_t>& taps, const float* kernel, int64_t feature, float* y) {
   int64_t count = positions.size();
   int64_t kept = std::min<int64_t>(kVectors * kWidth, g.features - feature);
   for (int64_t start = 0; start < count; start += kRows) {
-    int32_t position[kRows];
+    int64_t position[kRows];
     for (int r = 0; r < kRows; ++r) position[r] = positions[std::min<int64_t>(start + r, count - 1)];
     Vector sum[kRows][kVectors];
     forward_tile<kVectors>(image, position, taps, g.channels, kernel + feature, g.row_size(), sum);
@@ -203,12 +212,12 @@ void forward_block(const Geometry& g, const float* image, const std::vector<int3
 
 // One row of the kernel (or one tap) times kTile of its values by kVectors of output channels, over all positions.
 template <int kTile, int kVectors>
-void gradient_tile(const float* image, const std::vector<int32_t>& positions, const float* gradient, int64_t row_size,
+void gradient_tile(const float* image, const std::vector<int64_t>& positions, const float* gradient, int64_t row_size,
                    float* sums) {
   Vector s[kTile][kVectors];
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < kVectors; ++v) s[r][v] = load(sums + r * row_size + v * kWidth);
-  for (int32_t position : positions) {
+  for (int64_t position : positions) {
     const float* x = image + position;
     Vector g[kVectors];
     for (int v = 0; v < kVectors; ++v) g[v] = load(gradient + v * kWidth);
@@ -221,7 +230,7 @@ void gradient_tile(const float* image, const std::vector<int32_t>& positions, co
     for (int v = 0; v < kVectors; ++v) store(sums + r * row_size + v * kWidth, s[r][v]);
 }
 
-using GradientTile = void (*)(const float*, const std::vector<int32_t>&, const float*, int64_t, float*);
+using GradientTile = void (*)(const float*, const std::vector<int64_t>&, const float*, int64_t, float*);
 template <int kVectors, int... kTiles>
 GradientTile gradient_tile_of(int tile, std::integer_sequence<int, kTiles...>) {
   static const GradientTile table[] = {gradient_tile<kTiles + 1, kVectors>...};
@@ -247,7 +256,7 @@ ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultB
     packed = storage.data();
   }
   const int64_t chunk_size = std::max<int64_t>(1, batch / 32), chunks = (batch + chunk_size - 1) / chunk_size;
-  parallel(pool, lanes * chunks, [&](int64_t chunk) {
+  return parallel(pool, lanes * chunks, [&](int64_t chunk) {
     std::vector<float> scratch;
     const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
     const float* k = packed + lane * kernel_size;
@@ -260,7 +269,6 @@ ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultB
       if (feature < g.row_size()) forward_block<1>(g, image, positions, taps, k, feature, to);
     }
   });
-  return ffi::Error::Success();
 }
 
 // result[l] = the sum over images of x[l, n], shifted by each tap, times gradient[l, n]; shapes as in Correlate.
@@ -272,16 +280,16 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::
   const auto positions = g.position_offsets(), taps = g.tap_offsets();
   const int64_t row_size = g.row_size(), kernel_size = g.rows() * row_size;
   // Taps that follow one another in memory make one segment.
-  std::vector<std::pair<int32_t, int64_t>> segments;
-  for (int32_t tap : taps)
+  std::vector<std::pair<int64_t, int64_t>> segments;
+  for (int64_t tap : taps)
     if (!segments.empty() && tap == segments.back().first + segments.back().second)
       segments.back().second += g.channels;
     else
       segments.emplace_back(tap, g.channels);
   // As many partial sums whatever the machine, added in order: the result depends on neither threads nor timing.
-  const int64_t chunk_size = (batch + kPartialSums - 1) / kPartialSums, chunks = (batch + chunk_size - 1) / chunk_size;
+  const int64_t chunk_size = std::max<int64_t>(1, (batch + kPartialSums - 1) / kPartialSums), chunks = (batch + chunk_size - 1) / chunk_size;
   std::vector<float> partial(lanes * chunks * kernel_size);
-  parallel(pool, lanes * chunks, [&](int64_t chunk) {
+  ffi::Error error = parallel(pool, lanes * chunks, [&](int64_t chunk) {
     std::vector<float> scratch, wide;
     if (row_size != g.features) wide.resize(g.positions() * row_size);
     const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
@@ -307,6 +315,7 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::
       }
     }
   });
+  if (error.failure()) return error;
   const int64_t plain_size = result->element_count() / lanes;
   std::fill_n(result->typed_data(), result->element_count(), 0.0f);
   for (int64_t chunk = 0; chunk < lanes * chunks; ++chunk)
@@ -369,7 +378,7 @@ ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::F32> y
                    Integers low) {
   const auto in = x.dimensions(), out = y->dimensions();
   const Pooling p{in[1], in[2], in[3], out[1], out[2], window, strides, low};
-  parallel_over_images(pool, in[0], [&](int64_t n) {
+  return parallel_over_images(pool, in[0], [&](int64_t n) {
     const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
     float *to = y->typed_data() + n * p.out_size(), *to_end = to + p.out_size();
     p.each_vector([&](int64_t output, const int64_t* taps, int64_t count, int64_t lanes) {
@@ -381,7 +390,6 @@ ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::F32> y
       store(to + output, to_end, lanes, best);
     });
   });
-  return ffi::Error::Success();
 }
 
 // The gradient of each window goes to the values that equal its largest, in equal shares.
@@ -393,7 +401,7 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Floats x, Floats y, Floats grad
   // Windows that tile the image, in whole vectors, meet each value once: it is written, not added to.
   const bool tiles = p.channels % kWidth == 0 && p.height == p.out_height * window[0] && strides[0] == window[0] &&
                      p.width == p.out_width * window[1] && strides[1] == window[1] && low[0] == 0 && low[1] == 0;
-  parallel_over_images(pool, in[0], [&](int64_t n) {
+  return parallel_over_images(pool, in[0], [&](int64_t n) {
     const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
     const float *largest = y.typed_data() + n * p.out_size(), *largest_end = largest + p.out_size();
     const float *share = gradient.typed_data() + n * p.out_size(), *share_end = share + p.out_size();
@@ -414,7 +422,6 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Floats x, Floats y, Floats grad
       }
     });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from cnnlib.cache import cache_folder, is_writable
 from cnnlib.errors import UserError
 
 Kernels = Literal["native", "xla"]
@@ -38,14 +39,20 @@ class Unavailable(Exception):
     """Why the native kernels cannot be had on this machine, in one line."""
 
 
-def chosen() -> Kernels:
-    """Which kernels convolve and pool float32 on the CPU in this process: those of kernels.cc, or XLA's own.
-
-    Raises UserError for an unknown `CNNLIB_KERNELS`, and for `native` where kernels.cc cannot be compiled.
-    """
+def asked() -> str:
+    """`CNNLIB_KERNELS`: auto, native or xla. Raises UserError for anything else."""
     wanted = os.environ.get("CNNLIB_KERNELS", "auto")
     if wanted not in ("auto", "native", "xla"):
         raise UserError(f"CNNLIB_KERNELS={wanted}: expected auto, native or xla")
+    return wanted
+
+
+def chosen() -> Kernels:
+    """Which kernels convolve and pool float32 on the CPU in what is traced next: those of kernels.cc, or XLA's own.
+
+    Raises UserError for an unknown `CNNLIB_KERNELS`, and for `native` where kernels.cc cannot be compiled.
+    """
+    wanted = asked()
     if wanted == "xla":
         return "xla"
     problem = register()
@@ -58,52 +65,94 @@ def chosen() -> Kernels:
 def register() -> str | None:
     """Compiles kernels.cc where that is still to be done and offers it to XLA, once a process; says what went wrong."""
     try:
-        library = ctypes.CDLL(str(compiled()))
-    except (Unavailable, OSError) as error:
+        kernels = library()
+    except Unavailable as error:
         return str(error)
     for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(kernels, target)), platform="cpu")
     return None
 
 
 def is_compiled() -> bool:
     """Whether the next use of the kernels will find them compiled; also true where they cannot be."""
     try:
-        return library_path(compiler()).exists()
+        return is_intact(library_path(compiler()))
     except Unavailable:
         return True
 
 
-def compiled() -> Path:
-    """The shared library for this machine, compiled if it is not there yet. Raises Unavailable."""
+def library() -> ctypes.CDLL:
+    """The shared library for this machine, compiled if it is not there or damaged. Raises Unavailable."""
     command = compiler()
     path = library_path(command)
-    if path.exists():
-        return path
+    if is_intact(path):
+        return loaded(path)
+    with tempfile.TemporaryDirectory(prefix="cnnlib-") as folder:
+        fresh = Path(folder) / path.name
+        arguments = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(fresh)]
+        result = run(arguments)
+        if result.returncode != 0:
+            told = result.stderr.splitlines() or [f"exit status {result.returncode}"]
+            reason = next((line for line in told if "error" in line), told[0]).strip()
+            raise Unavailable(f"{shlex.join(command)} does not compile kernels.cc: {reason}")
+        kernels = loaded(fresh)  # stays loaded when the file is gone
+        keep(fresh, path)
+    return kernels
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """The library of a file that has all kernels; raises Unavailable for any other."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.mkdtemp(prefix="cnnlib-"))
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="cnnlib-"))
-    # Written whole under a name of its own: several processes may come here at once.
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    result = subprocess.run(
-        [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", unfinished], capture_output=True, text=True
-    )
-    if result.returncode != 0:
-        Path(unfinished).unlink()
-        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines() or ["?"]
-        raise Unavailable(f"{shlex.join(command)} does not compile kernels.cc: {lines[0].strip()}")
-    return Path(unfinished).replace(folder / path.name)
+        kernels = ctypes.CDLL(str(path))
+        for target in TARGETS:
+            getattr(kernels, target)
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from error
+    return kernels
+
+
+def keep(fresh: Path, path: Path) -> None:
+    """Puts a compiled library where the next process looks for it, beside the hash of what it holds.
+
+    Each file appears whole, since several processes may come here at once. A folder that cannot be written keeps
+    nothing, and the next process compiles again.
+    """
+    content = fresh.read_bytes()
+    files = {path: content, path.with_suffix(".sha256"): hashlib.sha256(content).hexdigest().encode()}
+    if is_writable(path.parent):
+        for final, data in files.items():
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+                part.write(data)
+            Path(part.name).replace(final)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the library is there and what was written."""
+    try:
+        expected = path.with_suffix(".sha256").read_text()
+        return hashlib.sha256(path.read_bytes()).hexdigest() == expected
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def compiler() -> list[str]:
     """The command of the C++ compiler; raises Unavailable where there is none."""
-    command = shlex.split(os.environ.get("CXX", "c++"))
+    text = os.environ.get("CXX", "c++")
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise Unavailable(f"CXX={text} is no command: {error}") from error
     if not command or shutil.which(command[0]) is None:
         raise Unavailable(f"there is no C++ compiler ({' '.join(command) or 'CXX is empty'})")
     return command
+
+
+def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the compiler; raises Unavailable where it cannot even start."""
+    try:
+        return subprocess.run(arguments, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise Unavailable(f"the C++ compiler {arguments[0]} does not start: {error.strerror}") from error
 
 
 def library_path(command: Sequence[str]) -> Path:
@@ -111,11 +160,10 @@ def library_path(command: Sequence[str]) -> Path:
 
     The processor is part of the name because a home folder may serve many machines.
     """
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    version = run([*command, "--version"]).stdout
     parts = (SOURCE.read_text(), version, shlex.join([*command, *FLAGS]), jax.__version__, processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "cnnlib" / "kernels" / f"{key}.so"
+    return cache_folder("kernels") / f"{key}.so"
 
 
 def processor() -> str:

@@ -65,7 +65,8 @@ class Network(nn.Module):
     `x` is `(batch, *spatial, channel)`, float; the output is of `compute_dtype`.
 
     A bias, a rounding and a non-decreasing activation commute with a maximum: max pooling after them gives the same
-    values as before them. So it comes first, and they run on what is left, a quarter for a window of 2x2.
+    values as before them. So it comes first, and they run on what is left, a quarter for a window of 2x2. Gradients are
+    the same too, except where rounding makes values tie that did not before: there only the true largest has it.
     """
 
     layers: tuple[Layer, ...]

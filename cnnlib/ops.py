@@ -1,7 +1,8 @@
 """Convolution and pooling over channels-last maps: the arguments of the field, on the primitives below.
 
 Every operation is differentiable as often as needed, forward and reverse, and runs under jit, vmap (over inputs, over
-weights, over both), scan and remat, in float32, bfloat16 and float64. What does not fit raises UserError.
+weights, over both), scan and remat, in float32, bfloat16 and float64. What does not fit raises UserError. Over several
+CPU devices, divide the work with `jax.shard_map`: a compiled kernel is not divided by itself.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnnlib import primitives
+from cnnlib.errors import UserError
 from cnnlib.primitives import Correlation, Pair, Pooling
-from cnnlib.spec import Padding, PerAxis, Window, pool_window, window_over
+from cnnlib.spec import Padding, PerAxis, Window, check_window, pool_window, window_over
 
 
 def conv2d(
@@ -29,7 +31,8 @@ def conv2d(
 
     `padding` is SAME, VALID, an int or a pair `(before, after)` an axis; `dilation` spreads the taps of the kernel.
     """
-    window = window_over(x.shape[1:], "kernel", kernel.shape[:2], strides, dilation, padding)
+    _check_operands("conv2d", x, kernel, axes=2)
+    window = _window(x, kernel.shape[:2], strides, dilation, padding)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
     return primitives.correlate(x[None], kernel[None], correlation)[0]
 
@@ -43,7 +46,8 @@ def conv1d(
     dilation: PerAxis = 1,
 ) -> Float[Array, "batch output_length feature"]:
     """Correlates each signal with the kernel; arguments as for `conv2d`."""
-    window = window_over(x.shape[1:], "kernel", kernel.shape[:1], strides, dilation, padding)
+    _check_operands("conv1d", x, kernel, axes=1)
+    window = _window(x, kernel.shape[:1], strides, dilation, padding)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
     return primitives.correlate(x[None, :, None], kernel[None, None], correlation)[0, :, 0]
 
@@ -59,7 +63,7 @@ def max_pool(
     `strides` defaults to the window, padding never wins, and what is not a number does. Values that tie for the largest
     share their window's gradient equally.
     """
-    window = pool_window(x.shape[1:], "window", window_shape, strides, padding)
+    window = _pool_window(x, window_shape, strides, padding)
     pooling = Pooling(_pair(window.size), _pair(window.strides), _pads(window))
     return _lowered(primitives.max_pool(_raised(x), pooling), x.ndim)
 
@@ -71,10 +75,38 @@ def avg_pool(
     padding: Padding = "VALID",
 ) -> Float[Array, "batch *output_spatial channel"]:
     """The mean under each window; `strides` defaults to the window, zeros of the padding count as values."""
-    window = pool_window(x.shape[1:], "window", window_shape, strides, padding)
+    window = _pool_window(x, window_shape, strides, padding)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), (1, 1))
     taps = primitives.taps_of(_raised(x), _pair(window.size), correlation, fill=0.0)
     return _lowered(functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype), x.ndim)
+
+
+def _check_operands(name: str, x: Array, kernel: Array, axes: int) -> None:
+    """Raises UserError for what no kernel could be told to do; the compiled ones would read what is not theirs."""
+    spatial = ("height", "width")[-axes:]
+    for what, operand, expected in (
+        ("x", x, ("batch", *spatial, "channel")),
+        ("kernel", kernel, (*(f"kernel_{axis}" for axis in spatial), "channel", "feature")),
+    ):
+        if operand.ndim != len(expected):
+            raise UserError(f"{name}: {what} must be ({', '.join(expected)}), its shape is {operand.shape}")
+    if x.shape[-1] != kernel.shape[-2]:
+        raise UserError(f"{name}: x has {x.shape[-1]} channels, its kernel takes {kernel.shape[-2]}")
+    if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{name}: x is {x.dtype}, its kernel {kernel.dtype}; expected one floating-point type")
+
+
+def _window(x: Array, size: PerAxis, strides: PerAxis, dilation: PerAxis, padding: Padding) -> Window:
+    check_window("conv", {"kernel": size, "strides": strides, "dilation": dilation}, padding)
+    return window_over(x.shape[1:], "kernel", size, strides, dilation, padding)
+
+
+def _pool_window(x: Array, size: PerAxis, strides: PerAxis | None, padding: Padding) -> Window:
+    if x.ndim not in (3, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
+        expected = "(batch, length, channel) or (batch, height, width, channel) of a floating-point type"
+        raise UserError(f"pool: x must be {expected}, it is {x.dtype} of shape {x.shape}")
+    check_window("pool", {"window": size, "strides": size if strides is None else strides}, padding)
+    return pool_window(x.shape[1:], "window", size, strides, padding)
 
 
 # One spatial axis is a height of 1 and that axis as the width.

@@ -80,7 +80,7 @@ def correlate(
     correlation: Correlation,
 ) -> Float[Array, "lane image output_height output_width feature"]:
     """Each lane's images, correlated with its kernel."""
-    result: Array = correlate_p.bind(x, kernel, correlation=correlation, cpu=kernels.chosen())
+    result: Array = correlate_p.bind(x, kernel, correlation=correlation, cpu=cpu_kernels())
     return result
 
 
@@ -88,21 +88,44 @@ def max_pool(
     x: Float[Array, "image height width channel"], pooling: Pooling
 ) -> Float[Array, "image rows columns channel"]:
     """The largest value under each window."""
-    result: Array = max_pool_p.bind(x, pooling=pooling, cpu=kernels.chosen())
+    result: Array = max_pool_p.bind(x, pooling=pooling, cpu=cpu_kernels())
     return result
+
+
+def cpu_kernels() -> str:
+    """What the CPU is to run; where JAX's default is an accelerator, nothing is compiled for the CPU beside it."""
+    return kernels.chosen() if jax.default_backend() == "cpu" else "xla"
 
 
 def define(
     name: str, shape: Callable[..., tuple[int, ...]], cpu: Callable[..., Array], elsewhere: Callable[..., Array]
 ) -> Primitive:
-    """A primitive whose result has the type of its first operand, lowered as written in `cpu` or `elsewhere`."""
+    """A primitive whose result has the type of its operands, lowered as written in `cpu` or `elsewhere`.
+
+    A sum over nothing is zero: operands or results without elements reach neither.
+    """
     primitive = Primitive(f"cnnlib_{name}")
-    primitive.def_abstract_eval(lambda *avals, **static: ShapedArray(shape(*avals, **static), avals[0].dtype))
+
+    def abstract(*avals: Any, **static: Any) -> ShapedArray:
+        if len({aval.dtype for aval in avals}) > 1:
+            raise TypeError(f"{primitive} takes operands of one type, not {', '.join(str(a.dtype) for a in avals)}")
+        return ShapedArray(shape(*avals, **static), avals[0].dtype)
+
+    def lowered(body: Callable[..., Array]) -> Any:
+        def of(*operands: Array, **static: Any) -> Array:
+            size = shape(*operands, **static)
+            if 0 in size or any(0 in operand.shape for operand in operands):
+                return jnp.zeros(size, operands[0].dtype)
+            return body(*operands, **static)
+
+        return mlir.lower_fun(of, multiple_results=False)
+
+    primitive.def_abstract_eval(abstract)
     # Outside jit an operation is a program of its own.
     compiled = functools.cache(lambda static: jax.jit(lambda *operands: primitive.bind(*operands, **dict(static))))
     primitive.def_impl(lambda *operands, **static: compiled(tuple(static.items()))(*operands))
-    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
-    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+    mlir.register_lowering(primitive, lowered(cpu), platform="cpu")
+    mlir.register_lowering(primitive, lowered(elsewhere))
     return primitive
 
 
@@ -110,6 +133,8 @@ def define(
 
 
 def _correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    if x.shape[0] != kernel.shape[0] or x.shape[-1] != kernel.shape[-2]:
+        raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes or channels")
     return (*x.shape[:2], *correlation.output_size(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1])
 
 
@@ -261,7 +286,7 @@ def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
     """`operand` with the mapped axis (or copies) merged into its axis `into`, as the slower of the two."""
     moved = jnp.broadcast_to(operand[None], (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
     moved = jnp.moveaxis(moved, 0, into)
-    return moved.reshape(*moved.shape[:into], -1, *moved.shape[into + 2 :])
+    return moved.reshape(*moved.shape[:into], size * moved.shape[into + 1], *moved.shape[into + 2 :])
 
 
 def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
@@ -273,7 +298,8 @@ def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) 
     else:
         merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
     result = primitive.bind(*merged, **static)
-    return result.reshape(*result.shape[:into], size, -1, *result.shape[into + 1 :]), into
+    inner = merged[0].shape[into] // size if size else 0
+    return result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :]), into
 
 
 for _primitive in (correlate_p, kernel_gradient_p):
@@ -309,9 +335,11 @@ def _max_pool_on_cpu(x: Array, *, pooling: Pooling, cpu: str) -> Array:
 
 
 def _winners(x: Array, y: Array, pooling: Pooling) -> tuple[list[Array], Array]:
-    """Which values equal their window's largest, tap by tap, and how many do."""
-    won = [tap == y for tap in _under(x, pooling, fill=-jnp.inf)]
-    return won, functools.reduce(operator.add, [each.astype(x.dtype) for each in won])
+    """Which values equal their window's largest, tap by tap, and how many do; at least 1, for a window that has none
+    because its largest is not a number. Padding equals nothing, not even where all values are minus infinity."""
+    won = [tap == y for tap in _under(x, pooling, fill=jnp.nan)]
+    count = functools.reduce(operator.add, [each.astype(x.dtype) for each in won])
+    return won, jnp.maximum(count, jnp.ones((), x.dtype))
 
 
 def _select(x: Array, y: Array, direction: Array, *, pooling: Pooling, cpu: str) -> Array:
@@ -378,10 +406,9 @@ for _primitive, _transpose in ((select_p, spread_p), (spread_p, select_p)):
 def _batch_images(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
     """The mapped axis becomes images: pooling treats each alike."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
-    result = primitive.bind(
-        *(_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)), **static
-    )
-    return result.reshape(size, -1, *result.shape[1:]), 0
+    merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
+    result = primitive.bind(*merged, **static)
+    return result.reshape(size, merged[0].shape[0] // size if size else 0, *result.shape[1:]), 0
 
 
 for _primitive in (max_pool_p, select_p, spread_p):

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from cnnlib import kernels, train
+from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import UserError
 from cnnlib.models import network
@@ -33,21 +36,30 @@ def preferred_at_a_time(arm: ResolvedArm, lanes: int, platform: str) -> int:
 
 
 def free_memory(device: jax.Device) -> int:
-    """Bytes that a program may still take on the device: what its allocator has left, or the host's free memory.
+    """Bytes that programs may still take on the device: nine tenths of what its allocator, or the host, has free.
 
-    On a host also what the container's limit (control group, version 2) leaves.
+    The tenth is for what the compiler does not see: other processes, and the scratch of kernels.cc (16 partial sums of
+    a layer's kernel a lane). On a host a container's limit counts as well (control group, version 2), where file pages
+    that it would give up are free.
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
-        return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
+        return 9 * (int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))) // 10
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo, limit, used = Path("/proc/meminfo"), *(Path("/sys/fs/cgroup", f"memory.{n}") for n in ("max", "current"))
-    if meminfo.exists():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        free = 1024 * int(found[1]) if found else free
+    if (meminfo := Path("/proc/meminfo")).exists():
+        free = 1024 * number_after(r"^MemAvailable:", meminfo.read_text(), otherwise=free // 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used, parts = (group / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+        cached = number_after("^inactive_file", parts.read_text(), otherwise=0) if parts.exists() else 0
+        free = min(free, int(text) - int(used.read_text()) + cached)
+    return 9 * free // 10
+
+
+def number_after(pattern: str, text: str, otherwise: int) -> int:
+    """The whole number that follows the start of a line, as the kernel's accounts have it."""
+    found = re.search(pattern + r"\s+(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else otherwise
 
 
 def check_parameters_fit(experiment: Experiment, arm: ResolvedArm, device: jax.Device) -> None:
@@ -77,7 +89,7 @@ class Programs(NamedTuple):
     at_a_time: int
     """Lanes that run vectorised together."""
     memory_bytes: int
-    """What the largest of them takes at its peak, data included, by the compiler's own account."""
+    """What the largest of them takes at its peak beside the examples, by the compiler's own account."""
     compile_seconds: float
 
 
@@ -113,9 +125,9 @@ def compile_programs(
         for split in ("test", "validation"):
             if split in splits:
                 compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
-        need = max(map(memory_of, compiled.values()))
-        # The examples are on the device already, so they are in `need` and not in `free`.
-        if need - size_of(splits["train"]) <= free:
+        # The examples are on the device already: what a program takes includes them, what is free does not.
+        need = max(memory_of(program) - size_of(splits[split]) for split, program in compiled.items())
+        if need <= free:
             break
         if at_a_time == 1 or wanted:
             raise UserError(
@@ -152,26 +164,40 @@ def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:
 
 
 @contextlib.contextmanager
-def compile_cache(wanted: bool) -> Iterator[None]:
+def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
     """Inside, what JAX compiles is kept in the user's cache folder, one subfolder a kind of processor.
 
-    A cache folder that the user gave JAX (`JAX_COMPILATION_CACHE_DIR`) stays in use.
+    A cache that the user gave JAX (`JAX_COMPILATION_CACHE_DIR`) or forbade it (`JAX_ENABLE_COMPILATION_CACHE`) stays.
+    `says` is told where nothing can be kept, and where what was kept is damaged, as a run that was killed may leave it:
+    all of it is thrown away.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    kind = hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
-    folder = Path(cache) / "cnnlib" / "programs" / kind
     settings: Any = jax.config
-    values: dict[str, Any] = {"jax_enable_compilation_cache": wanted}
-    if wanted and settings.jax_compilation_cache_dir is None:
-        values["jax_compilation_cache_dir"] = str(folder)
-        values["jax_persistent_cache_min_compile_time_secs"] = 0.2
+    folder: Path | None = None
+    values: dict[str, Any] = {} if wanted else {"jax_enable_compilation_cache": False}
+    if wanted and settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
+        folder = cache_folder("programs") / hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
+        if is_writable(folder):
+            values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.2}
+        else:
+            says(f"{folder} cannot be written: compiled programs are not kept")
     before = {name: getattr(settings, name) for name in values}
     try:
         for name, value in values.items():
             settings.update(name, value)
         compilation_cache.reset_cache()  # JAX looks at the settings at its first compilation, which may be over
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
     finally:
         for name, value in before.items():
             settings.update(name, value)
         compilation_cache.reset_cache()
+    damaged = [
+        warning for warning in caught if folder and "reading persistent compilation cache" in str(warning.message)
+    ]
+    if damaged:
+        shutil.rmtree(str(folder), ignore_errors=True)
+        says(f"compiled programs in {folder} were damaged: they are thrown away")
+    for warning in caught:
+        if warning not in damaged or folder is None:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -19,7 +19,7 @@ from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import UserError
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of
 from cnnlib.resolve import ResolvedArm, resolve
-from cnnlib.spec import shape_text
+from cnnlib.spec import Conv, MaxPool, shape_text, walk
 from cnnlib.stats import mean_interval
 from cnnlib.train import Examples, Recipe, Sums
 
@@ -75,7 +75,7 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
     columns = zip(*lanes, strict=True)
     numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
     programs: dict[Recipe, Programs] = {}
-    with compile_cache(experiment.compile_cache):
+    with compile_cache(experiment.compile_cache, watcher.says):
         for arm in arms:
             watcher.arm_begins(arm.name, len(lanes), experiment.epochs)
             if (recipe := recipe_of(experiment, arm)) not in programs:
@@ -114,14 +114,19 @@ def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[
 
 
 def kernels_for(arms: tuple[ResolvedArm, ...], device: jax.Device, watcher: Watcher) -> str:
-    """Which kernels convolve and pool: `native` (kernels.cc) or `xla`; the user is told what takes time or costs it."""
-    if device.platform != "cpu" or all(arm.model.connectivity == "full" for arm in arms):
+    """Which kernels convolve and pool: `native` (kernels.cc) or `xla`; the user is told what takes time or costs it.
+
+    Raises UserError for a `CNNLIB_KERNELS` that cannot be followed.
+    """
+    asked = kernels.asked()
+    layers = [layer for arm in arms for layer in walk(arm.model.layers)]
+    if device.platform != "cpu" or not any(isinstance(layer, (Conv, MaxPool)) for layer in layers):
         return "xla"
-    if os.environ.get("CNNLIB_KERNELS") != "xla" and not kernels.is_compiled():
+    if asked != "xla" and not kernels.is_compiled():
         watcher.says("compiling the convolutions for this processor, once")
     choice = kernels.chosen()
-    if choice == "xla" and (problem := kernels.register()) and os.environ.get("CNNLIB_KERNELS") != "xla":
-        watcher.says(f"{problem}: convolutions run on XLA's own kernels, 2 to 4 times as long")
+    if (asked, choice) == ("auto", "xla"):
+        watcher.says(f"{kernels.register()}: convolutions run on XLA's own kernels, 2 to 4 times as long")
     return choice
 
 

@@ -141,7 +141,8 @@ def _padding_text(padding: Padding) -> str:
     return str(padding).lower()
 
 
-def _check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> None:
+def check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> None:
+    """Raises UserError for numbers below 1 or padding that is none, whatever the map."""
     for what, value in numbers.items():
         if not all(1 <= v <= LARGEST for v in ((value,) if isinstance(value, int) else value)):
             raise UserError(f"{name}: {what} must be in 1..{LARGEST:,}, not {_text(value)}")
@@ -170,7 +171,7 @@ class Conv:
             "strides": self.strides,
             "dilation": self.dilation,
         }
-        _check_window("conv", numbers, self.padding)
+        check_window("conv", numbers, self.padding)
 
     def window(self, input_shape: Shape) -> Window:
         return window_over(input_shape, f"kernel {self}", self.kernel_size, self.strides, self.dilation, self.padding)
@@ -220,7 +221,7 @@ class Pool:
 
     def __post_init__(self) -> None:
         strides = 1 if self.strides is None else self.strides
-        _check_window("pool", {"window": self.window_shape, "strides": strides}, self.padding)
+        check_window("pool", {"window": self.window_shape, "strides": strides}, self.padding)
 
     def window(self, input_shape: Shape) -> Window:
         return pool_window(input_shape, f"window {self}", self.window_shape, self.strides, self.padding)

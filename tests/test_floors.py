@@ -9,7 +9,7 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors"},
+    {"errors", "cache"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives"},
     {"config", "ops"},
@@ -19,7 +19,18 @@ FLOORS = [
     {"run", "report", "terminal"},
     {"experiments.__main__"},
 ]
-WITHOUT_JAX = {"errors", "spec", "registry", "architectures", "cost", "config", "experiments.*", "data", "resolve"}
+WITHOUT_JAX = {
+    "errors",
+    "cache",
+    "spec",
+    "registry",
+    "architectures",
+    "cost",
+    "config",
+    "experiments.*",
+    "data",
+    "resolve",
+}
 
 
 def files():

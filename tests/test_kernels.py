@@ -25,10 +25,16 @@ def chosen_in_a_process(**environment):
 @needs_compiler
 def test_kernels_are_compiled_once_a_machine(tmp_path):
     assert chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path))[:2] == ["False", "native"]
-    (library,) = (tmp_path / "cnnlib" / "kernels").iterdir()  # and nothing unfinished beside it
+    folder = tmp_path / "cnnlib" / "kernels"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]  # and nothing unfinished beside them
+    (library,) = folder.glob("*.so")
     written = library.stat().st_mtime_ns
     assert chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path))[:2] == ["True", "native"]
     assert library.stat().st_mtime_ns == written
+    content = library.read_bytes()
+    library.write_bytes(content[:30_000])  # a copy that was cut short: to load it would end the process
+    assert chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path))[:2] == ["False", "native"]
+    assert len(library.read_bytes()) == len(content)
 
 
 def test_a_machine_without_a_compiler_falls_back_and_says_why(tmp_path):
@@ -41,13 +47,33 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
     _, choice, reason = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path), CXX="false")
     assert choice == "xla"
     assert reason.startswith("false does not compile kernels.cc")
-    assert not list((tmp_path / "cnnlib" / "kernels").iterdir())
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("true", "the compiled kernels cannot be loaded"),
+        ('c++ "', 'CXX=c++ " is no command: No closing quotation'),
+        ("", "there is no C++ compiler (CXX is empty)"),
+        ("{folder}/broken", "the C++ compiler {folder}/broken does not start: No such file or directory"),
+    ],
+)
+def test_a_compiler_that_is_none_is_a_reason_too(command, reason, tmp_path):
+    (tmp_path / "broken").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "broken").chmod(0o755)
+    command, reason = (text.replace("{folder}", str(tmp_path)) for text in (command, reason))
+    _, choice, told = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path), CXX=command)
+    assert choice == "xla" and told.startswith(reason)
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path):
     (tmp_path / "file").write_text("")
-    assert chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path / "file"))[1] == "native"
+    (tmp_path / "tmp").mkdir()
+    found = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp"))
+    assert found[1] == "native" and not list((tmp_path / "tmp").iterdir())
 
 
 def test_the_choice_can_be_made_by_hand(monkeypatch):

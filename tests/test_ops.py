@@ -9,6 +9,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -361,8 +362,58 @@ def test_what_is_not_a_number_wins_the_pooling(implementation):
             assert jnp.isnan(ops.max_pool(x, 2)).all()
 
 
-def test_what_does_not_fit_is_a_user_error():
-    with pytest.raises(UserError, match="spans 5"):
-        conv(jnp.ones((1, 4, 4, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID")
-    with pytest.raises(UserError, match="spans 5"):
-        ops.max_pool(jnp.ones((1, 4, 4, 1)), 5)
+@each_implementation
+def test_padding_never_wins_even_among_minus_infinities(implementation):
+    x = jnp.full((1, 3, 3, 1), -jnp.inf)
+    with using(implementation):
+        pool = lambda x: ops.max_pool(x, 2, 1, 1)  # noqa: E731
+        y, pull = jax.vjp(pool, x)
+        gradient = jnp.arange(16.0).reshape(1, 4, 4, 1)
+        (back,) = pull(gradient)
+        assert (y == -jnp.inf).all()
+        np.testing.assert_allclose(back.sum(), gradient.sum())
+        direction = normal(x.shape)
+        along = jax.jvp(pool, (x,), (direction,))[1]
+        np.testing.assert_allclose((along * gradient).sum(), (back * direction).sum(), rtol=1e-5)
+
+
+@each_implementation
+def test_a_batch_of_nothing_has_a_gradient_of_zero(implementation):
+    kernel = normal((3, 3, 2, 4))
+    with using(implementation):
+        gradient = jax.grad(lambda k: conv(jnp.zeros((0, 5, 5, 2)), k).sum())(kernel)
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(kernel))
+        assert ops.max_pool(jnp.zeros((0, 4, 4, 2)), 2).shape == (0, 2, 2, 2)
+        stacked = jax.vmap(conv)(jnp.zeros((2, 0, 5, 5, 2)), jnp.stack([kernel] * 2))
+        assert stacked.shape == (2, 0, 5, 5, 4)
+
+
+@each_implementation
+def test_a_mistake_is_a_user_error_before_a_kernel_sees_it(implementation, monkeypatch):
+    x, kernel = jnp.ones((1, 4, 4, 3)), jnp.ones((2, 2, 3, 4))
+    wrong = [
+        (lambda: conv(jnp.ones((1, 4, 4, 1)), jnp.ones((5, 5, 1, 1)), padding="VALID"), "spans 5"),
+        (lambda: ops.max_pool(x, 5), "spans 5"),
+        (lambda: conv(x, jnp.ones((2, 2, 2, 4))), "conv2d: x has 3 channels, its kernel takes 2"),
+        (lambda: conv(x[0], jnp.ones((2, 2, 4))), "conv1d: x has 3 channels, its kernel takes 2"),
+        (lambda: conv(x, kernel[0]), r"conv2d: kernel must be \(kernel_height, kernel_width, channel, feature\)"),
+        (lambda: ops.conv2d(x[0], kernel), r"conv2d: x must be \(batch, height, width, channel\), its shape is"),
+        (lambda: conv(x, kernel.astype(jnp.bfloat16)), "x is float32, its kernel bfloat16"),
+        (lambda: conv(x.astype(int), kernel.astype(int)), "expected one floating-point type"),
+        (lambda: conv(x, kernel, padding="FULL"), "padding must be SAME, VALID"),
+        (lambda: conv(x, kernel, strides=0), "strides must be in 1"),
+        (lambda: conv(x, kernel, dilation=(1, 0)), "dilation must be in 1"),
+        (lambda: conv(x, kernel[:0]), "kernel must be in 1"),
+        (lambda: ops.max_pool(x.astype(int), 2), "of a floating-point type, it is int32"),
+        (lambda: ops.max_pool(x[None], 2), r"of shape \(1, 1, 4, 4, 3\)"),
+        (lambda: ops.avg_pool(x, 2, strides=0), "strides must be in 1"),
+    ]
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it sees such things first, but in tests only
+    with using(implementation):
+        for act, message in wrong:
+            with pytest.raises(UserError, match=message):
+                act()
+        # Below the public operations, too, nothing reaches a kernel that it would read past.
+        correlation = primitives.Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
+        with pytest.raises(TypeError, match="differ in lanes or channels"):
+            primitives.correlate(x[None], jnp.ones((1, 2, 2, 2, 4)), correlation)

@@ -35,6 +35,11 @@ EXPERIMENT = Experiment(
 )
 
 
+def numbers_of(experiment):
+    columns = zip(*lane_numbers(experiment), strict=True)
+    return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
+
+
 class Silent:
     """A watcher that remembers what it was told."""
 
@@ -218,6 +223,25 @@ def test_the_device_trains_the_next_epoch_while_the_sums_of_one_are_fetched(tmp_
     assert order == ["dispatched", "dispatched", "told 1", "dispatched", "told 2", "told 3"]
 
 
+def test_every_line_of_metrics_is_of_its_epoch(finished):
+    # The same epochs one after another, each waited for before the next: nothing can be mixed up.
+    _, folder, _, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    data = load(EXPERIMENT.data)
+    splits = on_device(data)
+    for arm in resolve(EXPERIMENT, data.description):
+        numbers = numbers_of(EXPERIMENT)
+        made = compile_programs(EXPERIMENT, arm, numbers, splits, jax.devices()[0])
+        states = made.initialize(numbers)
+        for epoch in (1, 2):
+            states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
+            validation = jax.device_get(made.validate(states.parameters, splits["validation"]))
+            told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
+            assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
+            assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)
+            assert [line["validation_accuracy"] for line in told] == list(validation.correct / validation.examples)
+
+
 def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[1].name) or compile_programs(*a))
@@ -256,25 +280,71 @@ def in_the_memory(experiment, monkeypatch, free):
     """The programs of an experiment's first arm with as many bytes free, beside its data."""
     description = load(experiment.data)
     arm = resolve(experiment, description.description)[0]
-    columns = zip(*lane_numbers(experiment), strict=True)
-    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
     monkeypatch.setattr(programs, "free_memory", lambda device: free)
-    return compile_programs(experiment, arm, numbers, on_device(description), jax.devices()[0])
+    return compile_programs(experiment, arm, numbers_of(experiment), on_device(description), jax.devices()[0])
 
 
 def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     all_four = in_the_memory(EXPERIMENT, monkeypatch, 2**40)
     assert all_four.at_a_time == 4
-    data = programs.size_of(on_device(load(EXPERIMENT.data))["train"])
-    fewer = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - data - 1)
+    fewer = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - 1)
     assert fewer.at_a_time in (1, 2) and fewer.memory_bytes < all_four.memory_bytes
-    just = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - data)
-    assert just.at_a_time == 4
+    assert in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes).at_a_time == 4
     with pytest.raises(UserError, match=r"arm full: 4 lanes, 1 at a time, need .* MiB, 0.0 MiB are free; fewer"):
         in_the_memory(EXPERIMENT, monkeypatch, 1000)
     asked = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
     with pytest.raises(UserError, match="4 lanes, 4 at a time, need"):  # what was asked for is not changed in silence
-        in_the_memory(asked, monkeypatch, all_four.memory_bytes - data - 1)
+        in_the_memory(asked, monkeypatch, all_four.memory_bytes - 1)
+
+
+def test_the_program_that_takes_most_decides(monkeypatch):
+    # With 8 images a step it is not the epoch but the evaluation, 500 images at a time, whose maps of 6,400 values
+    # each take 12.8 MB, and 1 MB at most is data.
+    conv = (Arm("conv", parse_model("conv:8@3 relu dense:classes")),)
+    experiment = replace(EXPERIMENT, arms=conv, batch_size=8)
+    need = in_the_memory(experiment, monkeypatch, 2**40).memory_bytes
+    assert need > 500 * 28 * 28 * 8 * 4
+    with pytest.raises(UserError, match="arm conv: 4 lanes, 1 at a time, need"):
+        in_the_memory(experiment, monkeypatch, need - 1)
+
+
+def test_programs_that_are_damaged_are_thrown_away_and_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    experiment = replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1], compile_cache=True)
+
+    def told():
+        jax.clear_caches()
+        watcher = Silent()
+        run(experiment, "tiny", tmp_path / "out", watcher)
+        return [what[1] for what in watcher.told if what[0] == "says" and "thrown away" in what[1]]
+
+    assert told() == []
+    for path in (tmp_path / "cache").rglob("jit_*-cache"):
+        path.write_bytes(path.read_bytes()[:100])
+    (text,) = told()
+    assert "were damaged" in text
+    assert told() == [] and told() == []  # made again, and whole
+
+
+def test_programs_are_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    watcher = Silent()
+    run(replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1], compile_cache=True), "tiny", tmp_path / "out", watcher)
+    assert any("cannot be written: compiled programs are not kept" in str(what) for what in watcher.told)
+
+
+def test_a_user_who_turned_the_cache_of_jax_off_has_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with programs.compile_cache(True, print):
+            assert jax.config.jax_enable_compilation_cache is False and jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_compiler_counts_the_memory_that_a_program_takes():
@@ -316,6 +386,9 @@ def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
     monkeypatch.setenv("CNNLIB_KERNELS", "xla")  # as asked for
     assert kernels_for(arms, jax.devices()[0], silent) == "xla" and not silent.told
     assert kernels_for(arms[:1], jax.devices()[0], silent) == "xla" and not silent.told
+    monkeypatch.setenv("CNNLIB_KERNELS", "bogus")
+    with pytest.raises(UserError, match="CNNLIB_KERNELS=bogus"):
+        kernels_for(arms[:1], jax.devices()[0], silent)  # although full nets run on neither
 
 
 def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path):
