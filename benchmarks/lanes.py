@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.step import batch_of, default_at_a_time, model_of, ours
+from benchmarks.step import INPUT_SHAPE, batch_of, default_at_a_time, model_of, ours
 from benchmarks.timing import Contestant, Table, blocked, interleaved, timed
+from cnnlib.cost import count
+from cnnlib.programs import free_memory
 from cnnlib.spec import Model
 
 LANES = (1, 2, 4, 8, 16, 64, 256)
 LONGEST = 20.0
-"""Seconds: a contestant whose call takes longer is not given more lanes."""
+"""Seconds: a contestant whose call takes longer is not timed, and is not given more lanes either."""
 
 
 def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -> list[Contestant]:
@@ -24,7 +26,7 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     init, step = peers.stock_step(model)
     stepped = jax.jit(step)
-    steps = max(2, 16 // lanes)
+    steps = {64: 8, 256: 3}.get(lanes, 16)  # an epoch has many: what it does once, it does not do at every step
 
     def looped() -> Any:
         states = [jax.jit(init)(jax.random.key(lane), images) for lane in range(lanes)]
@@ -35,7 +37,7 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
         return blocked(jax.jit(jax.vmap(step, (0, None, None))), states, images, labels)
 
     makers: dict[str, tuple[Any, int]] = {
-        "cnnlib": (lambda: ours(model, batch_size, lanes, steps), lanes * steps),
+        "cnnlib, by default": (lambda: ours(model, batch_size, lanes, steps), lanes * steps),
         "cnnlib, one at a time": (lambda: ours(model, batch_size, lanes, steps, 1), lanes * steps),
         "cnnlib, all at a time": (lambda: ours(model, batch_size, lanes, steps, lanes), lanes * steps),
         "stock Flax, vmap": (vmapped, lanes),
@@ -47,24 +49,30 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
             lanes,
         )
         makers["PyTorch, torch.func.vmap"] = (lambda: peers.torch_func_step(model, x, y, lanes), lanes)
-    # The default is one of the two.
-    del makers["cnnlib, one at a time" if default_at_a_time(model, lanes) == 1 else "cnnlib, all at a time"]
+    for name, at_a_time in (("one", 1), ("all", lanes)):
+        if default_at_a_time(model, lanes) == at_a_time:
+            del makers[f"cnnlib, {name} at a time"]
     return [Contestant(name, make(), units) for name, (make, units) in makers.items() if name not in left_out]
 
 
 def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LANES) -> Table:
-    """A row a contestant, a column a number of lanes; None where a call would have taken too long."""
+    """A row a contestant, a column a number of lanes; None where a call would take too long or too much memory."""
     model = model_of(net)
     left_out: set[str] = set()
     columns: dict[int, dict[str, float]] = {}
     names: list[str] = []
+    # What PyTorch's vmap takes is not known before it takes it: every map of every model, forward and backward.
+    bytes_a_lane = 4 * 4 * batch_size * count(model, INPUT_SHAPE).activations
     for lanes in counts:
-        entries = contestants(model, batch_size, lanes, left_out)
-        for entry in entries:
+        if bytes_a_lane * lanes > free_memory(jax.devices()[0]):
+            left_out |= {"PyTorch, torch.func.vmap", "stock Flax, vmap", "cnnlib, all at a time"}
+        entries = []
+        for entry in contestants(model, batch_size, lanes, left_out):
             entry.work()
             if timed(entry) * entry.units > LONGEST:
                 left_out.add(entry.name)
-        # Also those that are too slow for more are measured here, at the number where they became so.
+            else:
+                entries.append(entry)
         seconds = interleaved(entries, rounds)
         columns[lanes] = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
         names += [entry.name for entry in entries if entry.name not in names]

@@ -15,6 +15,7 @@ from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.cost import count
 from cnnlib.models import network
+from cnnlib.programs import preferred_at_a_time
 from cnnlib.spec import Model
 from cnnlib.train import Examples, Recipe
 
@@ -35,8 +36,8 @@ def batch_of(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def default_at_a_time(model: Model, lanes: int) -> int:
-    """How many lanes cnnlib vectorises by default (`cnnlib.programs`)."""
-    return 1 if model.connectivity == "conv" and jax.devices()[0].platform == "cpu" else lanes
+    """How many lanes cnnlib vectorises by default."""
+    return preferred_at_a_time(model.connectivity, lanes, jax.devices()[0].platform)
 
 
 def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: int) -> tuple[Any, tuple[Any, ...]]:

@@ -118,8 +118,8 @@ class Lanes:
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One lane a seed (initial weights, order of the data, augmentation) for every combination of traced numbers."""
     at_a_time: int | None = None
-    """Lanes that are vectorised together; 1: one after another. None: one where a CPU convolves, else as many as fit in
-    the memory."""
+    """Lanes that are vectorised together; 1: one after another. None: as many as are fast on the device and fit in its
+    memory, which are one where a CPU convolves, up to eight of a full net there, and all on an accelerator."""
 
     def __post_init__(self) -> None:
         _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -23,16 +24,22 @@ from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import UserError
 from cnnlib.models import network
 from cnnlib.resolve import ResolvedArm
+from cnnlib.spec import Connectivity
 from cnnlib.train import Examples, Recipe
 
+CPU_GROUP = 8
+"""Lanes of a full net that gain from one another on a CPU; more outgrow its cache (`python -m benchmarks lanes`)."""
 
-def preferred_at_a_time(arm: ResolvedArm, lanes: int, platform: str) -> int:
-    """How many lanes are best vectorised together where memory does not matter: one where a CPU convolves, else all.
 
-    One convolutional model fills a CPU's cores, and the activations of several outgrow its cache; full nets gain from
-    larger products (`python -m benchmarks lanes`).
+def preferred_at_a_time(connectivity: Connectivity, lanes: int, platform: str) -> int:
+    """How many lanes are best vectorised together where memory does not matter.
+
+    On a CPU one where the arm convolves, since one such model fills the cores, and up to 8 of a full net, in groups of
+    nearly equal size. On an accelerator all.
     """
-    return 1 if platform == "cpu" and arm.model.connectivity == "conv" else lanes
+    if platform != "cpu":
+        return lanes
+    return 1 if connectivity == "conv" else math.ceil(lanes / math.ceil(lanes / CPU_GROUP))
 
 
 def free_memory(device: jax.Device) -> int:
@@ -111,7 +118,7 @@ def compile_programs(
     recipe = recipe_of(experiment, arm)
     lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
     wanted = experiment.lanes.at_a_time
-    at_a_time = min(wanted or preferred_at_a_time(arm, lanes, device.platform), lanes)
+    at_a_time = min(wanted or preferred_at_a_time(arm.model.connectivity, lanes, device.platform), lanes)
     start = time.perf_counter()
     # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
     initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
