@@ -21,7 +21,8 @@ from cnnlib.errors import UserError
 from cnnlib.spec import pad_pairs
 
 draws = settings(max_examples=20, deadline=None)
-few_draws = settings(max_examples=6, deadline=None)  # each compiles several programs
+pool_draws = settings(max_examples=10, deadline=None)
+few_draws = settings(max_examples=5, deadline=None)  # each compiles several programs
 
 # Both of the CPU's implementations, where this machine has both.
 implementations = st.sampled_from(["xla"] if kernels.register() else ["xla", "native"])
@@ -287,7 +288,7 @@ def windowed(x, init, operation, window, strides, resolved):
     return lax.reduce_window(x, init, operation, (1, *window, 1), (1, *strides, 1), [(0, 0), *resolved, (0, 0)])
 
 
-@draws
+@pool_draws
 @given(pools(), implementations)
 def test_max_pool_has_the_values_and_derivatives_of_the_stock_operation(problem, implementation):
     shape, window, strides, padding, resolved = problem
@@ -315,7 +316,7 @@ def test_max_pool_has_the_values_and_derivatives_of_the_stock_operation(problem,
         )
 
 
-@draws
+@pool_draws
 @given(pools())
 def test_avg_pool_has_the_values_and_gradients_of_the_stock_operation(problem):
     shape, window, strides, padding, resolved = problem
