@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -13,8 +14,19 @@ def cache_folder(part: str) -> Path:
     try:
         root = Path(base) if base else Path.home() / ".cache"
     except RuntimeError:  # no HOME, and no entry in the list of users
-        root = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+        root = private_folder(Path(tempfile.gettempdir()) / f"cnnlib-{os.getuid()}")
     return root / "cnnlib" / part
+
+
+def private_folder(folder: Path) -> Path:
+    """`folder`, made for this user alone; another one where somebody else was first, since what lies there is run."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            return Path(tempfile.mkdtemp(prefix="cnnlib-"))
+    return folder
 
 
 def is_writable(folder: Path) -> bool:
