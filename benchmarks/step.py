@@ -50,7 +50,7 @@ def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: 
     ones = np.ones(lanes, np.float32)
     numbers = LaneNumbers(
         np.arange(lanes, dtype=np.uint32), peers.LEARNING_RATE * ones, peers.MOMENTUM * ones, 0 * ones, 0 * ones
-    )  # type: ignore[arg-type]
+    )
     states = jax.jit(train.over_lanes(train.initialize(recipe), 1))(numbers)
     epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2))
     return epoch.lower(states, numbers, data).compile(), (states, numbers, data)
