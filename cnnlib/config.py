@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from cnnlib.architectures import ARCHITECTURES
+from cnnlib.budget import MEASURES
 from cnnlib.errors import UserError
 from cnnlib.registry import Registry
-from cnnlib.spec import Model, Shape, parse_model, shape_text
+from cnnlib.spec import LARGEST, Connectivity, Model, Shape, parse_model, shape_text
 
 Traced = tuple[float, ...]
 T = TypeVar("T")
@@ -134,12 +135,32 @@ class Arm:
 
     name: str
     model: Model
+    connectivity: Connectivity | None = None
+    """How layers with a window are read: the model's `full`, `local` or `conv` reading. None: as it has them."""
+    match: str | None = None
+    """A budget that the widths are scaled to, MEASURE:REFERENCE. The reference is a number, `parameters:61706`, or what
+    has that many: another arm, an architecture, `macs:lenet5`, or layers in short notation. None: as they are."""
+    start: Connectivity | None = None
+    """The reading that draws the initial weights, such as `conv` for a full net that starts as the convolution that the
+    same seed draws. None: the arm's own."""
 
     def __post_init__(self) -> None:
         _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None,
             f"an arm's name is made of letters, digits, '_', '-' and '.', not {self.name!r}",
         )
+        if self.match is not None:
+            measure, colon, reference = self.match.partition(":")
+            _require(
+                measure in MEASURES and bool(colon) and bool(reference.strip()),
+                f"arm {self.name}: match={self.match} is no MEASURE:REFERENCE, such as parameters:lenet5; "
+                f"measures are: {', '.join(MEASURES)}",
+            )
+
+    @property
+    def reading(self) -> Model:
+        """The model in the connectivity that is asked for, before its widths are matched."""
+        return self.model if self.connectivity is None else self.model.with_connectivity(self.connectivity)
 
 
 @dataclass(frozen=True)
@@ -160,14 +181,38 @@ class Experiment:
     """Keep compiled programs in the user's cache folder, where the next run of the same program finds them."""
 
     def __post_init__(self) -> None:
-        _require(len(self.arms) > 0, "an experiment needs at least one arm")
-        names = [arm.name for arm in self.arms]
-        _require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
+        _check_arms(self.arms)
         _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
 
 
-EXPERIMENTS: Registry[Experiment] = Registry("experiment")
+@dataclass(frozen=True)
+class Growth:
+    """A question about counts as the input grows: nothing is trained."""
+
+    arms: tuple[Arm, ...]
+    sides: tuple[int, ...]
+    """Sides of the square input, in nodes."""
+    channels: int = 3
+    num_classes: int = 10
+    """For arms that end in as many units as there are classes."""
+
+    def __post_init__(self) -> None:
+        _check_arms(self.arms)
+        _require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
+        _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
+        _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
+        _require(1 <= self.channels <= LARGEST, f"channels must lie in 1..{LARGEST:,}, not {self.channels}")
+        _require(self.num_classes >= 1, f"num_classes must be at least 1, not {self.num_classes}")
+
+
+def _check_arms(arms: tuple[Arm, ...]) -> None:
+    _require(len(arms) > 0, "an experiment needs at least one arm")
+    names = [arm.name for arm in arms]
+    _require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
+
+
+EXPERIMENTS: Registry[Experiment | Growth] = Registry("experiment")
 
 
 class LaneNumbers(NamedTuple):
@@ -195,11 +240,12 @@ def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
 # Overrides: one `path=value` each, read by the type of the field that the path names.
 
 
-def override(experiment: Experiment, assignments: Iterable[str]) -> Experiment:
+def override(experiment: T, assignments: Iterable[str]) -> T:
     """The experiment with fields replaced: `epochs=3`, `optim.learning_rate=0.1,0.3`, `lanes.seed=0..9`.
 
     `arms=NAME,NAME` keeps those arms; `arms.NAME.model=MODEL` gives an arm another architecture, registered or in short
-    notation. Raises UserError, with what exists, for an unknown path, a wrong type or a value out of range.
+    notation, `arms.NAME.connectivity=local` another reading. Raises UserError, with what exists, for an unknown path, a
+    wrong type or a value out of range.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -239,10 +285,24 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
         if name not in by_name:
             raise UserError(f"{path}: no arm {name!r}; there are: {', '.join(by_name)}")
     if not keys:
-        return tuple(by_name[name] for name in wanted)
+        return tuple(_without_arms(by_name[name], by_name, wanted) for name in wanted)
     if len(keys) == 1:
-        raise UserError(f"{path!r} is an arm; set one of: {path}.model")
+        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name != "name"]
+        raise UserError(f"{path!r} is an arm; set one of: {', '.join(fields)}")
     return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
+
+
+def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:
+    """The arm as it is, but matched to the layers of an arm that goes, and no longer to its name."""
+    if arm.match is None:
+        return arm
+    measure, _, reference = arm.match.partition(":")
+    if reference not in arms or reference in kept or reference == arm.name:
+        return arm
+    gone = arms[reference]
+    if gone.match is not None:
+        raise UserError(f"arm {arm.name} is matched to {reference}, which is matched itself: keep {reference} as well")
+    return dataclasses.replace(arm, match=f"{measure}:{gone.reading}")
 
 
 def _parse(hint: Any, text: str, path: str) -> Any:
@@ -295,7 +355,7 @@ def _parse_scalar(hint: type, text: str, path: str) -> Any:
     return text
 
 
-def assignments(experiment: Experiment) -> tuple[str, ...]:
+def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
     """The whole configuration as overrides, one a field, which `override` reads back."""
 
     def of(node: Any, prefix: str) -> Iterator[str]:
@@ -303,7 +363,10 @@ def assignments(experiment: Experiment) -> tuple[str, ...]:
             value = getattr(node, field.name)
             if field.name == "arms":
                 yield f"arms={','.join(arm.name for arm in value)}"
-                yield from (f"arms.{arm.name}.model={arm.model}" for arm in value)
+                for arm in value:
+                    yield f"arms.{arm.name}.model={arm.model}"
+                    optional = {name: getattr(arm, name) for name in ("connectivity", "match", "start")}
+                    yield from (f"arms.{arm.name}.{name}={text}" for name, text in optional.items() if text)
             elif dataclasses.is_dataclass(value):
                 yield from of(value, f"{prefix}{field.name}.")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,53 +11,81 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cnnlib import ops
-from cnnlib.spec import Activation, AvgPool, Conv, Dense, Layer, MaxPool, Model, Residual, per_axis
+from cnnlib.spec import Activation, AvgPool, Conv, Dense, Full, Layer, Local, MaxPool, Model, Residual, Shape
 
 Parameters = dict[str, Any]
-"""Layer by layer, by position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`; a residual's layers nest."""
+"""Layer by layer, by position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`; a residual's layers nest, those of its
+shortcut in `layer_0_shortcut`. `kernel_shape` and `bias_shape` say what is in an entry."""
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
 NON_DECREASING = {"relu", "tanh"}
 """Activations that commute with a maximum."""
-KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
+    """The kernel of a layer on an input `(*spatial, channel)`.
+
+    `(*window, channel, feature)` for a convolution, `(*positions, *window, channel, feature)` for a local layer, and
+    `(node, node)` for a full one, the nodes of a map row by row, channels fastest.
+    """
+    if isinstance(layer, Full | Dense):
+        return (math.prod(input_shape), math.prod(layer.output_shape(input_shape)))
+    window = layer.window(input_shape)
+    positions = window.output_size if isinstance(layer, Local) else ()
+    return (*positions, *window.size, input_shape[-1], layer.features)
+
+
+def bias_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
+    """The biases of a layer: one a feature where weights are shared, else one a node of its output."""
+    return (layer.features,) if isinstance(layer, Conv) else layer.output_shape(input_shape)
+
+
+def kernel_init(positions: int) -> nn.initializers.Initializer:
+    """LeCun-normal, as in Flax's own layers: variance 1 / fan-in, where the leading `positions` axes are no inputs."""
+    initializer: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", batch_axis=tuple(range(positions))
+    )
+    return initializer
 
 
 class Affine(nn.Module):
     """A layer with a kernel and a bias; which product joins them to the input is the layer's kind.
 
-    Parameters are float32; the product runs in `compute_dtype`. Kernels start LeCun-normal (variance 1 / fan-in),
-    biases at zero, as in Flax's own layers.
+    Parameters are float32; the product runs in `compute_dtype`. Kernels start LeCun-normal (variance 1 / fan-in, which
+    for a full layer are all nodes of its input), biases at zero.
     """
 
-    layer: Conv | Dense
+    layer: Conv | Local | Full | Dense
     compute_dtype: DTypeLike
     pool: Layer | None = None
     """Pooling between the product and the bias (see `Network`)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-        layer = self.layer
+        layer, input_shape = self.layer, x.shape[1:]
         x = x.astype(self.compute_dtype)
-        kernel_shape: tuple[int, ...]
-        if isinstance(layer, Dense):
-            x = x.reshape(x.shape[0], -1)
-            features, kernel_shape = layer.num_units, (x.shape[-1], layer.num_units)
-        else:
-            window = per_axis(layer.kernel_size, x.ndim - 2, "kernel")
-            features, kernel_shape = layer.features, (*window, x.shape[-1], layer.features)
-        kernel = self.param("kernel", KERNEL_INIT, kernel_shape, jnp.float32).astype(self.compute_dtype)
-        if isinstance(layer, Dense):
-            x = x @ kernel
-        else:
-            conv = ops.conv2d if x.ndim == 4 else ops.conv1d
-            x = conv(x, kernel, strides=layer.strides, padding=layer.padding, dilation=layer.dilation)
+        initializer = kernel_init(len(input_shape) - 1 if isinstance(layer, Local) else 0)
+        kernel = self.param("kernel", initializer, kernel_shape(layer, input_shape), jnp.float32)
+        x = product(layer, x, kernel.astype(self.compute_dtype))
         if isinstance(self.pool, MaxPool):
             x = max_pool(x, self.pool)
         if layer.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (features,), jnp.float32)
+            shape = bias_shape(layer, input_shape)
+            bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32).astype(self.compute_dtype)
             # Spelled out, since the test session raises on implicit rank promotion.
-            x = x + bias.astype(self.compute_dtype).reshape((1,) * (x.ndim - 1) + (features,))
+            x = x + bias.reshape((1,) * (x.ndim - len(shape)) + shape)
         return x
+
+
+def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array) -> Array:
+    """The layer's input `(batch, *spatial, channel)` joined to its kernel, without biases."""
+    if isinstance(layer, Full | Dense):
+        return (x.reshape(x.shape[0], -1) @ kernel).reshape(x.shape[0], *layer.output_shape(x.shape[1:]))
+    if isinstance(layer, Local):
+        apply = ops.local2d if x.ndim == 4 else ops.local1d
+    else:
+        apply = ops.conv2d if x.ndim == 4 else ops.conv1d
+    return apply(x, kernel, strides=layer.strides, padding=layer.padding, dilation=layer.dilation)
 
 
 class Network(nn.Module):
@@ -84,7 +113,7 @@ class Network(nn.Module):
 
     def apply_layer(self, layer: Layer, x: Array, name: str, pool: Layer | None) -> Array:
         match layer:
-            case Conv() | Dense():
+            case Conv() | Local() | Full() | Dense():
                 return Affine(layer, self.compute_dtype, pool, name=name)(x)
             case MaxPool():
                 return max_pool(x, layer)
@@ -93,7 +122,9 @@ class Network(nn.Module):
             case Activation():
                 return ACTIVATIONS[layer.function](x)
             case Residual():
-                return x + Network(layer.layers, self.compute_dtype, name=name)(x)
+                branch = Network(layer.layers, self.compute_dtype, name=name)(x)
+                shortcut = Network(layer.shortcut, self.compute_dtype, name=f"{name}_shortcut")(x)
+                return shortcut + branch
 
 
 def max_pool(x: Array, layer: MaxPool) -> Array:
@@ -102,7 +133,10 @@ def max_pool(x: Array, layer: MaxPool) -> Array:
 
 
 def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
-    """Positions of convolutions, each with that of the max pooling that may move to before its bias."""
+    """Positions of convolutions, each with that of the max pooling that may move to before its bias.
+
+    Only of convolutions, whose bias is the same all over a window.
+    """
     pools = {}
     for index, layer in enumerate(layers):
         after = index + 1

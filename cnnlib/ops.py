@@ -1,4 +1,4 @@
-"""Convolution and pooling over channels-last maps: the arguments of the field, on the primitives below.
+"""Convolution, its unshared counterpart and pooling over channels-last maps, with the arguments of the field.
 
 Every operation is differentiable as often as needed, forward and reverse, and runs under jit, vmap (over inputs, over
 weights, over both), scan and remat, in float32, bfloat16 and float64. What does not fit raises UserError. Over several
@@ -11,12 +11,13 @@ import functools
 import operator
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from cnnlib import primitives
 from cnnlib.errors import UserError
 from cnnlib.primitives import Correlation, Pair, Pooling
-from cnnlib.spec import Padding, PerAxis, Window, check_window, pool_window, window_over
+from cnnlib.spec import Padding, PerAxis, Window, check_window, pool_window, shape_text, window_over
 
 
 def conv2d(
@@ -52,6 +53,51 @@ def conv1d(
     return primitives.correlate(x[None, :, None], kernel[None, None], correlation)[0, :, 0]
 
 
+def local2d(
+    x: Float[Array, "batch height width channel"],
+    kernel: Float[Array, "output_height output_width kernel_height kernel_width channel feature"],
+    *,
+    strides: PerAxis = 1,
+    padding: Padding = "SAME",
+    dilation: PerAxis = 1,
+) -> Float[Array, "batch output_height output_width feature"]:
+    """Correlates each image with a kernel of its own at every position; arguments as for `conv2d`.
+
+    One batched matrix product over the positions, forward and for each gradient; no weight is copied.
+    """
+    _check_operands("local2d", x, kernel, axes=2, shared=False)
+    return _local(x, kernel, _window(x, kernel.shape[2:4], strides, dilation, padding))
+
+
+def local1d(
+    x: Float[Array, "batch length channel"],
+    kernel: Float[Array, "output_length kernel_length channel feature"],
+    *,
+    strides: PerAxis = 1,
+    padding: Padding = "SAME",
+    dilation: PerAxis = 1,
+) -> Float[Array, "batch output_length feature"]:
+    """Correlates each signal with a kernel of its own at every position; arguments as for `conv2d`."""
+    _check_operands("local1d", x, kernel, axes=1, shared=False)
+    return _local(x, kernel, _window(x, kernel.shape[1:2], strides, dilation, padding))
+
+
+def _local(x: Array, kernel: Array, window: Window) -> Array:
+    if kernel.shape[: len(window.output_size)] != window.output_size:
+        places, banks = (shape_text(shape) for shape in (window.output_size, kernel.shape[: len(window.output_size)]))
+        raise UserError(f"local: the kernel has weights for {banks} positions, its window has {places}")
+    *_, channels, features = kernel.shape
+    batch, (rows, columns) = x.shape[0], _pair(window.output_size)
+    # Positions first, since they are what the product is batched over; images and channels travel as one.
+    height, width = _raised(x).shape[1:3]
+    images_last = _raised(x).transpose(1, 2, 0, 3).reshape(1, height, width, batch * channels)
+    correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
+    taps = primitives.taps_of(images_last, _pair(window.size), correlation, fill=0.0)
+    patches = jnp.concatenate([tap.reshape(rows * columns, batch, channels) for tap in taps], axis=-1)
+    y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
+    return _lowered(y.reshape(rows, columns, batch, features).transpose(2, 0, 1, 3), x.ndim)
+
+
 def max_pool(
     x: Float[Array, "batch *spatial channel"],
     window_shape: PerAxis,
@@ -81,12 +127,13 @@ def avg_pool(
     return _lowered(functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype), x.ndim)
 
 
-def _check_operands(name: str, x: Array, kernel: Array, axes: int) -> None:
+def _check_operands(name: str, x: Array, kernel: Array, axes: int, shared: bool = True) -> None:
     """Raises UserError for what no kernel could be told to do; the compiled ones would read what is not theirs."""
-    spatial = ("height", "width")[-axes:]
+    spatial = ("height", "width") if axes == 2 else ("length",)
+    positions = () if shared else tuple(f"output_{axis}" for axis in spatial)
     for what, operand, expected in (
         ("x", x, ("batch", *spatial, "channel")),
-        ("kernel", kernel, (*(f"kernel_{axis}" for axis in spatial), "channel", "feature")),
+        ("kernel", kernel, (*positions, *(f"kernel_{axis}" for axis in spatial), "channel", "feature")),
     ):
         if operand.ndim != len(expected):
             raise UserError(f"{name}: {what} must be ({', '.join(expected)}), its shape is {operand.shape}")

@@ -24,7 +24,7 @@ from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import UserError
 from cnnlib.models import network
 from cnnlib.resolve import ResolvedArm
-from cnnlib.spec import Connectivity
+from cnnlib.spec import Connectivity, Full, Local, Model, walk
 from cnnlib.train import Examples, Recipe
 
 CPU_GROUP = 8
@@ -93,6 +93,8 @@ class Programs(NamedTuple):
     test: Any
     validate: Any
     """None without validation examples."""
+    distance: Any
+    """From a convolution; None where no layer is a local or full reading of one."""
     at_a_time: int
     """Lanes that run vectorised together."""
     memory_bytes: int
@@ -134,6 +136,10 @@ def compile_programs(
                 compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not.
         need = max(memory_of(program) - size_of(splits[split]) for split, program in compiled.items())
+        if has_freed_weights(arm.model):
+            distance = jax.jit(train.over_lanes(train.distance_from_conv(recipe), at_a_time=1))
+            compiled["distance"] = distance.lower(states.parameters).compile()
+            need = max(need, memory_of(compiled["distance"]))
         if need <= free:
             break
         if at_a_time == 1 or wanted:
@@ -147,10 +153,16 @@ def compile_programs(
         compiled["train"],
         compiled["test"],
         compiled.get("validation"),
+        compiled.get("distance"),
         at_a_time,
         need,
         time.perf_counter() - start,
     )
+
+
+def has_freed_weights(model: Model) -> bool:
+    """Whether a layer is a local or full reading of a convolution."""
+    return any(isinstance(layer, Local | Full) for layer in walk(model.layers))
 
 
 def size_of(tree: Any) -> int:
@@ -160,13 +172,15 @@ def size_of(tree: Any) -> int:
 
 def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:
     """What is static in training an arm's models. Arms of equal recipes share their programs."""
+    dtype = jnp.dtype(experiment.compute_dtype)
     return Recipe(
-        network(arm.model, jnp.dtype(experiment.compute_dtype)),
+        network(arm.model, dtype),
         arm.input_shape,
         experiment.optim,
         experiment.augment,
         experiment.batch_size,
         experiment.epochs,
+        start=None if arm.start is None else network(arm.model.with_connectivity(arm.start), dtype),
     )
 
 

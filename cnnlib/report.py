@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from cnnlib.config import LaneNumbers
+from cnnlib.style import STYLE, pyplot_for_files
+from cnnlib.tables import markdown_table, print_table
 
 COLUMNS = (
     "arm",
@@ -73,45 +73,36 @@ def accuracy_text(accuracy: dict[str, Any]) -> str:
 def caption(results: dict[str, Any]) -> str:
     """What the numbers are: data, training, interval, conventions, device."""
     data, config, device = results["data"], results["config"], results["device"]
+    matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
     return (
         f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test; "
         f"{config['epochs']} epochs in {config['compute_dtype']}. Interval: Student's t over n lanes. "
         f"Connections and multiply-adds an example count taps on padding, not biases. "
         f"{device['count']} x {device['kind']}, {device['kernels']} kernels, jax {results['versions']['jax']}, "
-        f"{results['wall_seconds']:.0f} s in all."
+        f"{results['wall_seconds']:.0f} s in all." + (f" Matched: {'; '.join(matched)}." if matched else "")
     )
 
 
-def print_table(results: dict[str, Any], console: Console) -> None:
-    """The table on the screen, or, where it is too narrow for the table, the same cells as a list for each arm."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    for index, name in enumerate(COLUMNS):
-        table.add_column(HEADERS.get(name, name), justify="left" if index < 2 else "right", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*row)
-    console.print()
-    if Console(width=1000).measure(table).maximum <= console.width:
-        console.print(table)
-    else:
-        for arm, *cells in rows(results):
-            console.print(f"\n{arm}", markup=False, highlight=False)
-            for name, cell in zip(COLUMNS[1:], cells, strict=True):
-                console.print(f"  {name}: {cell}", markup=False, highlight=False)
-    console.print()
+def match_text(arm: dict[str, Any]) -> str:
+    """How an arm's widths were brought to a budget, and how near it came."""
+    match = arm["match"]
+    error = 100 * (match["value"] - match["target"]) / match["target"]
+    near = "exactly" if error == 0 else f"to {error:+.2g} %"
+    return f"has widths x {match['width']:.3g} for {match['target']:,} {match['by']}, {near}"
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """The table on the screen, its caption below."""
+    print_table(console, COLUMNS, rows(results), left=2, headers=HEADERS)
     console.print(caption(results), markup=False, highlight=False)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, its caption below."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    return "\n".join(lines) + f"\n\n{caption(results)}\n"
+    return f"{markdown_table(COLUMNS, rows(results), left=2)}\n{caption(results)}\n"
 
 
 LANE_NUMBERS = tuple(name for name in LaneNumbers._fields if name != "seed")
-
-# Okabe and Ito's colours (2008), told apart by colour-blind readers; the marker tells as well.
-STYLE = {"full": ("#0072B2", "o"), "local": ("#009E73", "s"), "conv": ("#D55E00", "^")}
 
 
 def accuracy_figure(results: dict[str, Any], path: Path) -> None:
@@ -119,11 +110,7 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
 
     Of several settings of an arm, the one that validation chose is filled, the others are hollow.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
+    pyplot, ticker = pyplot_for_files()
     figure, axes = pyplot.subplots(figsize=(7.0, 4.4), layout="constrained")
     labelled: set[str] = set()
     for arm in results["arms"]:

@@ -1,14 +1,16 @@
-"""An experiment meets its data: classes known, every layer known to fit, counts exact; without JAX."""
+"""An experiment meets its data: classes known, budgets matched, every layer known to fit, counts exact; without JAX."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cnnlib.config import Experiment
+from cnnlib.architectures import ARCHITECTURES
+from cnnlib.budget import Match, match
+from cnnlib.config import Arm, Experiment
 from cnnlib.cost import Count, count
 from cnnlib.data import Description
 from cnnlib.errors import UserError
-from cnnlib.spec import Model, Shape, shape_text
+from cnnlib.spec import READINGS, Connectivity, Model, Shape, parse_model, shape_text
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,14 @@ class ResolvedArm:
     model: Model
     input_shape: Shape
     count: Count
+    match: Match | None = None
+    """How its widths came about; None: as the arm has them."""
+    start: Connectivity | None = None
 
 
 def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedArm, ...]:
-    """The arms on a data set; raises UserError for a layer that does not fit, or a batch larger than the data."""
+    """The arms on a data set; raises UserError for a layer that does not fit, a budget out of reach, or a batch larger
+    than the data."""
     available = description.counts.get("train")
     if available is not None and experiment.batch_size > available:
         raise UserError(
@@ -33,17 +39,76 @@ def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedA
             f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
         )
     input_shape = experiment.augment.seen_shape(description.input_shape)
-    arms = []
-    for arm in experiment.arms:
-        model = arm.model.with_num_classes(description.num_classes)
-        try:
-            shapes = model.shapes(input_shape)
-        except UserError as error:
-            raise UserError(f"arm {arm.name}: {error}") from None
-        if shapes[-1] != (description.num_classes,):
+    arms = resolve_arms(experiment.arms, input_shape, description.num_classes)
+    for arm in arms:
+        output_shape = arm.model.shapes(input_shape)[-1]
+        if output_shape != (description.num_classes,):
             raise UserError(
-                f"arm {arm.name}: its output is {shape_text(shapes[-1])}, "
+                f"arm {arm.name}: its output is {shape_text(output_shape)}, "
                 f"{description.name} has {description.num_classes} classes"
             )
-        arms.append(ResolvedArm(arm.name, model, input_shape, count(model, input_shape)))
-    return tuple(arms)
+    return arms
+
+
+def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) -> tuple[ResolvedArm, ...]:
+    """The arms on inputs of a shape, widths matched; raises UserError for what does not fit or cannot be matched."""
+    by_name = {arm.name: arm for arm in arms}
+    done: dict[str, ResolvedArm] = {}
+
+    def resolved(arm: Arm, waiting: tuple[str, ...]) -> ResolvedArm:
+        if arm.name in done:
+            return done[arm.name]
+        if arm.name in waiting:
+            raise UserError(f"arm {arm.name}: matched in a circle: {' to '.join((*waiting, arm.name))}")
+        model, matched = arm.reading.with_num_classes(num_classes), None
+        target = None if arm.match is None else budget(arm.match, (*waiting, arm.name))
+        try:
+            check_readings(arm, model)
+            model.shapes(input_shape)
+            if arm.match is not None and target is not None:
+                matched = match(model, target, arm.match.partition(":")[0], input_shape)
+                model = matched.model
+        except UserError as error:
+            raise UserError(f"arm {arm.name}: {error}") from None
+        done[arm.name] = ResolvedArm(arm.name, model, input_shape, count(model, input_shape), matched, arm.start)
+        return done[arm.name]
+
+    def budget(wanted: str, waiting: tuple[str, ...]) -> int:
+        """What there is of a measure in a reference: the number itself, or that of an arm, an architecture, layers."""
+        by, _, reference = wanted.partition(":")
+        if reference.isascii() and reference.isdigit():
+            return int(reference)
+        # An arm may be matched to the architecture whose name it has.
+        if reference in by_name and not (reference == waiting[-1] and reference in ARCHITECTURES):
+            found = resolved(by_name[reference], waiting).count
+        else:
+            if reference in ARCHITECTURES:
+                model = ARCHITECTURES.get(reference)
+            else:
+                try:
+                    model = parse_model(reference)
+                except UserError as error:
+                    raise UserError(
+                        f"arm {waiting[-1]}: match={wanted}: no number, arm ({', '.join(by_name)}) or "
+                        f"architecture ({', '.join(ARCHITECTURES)}), and {error}"
+                    ) from None
+            try:
+                found = count(model.with_num_classes(num_classes), input_shape)
+            except UserError as error:
+                raise UserError(f"arm {waiting[-1]}: match={wanted}: {error}") from None
+        value: int = getattr(found, by)
+        return value
+
+    return tuple(resolved(arm, ()) for arm in arms)
+
+
+def check_readings(arm: Arm, model: Model) -> None:
+    """Raises UserError where the arm's connectivity or start cannot be had from its layers."""
+    if arm.connectivity is not None and model.connectivity != arm.connectivity:
+        raise UserError(f"connectivity={arm.connectivity}: no layer of {model} has a window to be read so")
+    if arm.start is not None:
+        own = model.connectivity
+        if model != model.with_connectivity(own):
+            raise UserError(f"start={arm.start}: the layers of {model} differ in connectivity")
+        if READINGS.index(arm.start) > READINGS.index(own):
+            raise UserError(f"start={arm.start}: a {own} net has no weights for that; it can start as {own} or conv")

@@ -186,6 +186,10 @@ def run_arm(
     test = jax.device_get(programs.test(states.parameters, splits["test"]))
     watcher.arm_ends(arm.name)
     lane_results = _lane_results(lanes, test, validation, states)
+    if programs.distance is not None:
+        distances = jax.device_get(programs.distance(states.parameters))
+        for result, distance in zip(lane_results, distances, strict=True):
+            result["distance_from_conv"] = float(distance)
     settings = _settings(lane_results)
     return {
         "name": arm.name,
@@ -194,6 +198,8 @@ def run_arm(
         "parameters": arm.count.parameters,
         "connections": arm.count.connections,
         "macs": arm.count.macs,
+        "match": arm.match and arm.match.plain(),
+        "start": arm.start,
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
         "memory_bytes": programs.memory_bytes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 PerAxis = int | tuple[int, ...]
 Padding = str | int | tuple[tuple[int, int], ...]
 Connectivity = Literal["full", "local", "conv"]
+READINGS: tuple[Connectivity, ...] = ("conv", "local", "full")
+"""Each is a special case of the next."""
 
 NUM_CLASSES = "classes"
 """As the units of a `Dense` layer: as many as the data has classes."""
@@ -154,8 +156,12 @@ def check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> No
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A convolution (in fact a correlation, as in every deep-learning library): one filter bank at every position."""
+class Filter:
+    """A window slid over a map, which makes `features` nodes at each of its positions: what three layers share.
+
+    `Conv`, `Local` and `Full` read the same numbers. They make maps of one shape, so of the same nodes, and differ in
+    which nodes are joined and which of those edges have a weight of their own.
+    """
 
     features: int
     kernel_size: PerAxis
@@ -171,7 +177,7 @@ class Conv:
             "strides": self.strides,
             "dilation": self.dilation,
         }
-        check_window("conv", numbers, self.padding)
+        check_window(_NAME_OF[type(self)], numbers, self.padding)
 
     def window(self, input_shape: Shape) -> Window:
         return window_over(input_shape, f"kernel {self}", self.kernel_size, self.strides, self.dilation, self.padding)
@@ -180,11 +186,26 @@ class Conv:
         return (*self.window(input_shape).output_size, self.features)
 
     def __str__(self) -> str:
-        text = f"conv:{self.features}@{_text(self.kernel_size)}"
+        text = f"{_NAME_OF[type(self)]}:{self.features}@{_text(self.kernel_size)}"
         text += "" if self.strides == 1 else f"/{_text(self.strides)}"
         text += "" if self.padding == "SAME" else f":{_padding_text(self.padding)}"
         text += "" if self.dilation == 1 else f":d{_text(self.dilation)}"
         return text + ("" if self.use_bias else ":nobias")
+
+
+class Conv(Filter):
+    """A convolution (in fact a correlation, as in every deep-learning library): one filter bank at every position."""
+
+
+class Local(Filter):
+    """A convolution without weight sharing: every position has a filter bank and biases of its own."""
+
+
+class Full(Filter):
+    """A convolution without locality: every node of the input joined to every node of the map, each with its own bias.
+
+    The window says no more than how many nodes the map has.
+    """
 
 
 @dataclass(frozen=True)
@@ -262,24 +283,36 @@ class Activation:
 
 @dataclass(frozen=True)
 class Residual:
-    """x + f(x), where f is a sequence of layers that keeps the shape."""
+    """g(x) + f(x), two sequences of layers whose outputs have one shape; without `shortcut`, g(x) is x itself."""
 
     layers: tuple[Layer, ...]
+    shortcut: tuple[Layer, ...] = ()
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        inner = input_shape
+        branch, shortcut = input_shape, input_shape
         for layer in self.layers:
-            inner = layer.output_shape(inner)
-        if inner != input_shape:
-            raise UserError(f"{self} turns {shape_text(input_shape)} into {shape_text(inner)}: it must keep the shape")
-        return input_shape
+            branch = layer.output_shape(branch)
+        for layer in self.shortcut:
+            shortcut = layer.output_shape(shortcut)
+        if branch != shortcut:
+            expected = f"its shortcut makes {shape_text(shortcut)}" if self.shortcut else "it must keep the shape"
+            raise UserError(f"{self} turns {shape_text(input_shape)} into {shape_text(branch)}: {expected}")
+        return branch
 
     def __str__(self) -> str:
-        return f"residual({','.join(map(str, self.layers))})"
+        shortcut = f"|{','.join(map(str, self.shortcut))}" if self.shortcut else ""
+        return f"residual({','.join(map(str, self.layers))}{shortcut})"
 
 
-Layer = Conv | Dense | MaxPool | AvgPool | Activation | Residual
-_NAME_OF: dict[type, str] = {MaxPool: "max", AvgPool: "avg"}
+Layer = Conv | Local | Full | Dense | MaxPool | AvgPool | Activation | Residual
+FILTERS: dict[Connectivity, type[Conv] | type[Local] | type[Full]] = {"conv": Conv, "local": Local, "full": Full}
+_NAME_OF: dict[type, str] = {
+    Conv: "conv",
+    Local: "local",
+    Full: "full",
+    MaxPool: "max",
+    AvgPool: "avg",
+}
 
 
 def shape_text(shape: Shape) -> str:
@@ -309,22 +342,59 @@ class Model:
             shapes.append(shape)
         return tuple(shapes)
 
+    def replaced(self, change: Callable[[Layer], Layer]) -> Model:
+        """The same model with every layer that is not a branch replaced by what `change` makes of it."""
+
+        def each(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            return tuple(
+                Residual(each(layer.layers), each(layer.shortcut)) if isinstance(layer, Residual) else change(layer)
+                for layer in layers
+            )
+
+        return Model(each(self.layers))
+
     def with_num_classes(self, num_classes: int) -> Model:
         """The same model with every `Dense(NUM_CLASSES)` given its number of units."""
-
-        def resolve(layer: Layer) -> Layer:
-            if isinstance(layer, Residual):
-                return Residual(tuple(map(resolve, layer.layers)))
-            if isinstance(layer, Dense) and layer.units == NUM_CLASSES:
-                return dataclasses.replace(layer, units=num_classes)
-            return layer
-
-        return Model(tuple(map(resolve, self.layers)))
+        return self.replaced(
+            lambda layer: (
+                dataclasses.replace(layer, units=num_classes)
+                if isinstance(layer, Dense) and layer.units == NUM_CLASSES
+                else layer
+            )
+        )
 
     @property
     def connectivity(self) -> Connectivity:
-        """`conv` as soon as one layer shares weights over positions, else `full`."""
-        return "conv" if any(isinstance(layer, Conv) for layer in walk(self.layers)) else "full"
+        """`conv` as soon as one layer shares weights over positions, else `local` as soon as one sees windows only."""
+        kinds = {type(layer) for layer in walk(self.layers)}
+        return "conv" if Conv in kinds else "local" if Local in kinds else "full"
+
+    def with_connectivity(self, connectivity: Connectivity) -> Model:
+        """The model read as `full`, `local` or `conv`: the same nodes in every layer, pooling and activations kept.
+
+        Readings are of layers with a window (`Conv`, `Local`, `Full`) and can be exchanged any number of times; `Dense`
+        layers are full in each of them.
+        """
+        kind = FILTERS[connectivity]
+
+        def read(layer: Layer) -> Layer:
+            if not isinstance(layer, Filter):
+                return layer
+            return kind(**{field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)})
+
+        return self.replaced(read)
+
+    def conv(self) -> Model:
+        """The reading that shares one filter bank over all positions."""
+        return self.with_connectivity("conv")
+
+    def local(self) -> Model:
+        """The reading with a filter bank of its own at every position."""
+        return self.with_connectivity("local")
+
+    def full(self) -> Model:
+        """The reading that joins every node to every node."""
+        return self.with_connectivity("full")
 
     def __str__(self) -> str:
         return " ".join(map(str, self.layers))
@@ -335,6 +405,7 @@ def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:
     for layer in layers:
         if isinstance(layer, Residual):
             yield from walk(layer.layers)
+            yield from walk(layer.shortcut)
         else:
             yield layer
 
@@ -342,8 +413,8 @@ def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:
 # The short notation: what `str(model)` writes, read back.
 
 NOTATION = (
-    "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:nobias], dense:UNITS[:nobias], "
-    "max:WINDOW[/STRIDES][:PADDING], avg:..., relu, tanh, residual(...)"
+    "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:nobias], local:..., full:..., dense:UNITS[:nobias], "
+    "max:WINDOW[/STRIDES][:PADDING], avg:..., relu, tanh, residual(BRANCH[|SHORTCUT])"
 )
 
 
@@ -352,22 +423,39 @@ def parse_model(text: str) -> Model:
 
     Raises UserError for what is no notation, with the notation.
     """
-    tokens = re.findall(r"residual\(|\)|[^\s,()]+|\(", text)
+    tokens = re.findall(r"residual\(|[)|(]|[^\s,()|]+", text)
 
-    def sequence(depth: int) -> tuple[Layer, ...]:
+    def sequence(depth: int, ends: str = "") -> tuple[tuple[Layer, ...], str]:
+        """Layers up to one of `ends`, and which one it was."""
         if depth > 32:
             raise UserError("residuals are nested more than 32 deep")
         layers: list[Layer] = []
         while tokens:
             token = tokens.pop(0)
-            if token == ")" and depth:
-                return tuple(layers)
-            layers.append(Residual(sequence(depth + 1)) if token == "residual(" else _parse_layer(token))
+            if token in ends:
+                return tuple(layers), token
+            layers.append(residual(depth + 1) if token == "residual(" else _parse_layer(token))
         if depth:
             raise UserError(f"{text!r}: a residual( is not closed")
-        return tuple(layers)
+        return tuple(layers), ""
 
-    return Model(sequence(0))
+    def residual(depth: int) -> Residual:
+        branch, end = sequence(depth, "|)")
+        if not branch:
+            raise UserError(f"{text!r}: a residual needs at least one layer")
+        if end == "|":
+            shortcut, _ = sequence(depth, ")")
+            return Residual(branch, shortcut)
+        return Residual(branch)
+
+    return Model(sequence(0)[0])
+
+
+def parse_shape(text: str) -> Shape:
+    """`28x28x1` as a shape; raises UserError for what is none."""
+    if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,2}", text):
+        raise UserError(f"{text!r} is no shape of an example; expected HEIGHTxWIDTHxCHANNELS, such as 32x32x3")
+    return tuple(map(int, text.split("x")))
 
 
 _WINDOW = re.compile(r"(?P<size>\d+(?:x\d+)*)(?:/(?P<strides>\d+(?:x\d+)*))?")
@@ -399,14 +487,15 @@ def _parse_layer(token: str) -> Layer:
         if name == "dense":
             (units,) = parts
             return Dense(units if units == NUM_CLASSES else int(units), use_bias)
-        if name == "conv":
+        if name in FILTERS:
             features, _, window = parts.pop(0).partition("@")
             match = _WINDOW.fullmatch(window)
             dilation = [_numbers(part[1:]) for part in parts if part.startswith("d")] or [1]
             padding = [_parse_padding(part) for part in parts if not part.startswith("d")] or ["SAME"]
             if match and len(dilation) == len(padding) == 1:
                 size, strides = _numbers(match["size"]), _numbers(match["strides"] or "1")
-                return Conv(int(features), size, strides, padding[0], dilation[0], use_bias)
+                kind = FILTERS[name]
+                return kind(int(features), size, strides, padding[0], dilation[0], use_bias)
         if name in ("max", "avg") and use_bias:
             match = _WINDOW.fullmatch(parts.pop(0))
             padding = [_parse_padding(part) for part in parts] or ["VALID"]

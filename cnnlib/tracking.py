@@ -18,6 +18,7 @@ import cnnlib
 from cnnlib.errors import UserError
 
 RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "table.md", "accuracy.png")
+GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
 
 
 def plain(value: Any) -> Any:
@@ -51,7 +52,7 @@ def open_folder(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # lexists and lstat: a link that leads nowhere is in the way as well
-        old = [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
+        old = [folder / name for name in dict.fromkeys((*RUN_FILES, *GROWTH_FILES)) if os.path.lexists(folder / name)]
         if not old:
             return None
         began = min(path.lstat().st_mtime for path in old)

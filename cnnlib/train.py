@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from cnnlib.augment import augmented, central, normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
+from cnnlib.equivalence import expand, project
 from cnnlib.models import Network, Parameters, logits
 from cnnlib.optim import optimizer
-from cnnlib.spec import Shape
+from cnnlib.spec import Model, Shape
 
 
 class State(NamedTuple):
@@ -68,6 +69,8 @@ class Recipe(NamedTuple):
     augment: Augment
     batch_size: int
     epochs: int
+    start: Network | None = None
+    """The reading of the network that draws the initial weights, where it is another one."""
 
 
 def keys_of(seed: int | Integer[Array, ""]) -> Keys:
@@ -77,10 +80,14 @@ def keys_of(seed: int | Integer[Array, ""]) -> Keys:
 
 def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
     """The function that makes an untrained model: `init(numbers) -> State`."""
+    model = Model(recipe.network.layers)
 
     def init(numbers: LaneNumbers) -> State:
         example = jnp.zeros((1, *recipe.input_shape), jnp.float32)
-        parameters = recipe.network.init(keys_of(numbers.seed).init, example)["params"]
+        drawn = recipe.start or recipe.network
+        parameters = drawn.init(keys_of(numbers.seed).init, example)["params"]
+        if recipe.start:
+            parameters = expand(Model(recipe.start.layers), parameters, recipe.input_shape, model.connectivity)
         # Neither the step count nor the numbers shape the optimiser's state.
         optimizer_state = optimizer(recipe.optim, numbers, total_steps=1).init(parameters)
         return State(parameters, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
@@ -159,6 +166,16 @@ def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Exa
         return jax.lax.scan(step, Sums(jnp.zeros((), jnp.float32), zero, zero), positions)[0]
 
     return test
+
+
+def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""]]:
+    """The function that measures how far a local or full net is from a convolution: `distance(parameters)`.
+
+    The norm of what the nearest convolution lacks of the weights, over their norm: 0 for a net that is one, 1 for one
+    that has nothing of any (`equivalence.project`).
+    """
+    model = Model(recipe.network.layers)
+    return lambda parameters: project(model, parameters, recipe.input_shape, "conv").total
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

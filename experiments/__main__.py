@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | show NAME | run NAME`.
+"""The command line: `python -m experiments list | show NAME | run NAME | count WHAT`.
 
 Nothing here imports JAX until an experiment is run. Whatever the user got wrong is one line on standard error and exit
 status 2; `--traceback` shows where it was noticed.
@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
-from cnnlib.config import EXPERIMENTS, Experiment, assignments, lane_numbers, override
+from cnnlib.architectures import ARCHITECTURES
+from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, lane_numbers, override, to_dict
+from cnnlib.cost import BYTES
 from cnnlib.errors import UserError
+from cnnlib.spec import FILTERS, shape_text
 
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...]",
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--traceback]",
+    "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
+    "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
 USAGE = "usage: python -m experiments " + "\n       python -m experiments ".join(COMMANDS.values())
 
@@ -37,7 +44,16 @@ class Parser(argparse.ArgumentParser):
 
 def parser_for(command: str) -> Parser:
     parser = Parser(usage=f"python -m experiments {COMMANDS[command]}", allow_abbrev=False)
-    if command != "list":
+    if command == "count":
+        parser.add_argument("what", metavar="WHAT", nargs="+", help="an experiment, an architecture, or layers")
+        parser.add_argument("--input", metavar="HxWxC", help="shape of an example (an experiment has its data's)")
+        parser.add_argument("--classes", metavar="N", type=int, help="for layers that end in as many units (10)")
+        parser.add_argument("--connectivity", choices=sorted(FILTERS), help="how layers with a window are read")
+        parser.add_argument("--match", metavar="MEASURE:REFERENCE", help="a budget to scale the widths to")
+        parser.add_argument("--batch-size", metavar="N", type=int, default=128, help="for the bytes of a training step")
+        parser.add_argument("--dtype", choices=sorted(BYTES), default="float32", help="for the bytes")
+        parser.add_argument("--json", action="store_true", help="layers and total, for programs")
+    elif command != "list":
         parser.add_argument("name", metavar="NAME", help=f"an experiment: {', '.join(EXPERIMENTS)}")
         parser.add_argument(
             "overrides", metavar="FIELD=VALUE", nargs="*", help="such as epochs=3; `show` prints them all"
@@ -60,18 +76,26 @@ def command_list() -> None:
         print(f"{name:<{width}}  {lab_note(name).splitlines()[0]}")
 
 
-def command_show(name: str, experiment: Experiment) -> None:
-    from cnnlib.data import describe
+def command_show(name: str, experiment: Experiment | Growth) -> None:
     from cnnlib.resolve import resolve
-    from cnnlib.spec import shape_text
+
+    told = f"{name}\n\n{textwrap.indent(lab_note(name), '  ')}\n\nconfiguration, as overrides:\n\n"
+    told += textwrap.indent("\n".join(assignments(experiment)), "  ")
+    if isinstance(experiment, Growth):
+        from cnnlib.growth import counts, resolve_growth
+
+        found = {"config": to_dict(experiment), "counts": counts(resolve_growth(experiment))}
+        print(f"{told}\n")
+        print_growth(found)
+        return
+    from cnnlib.data import describe
 
     description = describe(experiment.data)
     arms = resolve(experiment, description)
-    counts = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
-    print(f"{name}\n\n{textwrap.indent(lab_note(name), '  ')}\n\nconfiguration, as overrides:\n")
-    print(textwrap.indent("\n".join(assignments(experiment)), "  "))
+    available = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
     shape = shape_text(description.input_shape)
-    print(f"\ndata: {description.name}, {shape}, {description.num_classes} classes; {counts}")
+    print(told)
+    print(f"\ndata: {description.name}, {shape}, {description.num_classes} classes; {available}")
     print(
         f"\narms, each with {len(lane_numbers(experiment))} lanes; counts for one example, taps on padding counted:\n"
     )
@@ -86,6 +110,84 @@ def command_show(name: str, experiment: Experiment) -> None:
             f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  " + "  ".join(cells).rstrip())
+    matches = [f"{a.name}: {a.match}\n  {a.model}" for a in arms if a.match]
+    if matches:
+        print("\nmatched budgets:\n\n" + textwrap.indent("\n".join(matches), "  "))
+
+
+def command_count(options: argparse.Namespace) -> None:
+    """Counts an experiment's arms, an architecture, or layers in short notation; imports neither JAX nor NumPy for the
+    latter two."""
+    from rich.console import Console
+
+    from cnnlib.counting import print_summary, summary
+    from cnnlib.resolve import resolve_arms
+    from cnnlib.spec import parse_model, parse_shape
+
+    if options.batch_size < 1 or (options.classes is not None and options.classes < 1):
+        raise UserError("--batch-size and --classes must be at least 1")
+    what, *rest = options.what
+    input_shape = None if options.input is None else parse_shape(options.input)
+    num_classes = options.classes or 10
+    is_experiment = what in EXPERIMENTS
+    if is_experiment:
+        experiment = override(EXPERIMENTS.get(what), rest)
+        arms = experiment.arms
+        if isinstance(experiment, Experiment):
+            from cnnlib.data import describe
+
+            description = describe(experiment.data)
+            input_shape = input_shape or experiment.augment.seen_shape(description.input_shape)
+            num_classes = options.classes or description.num_classes
+    elif what in ARCHITECTURES and not rest:
+        arms = (Arm(what, ARCHITECTURES.get(what)),)
+    else:
+        try:
+            arms = (Arm("layers", parse_model(" ".join(options.what))),)
+        except UserError as error:
+            names = ", ".join((*EXPERIMENTS, *ARCHITECTURES))
+            raise UserError(f"{error}; or an experiment or architecture: {names}") from None
+    if input_shape is None:
+        raise UserError(f"count {what} needs the shape of an example: --input HxWxC, such as --input 28x28x1")
+    chosen = {"connectivity": options.connectivity, "match": options.match}
+    arms = tuple(replace(arm, **{name: value for name, value in chosen.items() if value}) for arm in arms)
+    summaries = []
+    for arm in resolve_arms(arms, input_shape, num_classes):
+        name = {"name": arm.name} if is_experiment else {}
+        match = {"match": arm.match.plain()} if arm.match else {}
+        summaries.append({**name, **match, **summary(arm.model, input_shape, options.batch_size, options.dtype)})
+        if not options.json:
+            console = Console(highlight=False)
+            console.print(f"{arm.name} on {shape_text(input_shape)}: {arm.model}", markup=False)
+            if arm.match:
+                console.print(f"matched: {arm.match}", markup=False)
+            print_summary(summaries[-1], console)
+            console.print()
+    if options.json:
+        print(json.dumps({"experiment": what, "arms": summaries} if is_experiment else summaries[0], indent=2))
+
+
+def print_growth(results: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from cnnlib.growth import tables
+    from cnnlib.tables import print_table
+
+    console = Console(highlight=False)
+    for title, columns, rows in tables(results):
+        console.print(f"{title}:", markup=False)
+        print_table(console, columns, rows, padding=2)
+
+
+def command_growth(name: str, growth: Growth, out: Path) -> None:
+    from cnnlib.growth import run_growth
+    from cnnlib.tracking import GROWTH_FILES
+
+    results, earlier = run_growth(growth, name, out)
+    if earlier is not None:
+        print(f"the files of an earlier run moved to {earlier}")
+    print_growth(results)
+    print(f"written to {out}: {', '.join(GROWTH_FILES)}")
 
 
 def command_run(name: str, experiment: Experiment, out: Path) -> None:
@@ -98,7 +200,7 @@ def command_run(name: str, experiment: Experiment, out: Path) -> None:
         results = run(experiment, name, out, watcher)
     tracking.write_whole(out / "table.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8"))
     tracking.write_whole(out / "accuracy.png", lambda path: report.accuracy_figure(results, path))
-    report.print_table(results, console)
+    report.print_results(results, console)
     console.print(f"written to {out}: {', '.join(tracking.RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -116,11 +218,18 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if command == "run" and options.out == "":
             raise UserError("--out needs a folder")
+        if command == "count":
+            command_count(options)
+            return 0
         experiment = override(EXPERIMENTS.get(options.name), options.overrides)
         if command == "show":
             command_show(options.name, experiment)
+            return 0
+        out = Path(options.out or Path("runs", options.name))
+        if isinstance(experiment, Growth):
+            command_growth(options.name, experiment, out)
         else:
-            command_run(options.name, experiment, Path(options.out or Path("runs", options.name)))
+            command_run(options.name, experiment, out)
         return 0
     except Exception as error:
         if "--traceback" in arguments or isinstance(error, BrokenPipeError):

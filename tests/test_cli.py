@@ -83,10 +83,10 @@ def test_a_second_run_keeps_the_first(tiny_run, tmp_path):
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run"),
+    (["train"], "there are: list, show, run, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
-    (["show", "nothing"], "no experiment 'nothing'; there are: fc_vs_conv"),
+    (["show", "nothing"], "no experiment 'nothing'; there are: explosion, fc_vs_conv"),
     (["show", "fc_vs_conv", "epoch=3"], "no field 'epoch'; there are: arms"),
     (["run", "fc_vs_conv", "epochs"], "no override"),
     (["run", "fc_vs_conv", "epochs=many"], "whole number"),

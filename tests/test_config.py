@@ -82,7 +82,7 @@ def test_the_last_of_two_overrides_of_one_field_holds():
         ("arms=lenet", ["no arm 'lenet'", "full, lenet5"]),
         ("arms.lenet.model=lenet5", ["no arm 'lenet'"]),
         ("arms.lenet5=lenet5", ["arms.lenet5.model"]),
-        ("arms.lenet5.name=x", ["there is: model"]),
+        ("arms.lenet5.name=x", ["there are: model, connectivity, match, start"]),
         ("arms.lenet5.model=resnet", ["no layer 'resnet'", "lenet_300_100"]),
         ("compute_dtype=float16", ["float32, bfloat16"]),
     ],
@@ -154,6 +154,7 @@ OWNERS = {
     "Lanes": "lanes",
     "Arm": "arm",
     "Experiment": "experiment",
+    "Growth": "growth",
 }
 
 

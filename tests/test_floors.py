@@ -9,14 +9,16 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache"},
+    {"errors", "cache", "style", "tables"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives"},
-    {"config", "ops"},
+    {"budget", "ops"},
+    {"config"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
-    {"resolve", "train", "tracking"},
+    {"equivalence"},
+    {"resolve", "train", "tracking", "counting"},
     {"programs"},
-    {"run", "report", "terminal"},
+    {"run", "report", "terminal", "growth"},
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
@@ -26,10 +28,16 @@ WITHOUT_JAX = {
     "registry",
     "architectures",
     "cost",
+    "budget",
     "config",
     "experiments.*",
     "data",
     "resolve",
+    "tracking",
+    "counting",
+    "growth",
+    "style",
+    "tables",
 }
 
 

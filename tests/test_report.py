@@ -25,6 +25,7 @@ def arm(name, connectivity, parameters, settings, lanes, chosen=0):
     return {
         "name": name,
         "connectivity": connectivity,
+        "match": None,
         **counts,
         "settings": settings,
         "lanes": lanes,
@@ -52,7 +53,7 @@ RESULTS = {
 
 def printed(results, width):
     console = Console(file=io.StringIO(), width=width)
-    report.print_table(results, console)
+    report.print_results(results, console)
     return console.file.getvalue()
 
 

@@ -1,0 +1,127 @@
+"""Counts as the input grows: a run that trains nothing, its table and its figure; without JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cnnlib import tracking
+from cnnlib.config import Growth, to_dict
+from cnnlib.resolve import ResolvedArm, resolve_arms
+from cnnlib.style import STYLE, pyplot_for_files
+from cnnlib.tables import markdown_table
+
+LANDMARKS = (32, 1000)
+"""Sides whose full layer is written out in the figure: those of the textbook argument."""
+COUNTS = {
+    "connections": "connections, taps on padding counted",
+    "connections_without_padding": "connections without taps on padding",
+    "parameters": "parameters, biases counted",
+}
+
+
+def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
+    """The arms on each side; raises UserError, with the side, for a layer that does not fit."""
+    return {side: resolve_arms(growth.arms, (side, side, growth.channels), growth.num_classes) for side in growth.sides}
+
+
+def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:
+    """Counts, and writes `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
+
+    Returns what `results.json` holds, and where the files of an earlier run went. Raises UserError, with nothing
+    written, for what does not fit.
+    """
+    results = {
+        "experiment": name,
+        "config": to_dict(growth),
+        "versions": tracking.versions(),
+        "commit": tracking.commit(),
+        "counts": counts(resolve_growth(growth)),
+    }
+    earlier = tracking.open_folder(out)
+    config = {"experiment": name, **results["config"]}
+    tracking.write_whole(out / "config.json", lambda path: path.write_text(tracking.to_json(config)))
+    tracking.write_whole(out / "results.json", lambda path: path.write_text(tracking.to_json(results)))
+    tracking.write_whole(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    tracking.write_whole(out / "growth.png", lambda path: figure(results, path))
+    return results, earlier
+
+
+def counts(resolved: dict[int, tuple[ResolvedArm, ...]]) -> list[dict[str, Any]]:
+    """An entry for each side and arm."""
+    return [
+        {
+            "side": side,
+            "arm": arm.name,
+            "connectivity": arm.model.connectivity,
+            "model": str(arm.model),
+            **{count: getattr(arm.count, count) for count in COUNTS},
+        }
+        for side, arms in resolved.items()
+        for arm in arms
+    ]
+
+
+def tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """For each count its title, columns and rows: a row a side, a column an arm."""
+    arms = tuple(dict.fromkeys(entry["arm"] for entry in results["counts"]))
+    found = []
+    for count, title in COUNTS.items():
+        numbers = {(entry["side"], entry["arm"]): f"{entry[count]:,}" for entry in results["counts"]}
+        sides = dict.fromkeys(entry["side"] for entry in results["counts"])
+        rows = [(str(side), *(numbers[side, arm] for arm in arms)) for side in sides]
+        found.append((f"{title}, of one example of {channels_text(results)}", ("side", *arms), rows))
+    return found
+
+
+def channels_text(results: dict[str, Any]) -> str:
+    """`3 channels`."""
+    channels = results["config"]["channels"]
+    return f"{channels} channel{'s'[: channels > 1]}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+    return "\n".join(f"{title}:\n\n{markdown_table(columns, rows)}" for title, columns, rows in tables(results))
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Connections and parameters against the side of the input, both axes logarithmic, a line an arm."""
+    pyplot, _ = pyplot_for_files()
+    drawn, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.4), sharey=True, layout="constrained")
+    for axes, count in ((left, "connections"), (right, "parameters")):
+        arms = dict.fromkeys(entry["arm"] for entry in results["counts"])
+        for index, arm in enumerate(arms):
+            entries = [entry for entry in results["counts"] if entry["arm"] == arm]
+            color, marker = STYLE[entries[0]["connectivity"]]
+            # Lines that coincide must both be seen: the later one is thinner and broken.
+            axes.plot(
+                [entry["side"] for entry in entries],
+                [entry[count] for entry in entries],
+                color=color,
+                marker=marker,
+                markersize=6 - index,
+                linewidth=3.2 - index,
+                linestyle=("-", "--", ":")[index % 3],
+                label=arm,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("side of the input, in pixels")
+        axes.set_title(count)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    for entry in results["counts"]:
+        if entry["connectivity"] == "full" and entry["side"] in LANDMARKS:
+            left.annotate(
+                f"{entry['connections']:,}",
+                (entry["side"], entry["connections"]),
+                xytext=(8, -12),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    left.set_ylabel("number")
+    left.legend()
+    drawn.suptitle(f"{results['experiment']}: square inputs of {channels_text(results)}, one example")
+    drawn.savefig(path, dpi=150)
+    pyplot.close(drawn)

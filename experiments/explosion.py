@@ -1,0 +1,23 @@
+"""Why not simply connect everything: how do connections and parameters grow with the side of the input?
+
+Question: a layer that keeps the number of nodes (3 colours in, 3 features out) on square images, as a full layer, as a
+    local one with 3x3 windows, and as a 3x3 convolution: how many connections and parameters has each?
+Command: python -m experiments run explosion
+Expected: at 32x32 the full layer has 9,437,184 connections, at 1000x1000 9 x 10^12 (in grey, one feature of one
+    channel, 10^12). It grows with the fourth power of the side, the local layer and the convolution's connections with
+    the second; the convolution keeps its 84 parameters (81 weights and 3 biases) at any side.
+Cost: a second on one CPU core. It trains nothing.
+Source: the textbook argument for convolutions; counts are exact (cnnlib/cost.py states the conventions).
+"""
+
+from cnnlib.config import EXPERIMENTS, Arm, Growth
+from cnnlib.spec import Conv, Model
+
+
+@EXPERIMENTS.register
+def explosion() -> Growth:
+    layer = Model((Conv(3, 3),))
+    return Growth(
+        arms=(Arm("full", layer, "full"), Arm("local", layer, "local"), Arm("conv", layer, "conv")),
+        sides=(8, 16, 32, 64, 128, 256, 512, 1000, 2048, 4096),
+    )
