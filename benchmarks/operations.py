@@ -23,6 +23,14 @@ CONVOLUTIONS = {
     "two-conv 1, 28x28x1 -> 32, 3x3": (28, 1, 32, 3, "SAME"),
     "two-conv 2, 14x14x32 -> 64, 3x3": (14, 32, 64, 3, "SAME"),
 }
+LOCALS = {
+    # name: height = width, channels, features, kernel, stride, padding
+    "local LeNet-5 c1, 28x28x1 -> 6, 5x5": (28, 1, 6, 5, 1, 2),
+    "local LeNet-5 c3, 14x14x6 -> 16, 5x5": (14, 6, 16, 5, 1, 0),
+    "local two-conv 1, 28x28x1 -> 32, 3x3": (28, 1, 32, 3, 1, 1),
+    "local two-conv 2, 14x14x32 -> 64, 3x3": (14, 32, 64, 3, 1, 1),
+    "local S(8), 32x32x3 -> 8, 9x9 in steps of 2": (32, 3, 8, 9, 2, 4),
+}
 POOLS = {"LeNet-5 pool 1, 28x28x6": (28, 6), "two-conv pool 1, 28x28x32": (28, 32)}
 REPEATS, LANES = 4, 8
 Operation = Callable[..., Any]
@@ -31,6 +39,14 @@ Operation = Callable[..., Any]
 def stock_conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
     """The convolution as JAX has it."""
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The local layer as JAX has it, which wants taps and channels in one axis, channels first."""
+    flat = kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
+    pads = ((padding, padding),) * 2
+    spec = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated_local(x, flat, (stride,) * 2, pads, kernel.shape[2:4], dimension_numbers=spec)
 
 
 def parts(operation: Operation) -> dict[str, Operation]:
@@ -88,6 +104,18 @@ def measure(batch_size: int, rounds: int) -> list[Table]:
             bodies[f"cnnlib, {implementation}"] = lambda x, w, padding=padding: ops.conv2d(x, w, padding=padding)
         bodies["stock lax"] = lambda x, w, padding=padding: stock_conv(x, w, padding)
         tables.append(race(name, bodies, x, kernel, gradient, rounds, 2.0 * y.size * k * k * channels))
+    for name, (size, channels, features, k, stride, padding) in LOCALS.items():
+        positions = (size + 2 * padding - k) // stride + 1
+        x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
+        kernel = jnp.asarray(random.normal(size=(positions, positions, k, k, channels, features)), jnp.float32)
+        gradient = jnp.asarray(random.normal(size=(batch_size, positions, positions, features)), jnp.float32)
+        arguments = {"strides": stride, "padding": padding}
+        bodies = {
+            f"cnnlib, {each}": lambda x, w, arguments=arguments: ops.local2d(x, w, **arguments)
+            for each in implementations()
+        }
+        bodies["stock lax"] = lambda x, w, stride=stride, padding=padding: stock_local(x, w, stride, padding)
+        tables.append(race(name, bodies, x, kernel, gradient, rounds, 2.0 * gradient.size * k * k * channels))
     for name, (size, channels) in POOLS.items():
         x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
         gradient = jnp.asarray(random.normal(size=(batch_size, size // 2, size // 2, channels)), jnp.float32)

@@ -424,6 +424,281 @@ ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Floats x, Floats y, Floats grad
   });
 }
 
+// A local layer: a correlation whose kernel is another one at every position of the output. Each weight meets as many
+// values as there are images, so these stand side by side: maps are turned, `(height, width, channel, image)`, and
+// every vector is full whatever the number of channels.
+struct LocalGeometry {
+  int64_t images, row_size;  // how many, and the length of their row in a turned map, whole vectors of kImageVector
+  int64_t height, width, channels, out_height, out_width, features, kernel_height, kernel_width;
+  int64_t stride[2], low[2], dilation[2];
+
+  static constexpr int64_t kImageVector = 16;
+
+  LocalGeometry(Integers x, Integers kernel, Integers strides, Integers lows, Integers dilations)
+      : images(x[1]), row_size(round_up(x[1], kImageVector)), height(x[2]), width(x[3]), channels(x[4]),
+        out_height(kernel[1]), out_width(kernel[2]), features(kernel[6]), kernel_height(kernel[3]),
+        kernel_width(kernel[4]) {
+    for (int axis : {0, 1}) {
+      stride[axis] = strides[axis];
+      low[axis] = lows[axis];
+      dilation[axis] = dilations[axis];
+    }
+  }
+
+  int64_t in_size() const { return height * width * channels; }
+  int64_t out_size() const { return out_height * out_width * features; }
+  int64_t taps() const { return kernel_height * kernel_width; }
+  int64_t kernel_size() const { return out_height * out_width * taps() * channels * features; }
+
+  // Calls see(tap, place) for each tap of position (i, j) that is on the map, where it finds the place.
+  template <typename See>
+  void each_tap(int64_t i, int64_t j, See see) const {
+    for (int64_t r = 0; r < kernel_height; ++r)
+      for (int64_t s = 0; s < kernel_width; ++s) {
+        int64_t h = i * stride[0] - low[0] + r * dilation[0], w = j * stride[1] - low[1] + s * dilation[1];
+        if (h >= 0 && h < height && w >= 0 && w < width) see(r * kernel_width + s, h * width + w);
+      }
+  }
+
+  // Calls see(position, tap) for each position that has place (h, w) under a tap.
+  template <typename See>
+  void each_position(int64_t h, int64_t w, See see) const {
+    for (int64_t r = 0; r < kernel_height; ++r)
+      for (int64_t s = 0; s < kernel_width; ++s) {
+        int64_t i = h + low[0] - r * dilation[0], j = w + low[1] - s * dilation[1];
+        if (i < 0 || j < 0 || i % stride[0] != 0 || j % stride[1] != 0) continue;
+        i /= stride[0], j /= stride[1];
+        if (i < out_height && j < out_width) see(i * out_width + j, r * kernel_width + s);
+      }
+  }
+};
+
+// Turns columns of a matrix (images, size) into rows (count, row_size), zeros in place of missing images; and back.
+void turn(const float* from, int64_t images, int64_t size, int64_t first, int64_t count, float* to, int64_t row_size) {
+  for (int64_t n0 = 0; n0 < row_size; n0 += 16)
+    for (int64_t c0 = 0; c0 < count; c0 += 16)
+      for (int64_t c = c0; c < std::min(count, c0 + 16); ++c)
+        for (int64_t n = n0; n < n0 + 16; ++n) to[c * row_size + n] = n < images ? from[n * size + first + c] : 0.0f;
+}
+void turn_back(const float* from, int64_t row_size, int64_t images, int64_t size, int64_t first, int64_t count,
+               float* to) {
+  for (int64_t n0 = 0; n0 < images; n0 += 16)
+    for (int64_t c0 = 0; c0 < count; c0 += 16)
+      for (int64_t n = n0; n < std::min(images, n0 + 16); ++n)
+        for (int64_t c = c0; c < std::min(count, c0 + 16); ++c) to[n * size + first + c] = from[c * row_size + n];
+}
+ffi::Error turn_all(ffi::ThreadPool& pool, const float* from, int64_t images, int64_t size, float* to,
+                    int64_t row_size) {
+  const int64_t chunk = 64;
+  return parallel(pool, (size + chunk - 1) / chunk, [&](int64_t n) {
+    turn(from, images, size, n * chunk, std::min(chunk, size - n * chunk), to + n * chunk * row_size, row_size);
+  });
+}
+
+// A turned row, and the first of the weights that it is multiplied by.
+struct Term {
+  const float* row;
+  const float* weights;
+};
+
+// sums[i] = the sum over terms of weights[i * step] times the row, kSums rows by kVectors vectors in registers.
+template <int kSums, int kVectors>
+void weighted_tile(const std::vector<Term>& terms, int64_t image, int64_t first, int64_t step, float* sums,
+                   int64_t row_size) {
+  Vector s[kSums][kVectors] = {};
+  for (const Term& term : terms) {
+    Vector x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load(term.row + image + v * kWidth);
+    const float* weight = term.weights + first * step;
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) {
+      float w = weight[i * step];
+      for (int v = 0; v < kVectors; ++v) s[i][v] += w * x[v];
+    }
+  }
+  for (int i = 0; i < kSums; ++i)
+    for (int v = 0; v < kVectors; ++v) store(sums + (first + i) * row_size + image + v * kWidth, s[i][v]);
+}
+
+constexpr int kSumVectors = kWidth == 16 ? 4 : 2, kSums = kWidth == 16 ? 6 : 4;
+
+using WeightedTile = void (*)(const std::vector<Term>&, int64_t, int64_t, int64_t, float*, int64_t);
+template <int kVectors, int... kCounts>
+WeightedTile weighted_tile_of(int64_t count, std::integer_sequence<int, kCounts...>) {
+  static const WeightedTile table[] = {weighted_tile<kCounts + 1, kVectors>...};
+  return table[count - 1];
+}
+
+// All `count` rows of sums over all images.
+void weighted_rows(const std::vector<Term>& terms, int64_t count, int64_t step, float* sums, int64_t row_size) {
+  const auto counts = std::make_integer_sequence<int, kSums>{};
+  const int64_t tiles = (count + kSums - 1) / kSums;
+  for (int64_t image = 0; image < row_size;) {
+    const bool whole = row_size - image >= kSumVectors * kWidth;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = count * tile / tiles, size = count * (tile + 1) / tiles - first;  // nearly equal
+      (whole ? weighted_tile_of<kSumVectors>(size, counts) : weighted_tile_of<1>(size, counts))(
+          terms, image, first, step, sums, row_size);
+    }
+    image += (whole ? kSumVectors : 1) * kWidth;
+  }
+}
+
+// The sum of a vector's values.
+inline float total(Vector v) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad sum = {};
+  for (int part = 0; part < kWidth / 4; ++part) {
+    Quad quad;
+    std::memcpy(&quad, reinterpret_cast<const char*>(&v) + 16 * part, 16);
+    sum += quad;
+  }
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// products[r][f] = the product of row r with column row f, summed over images; kRowTile by kColumnTile of them.
+template <int kRowTile, int kColumnTile>
+void product_tile(const float* const* rows, const float* columns, int64_t row_size, float* const* products) {
+  Vector s[kRowTile][kColumnTile] = {};
+  for (int64_t n = 0; n < row_size; n += kWidth) {
+    Vector x[kRowTile];
+    for (int r = 0; r < kRowTile; ++r) x[r] = load(rows[r] + n);
+#pragma GCC unroll 8
+    for (int f = 0; f < kColumnTile; ++f) {
+      Vector g = load(columns + f * row_size + n);
+      for (int r = 0; r < kRowTile; ++r) s[r][f] += x[r] * g;
+    }
+  }
+  for (int r = 0; r < kRowTile; ++r)
+    for (int f = 0; f < kColumnTile; ++f) products[r][f] = total(s[r][f]);
+}
+
+using ProductTile = void (*)(const float* const*, const float*, int64_t, float* const*);
+constexpr int kRowTile = kWidth == 16 ? 4 : 2, kColumnTile = kWidth == 16 ? 6 : 4;
+template <int kTile, int... kCounts>
+ProductTile product_tile_of(int64_t count, std::integer_sequence<int, kCounts...>) {
+  static const ProductTile table[] = {product_tile<kTile, kCounts + 1>...};
+  return table[count - 1];
+}
+
+// y[l, n, i, j] = the values of x[l, n] under the window at (i, j) times kernel[l, i, j]: x (lane, image, height, width,
+// channel), kernel (lane, row, column, height, width, channel, feature); `turned` is room for one lane's x.
+ffi::Error LocalCorrelate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultBuffer<ffi::F32> y,
+                          ffi::ResultBuffer<ffi::F32> turned, Integers strides, Integers low, Integers dilation) {
+  const LocalGeometry g(x.dimensions(), kernel.dimensions(), strides, low, dilation);
+  for (int64_t lane = 0; lane < x.dimensions()[0]; ++lane) {
+    float* rows = turned->typed_data();
+    const float* weights = kernel.typed_data() + lane * g.kernel_size();
+    float* to = y->typed_data() + lane * g.images * g.out_size();
+    ffi::Error error = turn_all(pool, x.typed_data() + lane * g.images * g.in_size(), g.images, g.in_size(), rows,
+                                g.row_size);
+    if (error.failure()) return error;
+    const int64_t strip = 4, strips = (g.out_width + strip - 1) / strip;
+    error = parallel(pool, g.out_height * strips, [&](int64_t chunk) {
+      const int64_t i = chunk / strips, start = chunk % strips * strip, end = std::min(g.out_width, start + strip);
+      std::vector<float> sums((end - start) * g.features * g.row_size);
+      std::vector<Term> terms;
+      for (int64_t j = start; j < end; ++j) {
+        terms.clear();
+        const float* bank = weights + (i * g.out_width + j) * g.taps() * g.channels * g.features;
+        g.each_tap(i, j, [&](int64_t tap, int64_t place) {
+          for (int64_t c = 0; c < g.channels; ++c)
+            terms.push_back({rows + (place * g.channels + c) * g.row_size, bank + (tap * g.channels + c) * g.features});
+        });
+        weighted_rows(terms, g.features, 1, &sums[(j - start) * g.features * g.row_size], g.row_size);
+      }
+      turn_back(sums.data(), g.row_size, g.images, g.out_size(), (i * g.out_width + start) * g.features,
+                (end - start) * g.features, to);
+    });
+    if (error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
+// The transpose in x: what each value of the input gets from the gradients of the positions that see it.
+ffi::Error LocalInputGradient(ffi::ThreadPool pool, Floats gradient, Floats kernel, ffi::ResultBuffer<ffi::F32> x,
+                              ffi::ResultBuffer<ffi::F32> turned, Integers strides, Integers low, Integers dilation) {
+  const LocalGeometry g(x->dimensions(), kernel.dimensions(), strides, low, dilation);
+  for (int64_t lane = 0; lane < gradient.dimensions()[0]; ++lane) {
+    float* rows = turned->typed_data();
+    const float* weights = kernel.typed_data() + lane * g.kernel_size();
+    float* to = x->typed_data() + lane * g.images * g.in_size();
+    ffi::Error error = turn_all(pool, gradient.typed_data() + lane * g.images * g.out_size(), g.images, g.out_size(),
+                                rows, g.row_size);
+    if (error.failure()) return error;
+    const int64_t strip = 4, strips = (g.width + strip - 1) / strip;
+    error = parallel(pool, g.height * strips, [&](int64_t chunk) {
+      const int64_t h = chunk / strips, start = chunk % strips * strip, end = std::min(g.width, start + strip);
+      std::vector<float> sums((end - start) * g.channels * g.row_size);
+      std::vector<Term> terms;
+      for (int64_t w = start; w < end; ++w) {
+        terms.clear();
+        g.each_position(h, w, [&](int64_t position, int64_t tap) {
+          const float* bank = weights + (position * g.taps() + tap) * g.channels * g.features;
+          for (int64_t f = 0; f < g.features; ++f)
+            terms.push_back({rows + (position * g.features + f) * g.row_size, bank + f});
+        });
+        weighted_rows(terms, g.channels, g.features, &sums[(w - start) * g.channels * g.row_size], g.row_size);
+      }
+      turn_back(sums.data(), g.row_size, g.images, g.in_size(), (h * g.width + start) * g.channels,
+                (end - start) * g.channels, to);
+    });
+    if (error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
+// The transpose in the kernel: at each position the values under its window times its gradient, summed over images. One
+// thread makes the whole of each sum, so the result depends on neither threads nor timing.
+ffi::Error LocalKernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::ResultBuffer<ffi::F32> kernel,
+                               ffi::ResultBuffer<ffi::F32> turned, Integers strides, Integers low, Integers dilation) {
+  const LocalGeometry g(x.dimensions(), kernel->dimensions(), strides, low, dilation);
+  for (int64_t lane = 0; lane < x.dimensions()[0]; ++lane) {
+    float* values = turned->typed_data();
+    const float* from = gradient.typed_data() + lane * g.images * g.out_size();
+    float* weights = kernel->typed_data() + lane * g.kernel_size();
+    ffi::Error error = turn_all(pool, x.typed_data() + lane * g.images * g.in_size(), g.images, g.in_size(), values,
+                                g.row_size);
+    if (error.failure()) return error;
+    const int64_t strip = 4, strips = (g.out_width + strip - 1) / strip, bank_size = g.taps() * g.channels * g.features;
+    error = parallel(pool, g.out_height * strips, [&](int64_t chunk) {
+      const int64_t i = chunk / strips, start = chunk % strips * strip, end = std::min(g.out_width, start + strip);
+      const int64_t features = (end - start) * g.features;
+      std::vector<float> columns(features * g.row_size);
+      turn(from, g.images, g.out_size(), (i * g.out_width + start) * g.features, features, columns.data(), g.row_size);
+      std::vector<const float*> rows;
+      std::vector<float*> products;
+      for (int64_t j = start; j < end; ++j) {
+        float* bank = weights + (i * g.out_width + j) * bank_size;
+        std::fill(bank, bank + bank_size, 0.0f);  // taps on the padding stay so
+        rows.clear(), products.clear();
+        g.each_tap(i, j, [&](int64_t tap, int64_t place) {
+          for (int64_t c = 0; c < g.channels; ++c) {
+            rows.push_back(values + (place * g.channels + c) * g.row_size);
+            products.push_back(bank + (tap * g.channels + c) * g.features);
+          }
+        });
+        const float* column = &columns[(j - start) * g.features * g.row_size];
+        const auto counts = std::make_integer_sequence<int, kColumnTile>{};
+        const int64_t tiles = (g.features + kColumnTile - 1) / kColumnTile, count = rows.size();
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t first = g.features * tile / tiles, size = g.features * (tile + 1) / tiles - first;
+          const ProductTile many = product_tile_of<kRowTile>(size, counts), one = product_tile_of<1>(size, counts);
+          for (int64_t r = 0; r < count;) {
+            const bool whole = count - r >= kRowTile;
+            float* at[kRowTile];
+            for (int k = 0; k < (whole ? kRowTile : 1); ++k) at[k] = products[r + k] + first;
+            (whole ? many : one)(&rows[r], column + first * g.row_size, g.row_size, at);
+            r += whole ? kRowTile : 1;
+          }
+        }
+      }
+    });
+    if (error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 using ffi::Ffi;
@@ -436,6 +711,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cnnlib_kernel_gradient, KernelGradient,
     Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>() CORRELATION_ATTRIBUTES);
+#define LOCAL_ATTRIBUTES .Attr<Integers>("strides").Attr<Integers>("low").Attr<Integers>("dilation")
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_local_correlate, LocalCorrelate,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>() LOCAL_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_local_input_gradient, LocalInputGradient,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>() LOCAL_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_local_kernel_gradient, LocalKernelGradient,
+    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>() LOCAL_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cnnlib_max_pool, MaxPool,
     Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>() POOLING_ATTRIBUTES);

@@ -1,4 +1,4 @@
-"""The CPU's kernels for convolution and max pooling: kernels.cc, compiled once a machine, called by XLA.
+"""The CPU's kernels for convolution, local layers and max pooling: kernels.cc, compiled once a machine, called by XLA.
 
 XLA's own CPU convolutions are slow where they count here: weight gradients in loops, and few channels. kernels.cc takes
 a quarter to a half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers
@@ -31,7 +31,15 @@ from cnnlib.errors import UserError
 Kernels = Literal["native", "xla"]
 
 SOURCE = Path(__file__).with_name("kernels.cc")
-TARGETS = ("cnnlib_correlate", "cnnlib_kernel_gradient", "cnnlib_max_pool", "cnnlib_max_pool_gradient")
+TARGETS = (
+    "cnnlib_correlate",
+    "cnnlib_kernel_gradient",
+    "cnnlib_local_correlate",
+    "cnnlib_local_input_gradient",
+    "cnnlib_local_kernel_gradient",
+    "cnnlib_max_pool",
+    "cnnlib_max_pool_gradient",
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 
 
@@ -176,8 +184,17 @@ def processor() -> str:
     return f"{platform.system()} {platform.machine()} {features}"
 
 
-def call(target: str, output: jax.ShapeDtypeStruct, *arguments: jax.Array, **attributes: tuple[int, ...]) -> jax.Array:
-    """A call of one of `TARGETS` inside a traced function."""
+def call(
+    target: str,
+    output: jax.ShapeDtypeStruct,
+    *arguments: jax.Array,
+    attributes: dict[str, tuple[int, ...]],
+    scratch: jax.ShapeDtypeStruct | None = None,
+) -> jax.Array:
+    """A call of one of `TARGETS` inside a traced function. `scratch` is room that XLA gives it, as a second result."""
     integers: dict[str, Any] = {name: np.array(value, np.int64) for name, value in attributes.items()}
-    result: jax.Array = jax.ffi.ffi_call(target, output)(*arguments, **integers)
+    if scratch is None:
+        result: jax.Array = jax.ffi.ffi_call(target, output)(*arguments, **integers)
+        return result
+    result, _ = jax.ffi.ffi_call(target, (output, scratch))(*arguments, **integers)
     return result

@@ -11,7 +11,6 @@ import functools
 import operator
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from cnnlib import primitives
@@ -63,7 +62,8 @@ def local2d(
 ) -> Float[Array, "batch output_height output_width feature"]:
     """Correlates each image with a kernel of its own at every position; arguments as for `conv2d`.
 
-    One batched matrix product over the positions, forward and for each gradient; no weight is copied.
+    No weight is copied, forward or for a gradient: outside kernels.cc each is one matrix product, batched over the
+    positions.
     """
     _check_operands("local2d", x, kernel, axes=2, shared=False)
     return _local(x, kernel, _window(x, kernel.shape[2:4], strides, dilation, padding))
@@ -86,16 +86,10 @@ def _local(x: Array, kernel: Array, window: Window) -> Array:
     if kernel.shape[: len(window.output_size)] != window.output_size:
         places, banks = (shape_text(shape) for shape in (window.output_size, kernel.shape[: len(window.output_size)]))
         raise UserError(f"local: the kernel has weights for {banks} positions, its window has {places}")
-    *_, channels, features = kernel.shape
-    batch, (rows, columns) = x.shape[0], _pair(window.output_size)
-    # Positions first, since they are what the product is batched over; images and channels travel as one.
-    height, width = _raised(x).shape[1:3]
-    images_last = _raised(x).transpose(1, 2, 0, 3).reshape(1, height, width, batch * channels)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
-    taps = primitives.taps_of(images_last, _pair(window.size), correlation, fill=0.0)
-    patches = jnp.concatenate([tap.reshape(rows * columns, batch, channels) for tap in taps], axis=-1)
-    y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
-    return _lowered(y.reshape(rows, columns, batch, features).transpose(2, 0, 1, 3), x.ndim)
+    # One spatial axis is a height of 1: a row of positions, each with a window of one row.
+    weights = kernel if x.ndim == 4 else kernel[None, :, None]
+    return _lowered(primitives.local(_raised(x)[None], weights[None], correlation)[0], x.ndim)
 
 
 def max_pool(

@@ -1,8 +1,9 @@
 """What the operations are made of: JAX primitives with derivative, batching and lowering rules of their own.
 
 A correlation is linear in its input and in its kernel, and so is each of its derivatives; they form a closed family of
-two, `correlate` and `kernel_gradient`, from which JAX takes derivatives of any order, forward and reverse. Max pooling
-is linear in a direction once its winners are known: `select` follows them, `spread` is its transpose.
+two, `correlate` and `kernel_gradient`, from which JAX takes derivatives of any order, forward and reverse; a local
+layer has a family of three, `local`, `local_input` and `local_kernel`. Max pooling is linear in a direction once its
+winners are known: `select` follows them, `spread` is its transpose.
 
 Each carries lanes: `x` is `(lane, image, height, width, channel)`, a kernel `(lane, height, width, channel, feature)`.
 `jax.vmap` adds to the lanes (or to the images, where lanes share a kernel), and the lowering decides how lanes run:
@@ -12,6 +13,7 @@ on a CPU kernels.cc takes them all, or XLA one after another; on an accelerator 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -157,7 +159,7 @@ def _correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, cpu:
     if cpu == "native" and x.dtype == jnp.float32:
         shape = _correlate_shape(x, kernel, correlation=correlation, cpu=cpu)
         output = jax.ShapeDtypeStruct(shape, x.dtype)
-        return kernels.call("cnnlib_correlate", output, x, kernel, **_attributes(correlation))
+        return kernels.call("cnnlib_correlate", output, x, kernel, attributes=_attributes(correlation))
 
     def one(x: Array, kernel: Array) -> Array:
         if x.shape[-1] < FEW_CHANNELS and correlation.x_dilation == (1, 1):
@@ -182,7 +184,7 @@ def _kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlat
     if cpu == "native" and x.dtype == jnp.float32:
         shape = _kernel_gradient_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
         output = jax.ShapeDtypeStruct(shape, x.dtype)
-        return kernels.call("cnnlib_kernel_gradient", output, x, gradient, **_attributes(correlation))
+        return kernels.call("cnnlib_kernel_gradient", output, x, gradient, attributes=_attributes(correlation))
 
     def one(x: Array, gradient: Array) -> Array:
         # The patches of a whole batch outgrow the cache, so up to 8 blocks of it, one after another. And a loop's
@@ -281,6 +283,131 @@ ad.defbilinear(
     ),
 )
 
+# Local layers: a correlation whose kernel is another one at each position, `(lane, row, column, kernel_height,
+# kernel_width, channel, feature)`. It is linear in input and kernel; its two transposes close the family of three.
+
+FEW_IMAGES = 8
+"""Below this many the vectors of kernels.cc, which hold as many images, are mostly empty."""
+
+
+def local(
+    x: Float[Array, "lane image height width channel"],
+    kernel: Float[Array, "lane row column kernel_height kernel_width channel feature"],
+    correlation: Correlation,
+) -> Float[Array, "lane image row column feature"]:
+    """Each lane's images, correlated with the lane's kernel for each position; `x_dilation` must be 1."""
+    result: Array = local_p.bind(x, kernel, correlation=correlation, cpu=cpu_kernels())
+    return result
+
+
+def _local_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    positions = correlation.output_size(x.shape[2:4], kernel.shape[3:5])
+    if (x.shape[0], *positions, x.shape[-1]) != (*kernel.shape[:3], kernel.shape[-2]):
+        raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes, positions or channels")
+    return (*x.shape[:2], *positions, kernel.shape[-1])
+
+
+def _local_input_shape(
+    gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, cpu: str
+) -> tuple[int, ...]:
+    return (*gradient.shape[:2], *size, kernel.shape[-2])
+
+
+def _local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    return (x.shape[0], *gradient.shape[2:4], *window, x.shape[-1], gradient.shape[-1])
+
+
+def _local(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+    """One matrix product, batched over lanes and positions. No weight is copied, and no value but for the windows."""
+
+    def one(x: Array, kernel: Array) -> Array:
+        rows, columns, height, width, channels, features = kernel.shape
+        # Positions first, since they are what the product is batched over; images and channels travel as one.
+        images_last = x.transpose(1, 2, 0, 3).reshape(1, *x.shape[1:3], -1)
+        taps = taps_of(images_last, (height, width), correlation, fill=0.0)
+        patches = jnp.concatenate([tap.reshape(rows * columns, -1, channels) for tap in taps], axis=-1)
+        y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
+        return y.reshape(rows, columns, -1, features).transpose(2, 0, 1, 3)
+
+    return one(x[0], kernel[0])[None] if x.shape[0] == 1 else jax.vmap(one)(x, kernel)
+
+
+def _local_input(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, cpu: str) -> Array:
+    shape = _local_input_shape(gradient, kernel, size=size, correlation=correlation, cpu=cpu)
+    like = jax.ShapeDtypeStruct(shape, gradient.dtype)
+    (result,) = jax.linear_transpose(lambda x: _local(x, kernel, correlation=correlation, cpu=cpu), like)(gradient)
+    return jnp.asarray(result)
+
+
+def _local_kernel(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+    shape = _local_kernel_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+    like = jax.ShapeDtypeStruct(shape, x.dtype)
+    (result,) = jax.linear_transpose(lambda kernel: _local(x, kernel, correlation=correlation, cpu=cpu), like)(gradient)
+    return jnp.asarray(result)
+
+
+def _on_cpu(
+    target: str, shape: Callable[..., tuple[int, ...]], otherwise: Callable[..., Array]
+) -> Callable[..., Array]:
+    """The lowering that calls kernels.cc, whose first operand it turns in a scratch of rows of whole vectors."""
+
+    def lowered(first: Array, second: Array, *, correlation: Correlation, cpu: str, **static: Any) -> Array:
+        images = first.shape[1]
+        if cpu != "native" or first.dtype != jnp.float32 or images < FEW_IMAGES:
+            return otherwise(first, second, correlation=correlation, cpu=cpu, **static)
+        output = jax.ShapeDtypeStruct(shape(first, second, correlation=correlation, cpu=cpu, **static), first.dtype)
+        turned = jax.ShapeDtypeStruct((math.prod(first.shape[2:]), -(-images // 16) * 16), first.dtype)
+        attributes = {
+            "strides": correlation.strides,
+            "low": tuple(low for low, _ in correlation.padding),
+            "dilation": correlation.kernel_dilation,
+        }
+        return kernels.call(target, output, first, second, scratch=turned, attributes=attributes)
+
+    return lowered
+
+
+local_p = define("local", _local_shape, _on_cpu("cnnlib_local_correlate", _local_shape, _local), _local)
+local_input_p = define(
+    "local_input",
+    _local_input_shape,
+    _on_cpu("cnnlib_local_input_gradient", _local_input_shape, _local_input),
+    _local_input,
+)
+local_kernel_p = define(
+    "local_kernel",
+    _local_kernel_shape,
+    _on_cpu("cnnlib_local_kernel_gradient", _local_kernel_shape, _local_kernel),
+    _local_kernel,
+)
+ad.defbilinear(
+    local_p,
+    lambda gradient, x, kernel, *, correlation, cpu: local_input_p.bind(
+        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, cpu=cpu
+    ),
+    lambda gradient, x, kernel, *, correlation, cpu: local_kernel_p.bind(
+        x, gradient, window=kernel.aval.shape[3:5], correlation=correlation, cpu=cpu
+    ),
+)
+ad.defbilinear(
+    local_input_p,
+    lambda direction, gradient, kernel, *, size, correlation, cpu: local_p.bind(
+        direction, kernel, correlation=correlation, cpu=cpu
+    ),
+    lambda direction, gradient, kernel, *, size, correlation, cpu: local_kernel_p.bind(
+        direction, gradient, window=kernel.aval.shape[3:5], correlation=correlation, cpu=cpu
+    ),
+)
+ad.defbilinear(
+    local_kernel_p,
+    lambda direction, x, gradient, *, window, correlation, cpu: local_input_p.bind(
+        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, cpu=cpu
+    ),
+    lambda direction, x, gradient, *, window, correlation, cpu: local_p.bind(
+        x, direction, correlation=correlation, cpu=cpu
+    ),
+)
+
 
 def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
     """`operand` with the mapped axis (or copies) merged into its axis `into`, as the slower of the two."""
@@ -292,7 +419,7 @@ def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
 def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
     """The mapped axis becomes lanes, or images where only the input of a correlation has it."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
-    into = 1 if primitive is correlate_p and axes[1] is None else 0
+    into = 1 if primitive in (correlate_p, local_p, local_input_p) and axes[1] is None else 0
     if into == 1:
         merged = [_merged(operands[0], axes[0], size, into=1), operands[1]]
     else:
@@ -302,7 +429,7 @@ def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) 
     return result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :]), into
 
 
-for _primitive in (correlate_p, kernel_gradient_p):
+for _primitive in (correlate_p, kernel_gradient_p, local_p, local_input_p, local_kernel_p):
     batching.primitive_batchers[_primitive] = functools.partial(_batch_lanes, _primitive)
 
 
@@ -331,7 +458,7 @@ def _max_pool_on_cpu(x: Array, *, pooling: Pooling, cpu: str) -> Array:
     if cpu == "xla" or x.dtype != jnp.float32:
         return _max_pool(x, pooling=pooling, cpu=cpu)
     output = jax.ShapeDtypeStruct(_pooled_shape(x, pooling=pooling, cpu=cpu), x.dtype)
-    return kernels.call("cnnlib_max_pool", output, x, **_pooling_attributes(pooling))
+    return kernels.call("cnnlib_max_pool", output, x, attributes=_pooling_attributes(pooling))
 
 
 def _winners(x: Array, y: Array, pooling: Pooling) -> tuple[list[Array], Array]:
@@ -375,7 +502,7 @@ def _spread_on_cpu(x: Array, y: Array, gradient: Array, *, pooling: Pooling, cpu
     if cpu == "xla" or x.dtype != jnp.float32:
         return _spread(x, y, gradient, pooling=pooling, cpu=cpu)
     output = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return kernels.call("cnnlib_max_pool_gradient", output, x, y, gradient, **_pooling_attributes(pooling))
+    return kernels.call("cnnlib_max_pool_gradient", output, x, y, gradient, attributes=_pooling_attributes(pooling))
 
 
 max_pool_p = define("max_pool", _pooled_shape, _max_pool_on_cpu, _max_pool)

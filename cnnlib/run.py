@@ -19,7 +19,7 @@ from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import UserError
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of
 from cnnlib.resolve import ResolvedArm, resolve
-from cnnlib.spec import Conv, MaxPool, shape_text, walk
+from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.stats import mean_interval
 from cnnlib.train import Examples, Recipe, Sums
 
@@ -120,7 +120,7 @@ def kernels_for(arms: tuple[ResolvedArm, ...], device: jax.Device, watcher: Watc
     """
     asked = kernels.asked()
     layers = [layer for arm in arms for layer in walk(arm.model.layers)]
-    if device.platform != "cpu" or not any(isinstance(layer, (Conv, MaxPool)) for layer in layers):
+    if device.platform != "cpu" or not any(isinstance(layer, (Conv, Local, MaxPool)) for layer in layers):
         return "xla"
     if asked != "xla" and not kernels.is_compiled():
         watcher.says("compiling the convolutions for this processor, once")
