@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cnnlib.registry import Registry
-from cnnlib.spec import NUM_CLASSES, Activation, Conv, Dense, Layer, MaxPool, Model, Residual
+from cnnlib.spec import NUM_CLASSES, Activation, Conv, Dense, Layer, MaxPool, Model, Padding, PerAxis, Residual
 
 ARCHITECTURES: Registry[Model] = Registry("architecture")
 
@@ -97,3 +97,64 @@ def mnist1d_cnn() -> Model:
             Dense(NUM_CLASSES),
         )
     )
+
+
+def conv_relu(features: int, kernel_size: PerAxis, strides: PerAxis = 1, padding: Padding = "SAME") -> list[Layer]:
+    """A convolution and its ReLU."""
+    return [Conv(features, kernel_size, strides, padding), RELU]
+
+
+@ARCHITECTURES.register
+def alexnet_v2() -> Model:
+    """AlexNet in one tower (Krizhevsky 2014), for 224x224 images: 50,303,912 parameters for 1,000 classes.
+
+    Without dropout. Its last three layers, convolutions over the whole map in the original, are dense here.
+    """
+    return Model(
+        (
+            *conv_relu(64, 11, 4, "VALID"),
+            MaxPool(3, 2),
+            *conv_relu(192, 5),
+            MaxPool(3, 2),
+            *conv_relu(384, 3),
+            *conv_relu(384, 3),
+            *conv_relu(256, 3),
+            MaxPool(3, 2),
+            Dense(4096),
+            RELU,
+            Dense(4096),
+            RELU,
+            Dense(NUM_CLASSES),
+        )
+    )
+
+
+@ARCHITECTURES.register
+def vgg_16() -> Model:
+    """VGG-16 (Simonyan and Zisserman 2015, configuration D), for 224x224 images, without dropout.
+
+    138,357,544 parameters for 1,000 classes.
+    """
+    layers: list[Layer] = []
+    for features, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers += depth * conv_relu(features, 3) + [MaxPool(2)]
+    return Model((*layers, Dense(4096), RELU, Dense(4096), RELU, Dense(NUM_CLASSES)))
+
+
+def neyshabur_s(alpha: int) -> Model:
+    """The shallow family of Neyshabur (2020, arXiv 2007.13657): conv 9x9 in steps of 2 (alpha), dense (24 alpha).
+
+    Without its batch normalisation, and with biases in its place.
+    """
+    return Model((*conv_relu(alpha, 9, 2), Dense(24 * alpha), RELU, Dense(NUM_CLASSES)))
+
+
+def neyshabur_d(alpha: int) -> Model:
+    """The deep family of Neyshabur (2020): eight 3x3 convolutions, every second in steps of 2, dense (64 alpha).
+
+    Without its batch normalisation, and with biases in its place.
+    """
+    layers: list[Layer] = []
+    for index, width in enumerate((1, 2, 2, 4, 4, 8, 8, 16)):
+        layers += conv_relu(width * alpha, 3, 1 + index % 2)
+    return Model((*layers, Dense(64 * alpha), RELU, Dense(NUM_CLASSES)))

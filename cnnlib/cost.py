@@ -6,14 +6,19 @@ come in two readings: taps that fall on zero padding counted (what a plain loop 
 counted (what XLA's cost analysis reports). An *activation* is an output node of a layer. A local layer has a weight for
 every tap of every position, so for those on the padding as well, which never see a value; a full layer has no padding.
 
-What a training step *keeps* for its backward pass are the values that derivatives need: the input of every layer with
-weights, the output of every activation function, input and output of max pooling, each counted once.
+What a training step *keeps* for its backward pass is what derivatives need: the input of every layer with weights, the
+output of every tanh, input and output of max pooling, each counted once, and of every ReLU's output a sign, one byte.
+So JAX does with the layers in the order of the spec; a compiler may compute again what it could have kept.
+
+XLA's cost analysis of one forward pass counts two FLOPs a multiply-add, without taps on padding in its convolutions and
+with them in products of patches; one FLOP for each bias added, each ReLU, each sum of a residual, and each comparison
+of a max pooling, which are the window's size less one an output. tests/test_cost.py holds our counts against it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,8 +50,10 @@ class Count:
     connections: int = 0
     connections_without_padding: int = 0
     activations: int = 0
-    kept: int = 0
-    """Values that a training step keeps for its backward pass."""
+    kept_values: int = 0
+    """Numbers that a training step keeps for its backward pass."""
+    kept_signs: int = 0
+    """Truth values that it keeps, each a byte."""
 
     @property
     def parameters(self) -> int:
@@ -66,7 +73,7 @@ class Count:
 
     def activation_bytes(self, batch_size: int, dtype: str = "float32") -> int:
         """Bytes of what a training step keeps of a batch for its backward pass."""
-        return self.kept * batch_size * BYTES[dtype]
+        return batch_size * (self.kept_values * BYTES[dtype] + self.kept_signs)
 
     def __add__(self, other: Count) -> Count:
         return Count(
@@ -75,7 +82,8 @@ class Count:
             self.connections + other.connections,
             self.connections_without_padding + other.connections_without_padding,
             self.activations + other.activations,
-            self.kept + other.kept,
+            self.kept_values + other.kept_values,
+            self.kept_signs + other.kept_signs,
         )
 
 
@@ -97,12 +105,6 @@ class Field(NamedTuple):
             self.stride * stride,
             self.padding + padding * self.stride,
         )
-
-    def seen(self, positions: int, nodes: int) -> Field:
-        """What all positions see together of the `nodes` of the input, from the first to the last."""
-        first = max(0, -self.padding)
-        last = min(nodes - 1, (positions - 1) * self.stride - self.padding + self.size - 1)
-        return Field(last - first + 1, 0, -first)
 
     def joined(self, other: Field, nodes: int) -> Field | None:
         """What a sum of two maps sees; None where that differs from position to position."""
@@ -143,10 +145,21 @@ def layers(model: Model, input_shape: Shape) -> tuple[LayerCount, ...]:
     """Every layer of a model with its counts and fields; raises UserError where a layer does not fit its input."""
     model.shapes(input_shape)
     spatial = input_shape[:-1]
-    start = _Map(input_shape, tuple(Field(1, 1, 0) for _ in spatial))
+    start = _Map(input_shape, tuple(Field(1, 1, 0) for _ in spatial), tuple(_itself for _ in spatial))
     counts: list[LayerCount] = []
     _follow(model.layers, start, (), spatial, counts)
     return tuple(counts)
+
+
+Reach = Callable[[int, int], tuple[int, int]]
+
+
+NOTHING = (0, -1)
+"""The ends of what positions see that lie on padding altogether."""
+
+
+def _itself(first: int, last: int) -> tuple[int, int]:
+    return (first, last) if first <= last else NOTHING
 
 
 @dataclass
@@ -155,6 +168,8 @@ class _Map:
 
     shape: Shape
     fields: Fields
+    reach: tuple[Reach, ...]
+    """An axis of the input: from a first and a last position to the first and the last node that they see."""
     is_kept: bool = False
 
     def keep(self) -> int:
@@ -178,11 +193,12 @@ def _follow(
                     None if a is None or b is None else a.joined(b, n)
                     for a, b, n in zip(branch.fields, shortcut.fields, spatial, strict=True)
                 ),
+                tuple(map(_either, branch.reach, shortcut.reach)),
             )
             count = Count(activations=math.prod(y.shape))
         else:
-            y = _Map(layer.output_shape(x.shape), tuple(_fields(layer, x, spatial)))
-            count = _edges(layer, x.shape) + Count(activations=math.prod(y.shape), kept=_kept(layer, x, y))
+            y = _seen(layer, x, spatial)
+            count = _edges(layer, x.shape) + _kept(layer, x, y) + Count(activations=math.prod(y.shape))
         counts.append(LayerCount(inside, layer, x.shape, y.shape, count, y.fields))
         x = y
     return x
@@ -210,27 +226,66 @@ def _edges(layer: Layer, input_shape: Shape) -> Count:
             return Count()
 
 
-def _kept(layer: Layer, x: _Map, y: _Map) -> int:
+def _kept(layer: Layer, x: _Map, y: _Map) -> Count:
     match layer:
         case Conv() | Local() | Full() | Dense():
-            return x.keep()
+            return Count(kept_values=x.keep())
+        case Activation(function="relu"):
+            return Count(kept_signs=math.prod(y.shape))
         case Activation():
-            return y.keep()
+            return Count(kept_values=y.keep())
         case MaxPool():
-            return x.keep() + y.keep()
+            return Count(kept_values=x.keep() + y.keep())
         case _:
-            return 0
+            return Count()
 
 
-def _fields(layer: Layer, x: _Map, spatial: Shape) -> Iterator[Field | None]:
-    window: Window | None = layer.window(x.shape) if isinstance(layer, (Conv, Local, MaxPool, AvgPool)) else None
-    for axis, (field, nodes) in enumerate(zip(x.fields, spatial, strict=True)):
-        if isinstance(layer, Dense | Full):
-            # Where the field differs by position, together they see all that one full layer can.
-            positions = x.shape[axis] if len(x.shape) > 1 else 1
-            yield Field(nodes, 0, 0) if field is None else field.seen(positions, nodes)
-        elif window is None or field is None:
-            yield field
-        else:
-            low, _ = window.padding[axis]
-            yield field.through(window.size[axis], window.strides[axis], window.dilation[axis], low)
+def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
+    """The layer's output, with what it sees of the input."""
+    shape = layer.output_shape(x.shape)
+    fields: Fields = x.fields
+    reach = x.reach
+    if isinstance(layer, Dense | Full):
+        ends = [seen(0, x.shape[axis] - 1 if len(x.shape) > 1 else 0) for axis, seen in enumerate(x.reach)]
+        fields = tuple(Field(last - first + 1, 0, -first) for first, last in ends)
+        reach = tuple(map(_always, ends))
+    elif isinstance(layer, Conv | Local | MaxPool | AvgPool):
+        window = layer.window(x.shape)
+        axes = range(len(spatial))
+        fields = tuple(
+            field and field.through(window.size[a], window.strides[a], window.dilation[a], window.padding[a][0])
+            for a, field in zip(axes, x.fields, strict=True)
+        )
+        reach = tuple(_through(window, a, x.reach[a]) for a in axes)
+    return _Map(shape, fields, reach)
+
+
+def _through(window: Window, axis: int, before: Reach) -> Reach:
+    """What positions of a window see through what its map sees, taps on the padding left out."""
+    n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
+    low = window.padding[axis][0]
+
+    def reach(first: int, last: int) -> tuple[int, int]:
+        if first > last:
+            return NOTHING
+        # With gaps between the taps the outermost position may not be the one that sees farthest.
+        starts = (p * s - low for p in range(first, min(last, first + d) + 1))
+        ends = (p * s - low + (k - 1) * d for p in range(max(first, last - d), last + 1))
+        return before(
+            min(start + d * max(0, math.ceil(-start / d)) for start in starts),
+            max(end - d * max(0, math.ceil((end - n + 1) / d)) for end in ends),
+        )
+
+    return reach
+
+
+def _always(ends: tuple[int, int]) -> Reach:
+    return lambda first, last: ends
+
+
+def _either(one: Reach, other: Reach) -> Reach:
+    def reach(first: int, last: int) -> tuple[int, int]:
+        seen = [ends for ends in (one(first, last), other(first, last)) if ends != NOTHING]
+        return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else NOTHING
+
+    return reach

@@ -39,7 +39,7 @@ def preferred_at_a_time(connectivity: Connectivity, lanes: int, platform: str) -
     """
     if platform != "cpu":
         return lanes
-    return 1 if connectivity == "conv" else math.ceil(lanes / math.ceil(lanes / CPU_GROUP))
+    return 1 if connectivity != "full" else math.ceil(lanes / math.ceil(lanes / CPU_GROUP))
 
 
 def free_memory(device: jax.Device) -> int:

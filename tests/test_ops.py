@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from problems import each_implementation, implementations, normal, problems, using
 
-from cnnlib import kernels, ops, primitives
+from cnnlib import ops, primitives
 from cnnlib.errors import UserError
 from cnnlib.spec import pad_pairs
 
@@ -24,53 +23,9 @@ draws = settings(max_examples=20, deadline=None)
 pool_draws = settings(max_examples=10, deadline=None)
 few_draws = settings(max_examples=5, deadline=None)  # each compiles several programs
 
-# Both of the CPU's implementations, where this machine has both.
-implementations = st.sampled_from(["xla"] if kernels.register() else ["xla", "native"])
-
-
-@contextlib.contextmanager
-def using(implementation):
-    """Inside, operations on the CPU run on these kernels."""
-    before = os.environ.get("CNNLIB_KERNELS")
-    os.environ["CNNLIB_KERNELS"] = implementation
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CNNLIB_KERNELS"]
-        else:
-            os.environ["CNNLIB_KERNELS"] = before
-
-
-def each_implementation(test):
-    """The test runs on XLA's kernels and on those of kernels.cc."""
-    names = ["xla", pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler"))]
-    return pytest.mark.parametrize("implementation", names)(test)
-
 
 def conv(x, kernel, **arguments):
     return {3: ops.conv1d, 4: ops.conv2d}[x.ndim](x, kernel, **arguments)
-
-
-@st.composite
-def problems(draw):
-    """Shapes of x and kernel, and the arguments of a convolution that fits; paddings also resolved to pairs."""
-    n = draw(st.sampled_from([1, 2]))
-    numbers = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(n))  # noqa: E731
-    size, window, strides, dilation = numbers(1, 8), numbers(1, 4), numbers(1, 3), numbers(1, 2)
-    pairs = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(n))
-    padding = draw(st.sampled_from(["SAME", "VALID", draw(st.integers(0, 3)), pairs]))
-    resolved = pad_pairs(padding, size, window, strides, dilation)
-    for m, k, d, pair in zip(size, window, dilation, resolved, strict=True):
-        assume((k - 1) * d + 1 <= min(m + sum(pair), 2 * m + 1))
-    # Both sides of the few-channel rule, and batches that do and do not divide into blocks.
-    inputs, outputs, batch = draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 4)), draw(st.sampled_from([1, 4, 7]))
-    arguments = {"strides": strides, "padding": padding, "dilation": dilation}
-    return (batch, *size, inputs), (*window, inputs, outputs), arguments, resolved
-
-
-def normal(shape, seed=0):
-    return jnp.asarray(np.random.RandomState(seed).normal(size=shape), jnp.float32)
 
 
 def looped(x, kernel, strides, resolved, dilation):

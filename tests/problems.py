@@ -1,0 +1,59 @@
+"""Problems for the operations: shapes and arguments that fit, and both of the CPU's implementations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from cnnlib import kernels
+from cnnlib.spec import pad_pairs
+
+# Both of the CPU's implementations, where this machine has both.
+implementations = st.sampled_from(["xla"] if kernels.register() else ["xla", "native"])
+
+
+@contextlib.contextmanager
+def using(implementation):
+    """Inside, operations on the CPU run on these kernels."""
+    before = os.environ.get("CNNLIB_KERNELS")
+    os.environ["CNNLIB_KERNELS"] = implementation
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CNNLIB_KERNELS"]
+        else:
+            os.environ["CNNLIB_KERNELS"] = before
+
+
+def each_implementation(test):
+    """The test runs on XLA's kernels and on those of kernels.cc."""
+    names = ["xla", pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler"))]
+    return pytest.mark.parametrize("implementation", names)(test)
+
+
+@st.composite
+def problems(draw):
+    """Shapes of x and kernel, and the arguments of a convolution that fits; paddings also resolved to pairs."""
+    n = draw(st.sampled_from([1, 2]))
+    numbers = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(n))  # noqa: E731
+    size, window, strides, dilation = numbers(1, 8), numbers(1, 4), numbers(1, 3), numbers(1, 2)
+    pairs = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(n))
+    padding = draw(st.sampled_from(["SAME", "VALID", draw(st.integers(0, 3)), pairs]))
+    resolved = pad_pairs(padding, size, window, strides, dilation)
+    for m, k, d, pair in zip(size, window, dilation, resolved, strict=True):
+        assume((k - 1) * d + 1 <= min(m + sum(pair), 2 * m + 1))
+    # Both sides of the few-channel rule, and batches that do and do not divide into blocks.
+    inputs, outputs, batch = draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 4)), draw(st.sampled_from([1, 4, 7]))
+    arguments = {"strides": strides, "padding": padding, "dilation": dilation}
+    return (batch, *size, inputs), (*window, inputs, outputs), arguments, resolved
+
+
+def normal(shape, seed=0):
+    return jnp.asarray(np.random.RandomState(seed).normal(size=shape), jnp.float32)
