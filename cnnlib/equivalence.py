@@ -175,7 +175,7 @@ def _inside(window: Window) -> np.ndarray:
     return under(window) >= 0
 
 
-def _scattered(kernel: Array, window: Window, channels: int) -> Float[Array, "node node"]:
+def _scattered(kernel: Array, window: Window, channels: int) -> Float[Array, "input_node output_node"]:
     """A local kernel as the matrix of the full layer that computes the same."""
     places = under(window)
     position, tap = np.nonzero(places >= 0)
@@ -186,7 +186,7 @@ def _scattered(kernel: Array, window: Window, channels: int) -> Float[Array, "no
     return matrix.transpose(0, 2, 1, 3).reshape(inputs * channels, outputs * features)
 
 
-def _gathered(matrix: Float[Array, "node node"], window: Window, channels: int) -> Array:
+def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, channels: int) -> Array:
     """The windows' part of a full layer's matrix as a local kernel; taps on the padding are 0."""
     places = under(window)
     position, tap = np.nonzero(places >= 0)
