@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from cnnlib.cost import count
@@ -128,15 +129,16 @@ def _width(layer: Filter | Dense) -> int:
 
 
 def _with_widths(model: Model, new: dict[int, int]) -> Model:
-    def change(layer: Layer) -> Layer:
-        if isinstance(layer, Filter):
-            return dataclasses.replace(layer, features=new[layer.features])
-        if isinstance(layer, Dense):
-            return dataclasses.replace(layer, units=new[layer.num_units])
-        return layer
-
     hidden, outputs = _split(model)
-    return Model((*Model(hidden).replaced(change).layers, *outputs)) if hidden else model
+    return Model((*Model(hidden).replaced(partial(_widened, new)).layers, *outputs)) if hidden else model
+
+
+def _widened(new: dict[int, int], layer: Layer) -> Layer:
+    if isinstance(layer, Filter):
+        return dataclasses.replace(layer, features=new[layer.features])
+    if isinstance(layer, Dense):
+        return dataclasses.replace(layer, units=new[layer.num_units])
+    return layer
 
 
 def _rounded(bases: tuple[int, ...], multiplier: Fraction, each: Callable[[Fraction], int]) -> tuple[int, ...]:

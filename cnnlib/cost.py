@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from cnnlib.spec import (
@@ -193,7 +194,7 @@ def _follow(
                     None if a is None or b is None else a.joined(b, n)
                     for a, b, n in zip(branch.fields, shortcut.fields, spatial, strict=True)
                 ),
-                tuple(map(_either, branch.reach, shortcut.reach)),
+                tuple(partial(_either, *both) for both in zip(branch.reach, shortcut.reach, strict=True)),
             )
             count = Count(activations=math.prod(y.shape))
         else:
@@ -248,7 +249,7 @@ def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
     if isinstance(layer, Dense | Full):
         ends = [seen(0, x.shape[axis] - 1 if len(x.shape) > 1 else 0) for axis, seen in enumerate(x.reach)]
         fields = tuple(Field(last - first + 1, 0, -first) for first, last in ends)
-        reach = tuple(map(_always, ends))
+        reach = tuple(partial(_always, seen) for seen in ends)
     elif isinstance(layer, Conv | Local | MaxPool | AvgPool):
         window = layer.window(x.shape)
         axes = range(len(spatial))
@@ -256,36 +257,31 @@ def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
             field and field.through(window.size[a], window.strides[a], window.dilation[a], window.padding[a][0])
             for a, field in zip(axes, x.fields, strict=True)
         )
-        reach = tuple(_through(window, a, x.reach[a]) for a in axes)
+        reach = tuple(partial(_through, window, a, x.reach[a]) for a in axes)
     return _Map(shape, fields, reach)
 
 
-def _through(window: Window, axis: int, before: Reach) -> Reach:
+def _through(window: Window, axis: int, before: Reach, first: int, last: int) -> tuple[int, int]:
     """What positions of a window see through what its map sees, taps on the padding left out."""
+    if first > last:
+        return NOTHING
     n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
     low = window.padding[axis][0]
-
-    def reach(first: int, last: int) -> tuple[int, int]:
-        if first > last:
-            return NOTHING
-        # With gaps between the taps the outermost position may not be the one that sees farthest.
-        starts = (p * s - low for p in range(first, min(last, first + d) + 1))
-        ends = (p * s - low + (k - 1) * d for p in range(max(first, last - d), last + 1))
-        return before(
-            min(start + d * max(0, math.ceil(-start / d)) for start in starts),
-            max(end - d * max(0, math.ceil((end - n + 1) / d)) for end in ends),
-        )
-
-    return reach
+    # With gaps between the taps the outermost position may not be the one that sees farthest.
+    starts = (p * s - low for p in range(first, min(last, first + d) + 1))
+    ends = (p * s - low + (k - 1) * d for p in range(max(first, last - d), last + 1))
+    return before(
+        min(start + d * max(0, math.ceil(-start / d)) for start in starts),
+        max(end - d * max(0, math.ceil((end - n + 1) / d)) for end in ends),
+    )
 
 
-def _always(ends: tuple[int, int]) -> Reach:
-    return lambda first, last: ends
+def _either(one: Reach, other: Reach, first: int, last: int) -> tuple[int, int]:
+    """What the sum of two maps sees."""
+    seen = [ends for ends in (one(first, last), other(first, last)) if ends != NOTHING]
+    return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else NOTHING
 
 
-def _either(one: Reach, other: Reach) -> Reach:
-    def reach(first: int, last: int) -> tuple[int, int]:
-        seen = [ends for ends in (one(first, last), other(first, last)) if ends != NOTHING]
-        return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else NOTHING
-
-    return reach
+def _always(ends: tuple[int, int], first: int, last: int) -> tuple[int, int]:
+    """What a map sees whose positions all see the same."""
+    return ends

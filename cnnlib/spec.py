@@ -344,14 +344,7 @@ class Model:
 
     def replaced(self, change: Callable[[Layer], Layer]) -> Model:
         """The same model with every layer that is not a branch replaced by what `change` makes of it."""
-
-        def each(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-            return tuple(
-                Residual(each(layer.layers), each(layer.shortcut)) if isinstance(layer, Residual) else change(layer)
-                for layer in layers
-            )
-
-        return Model(each(self.layers))
+        return Model(_replaced(self.layers, change))
 
     def with_num_classes(self, num_classes: int) -> Model:
         """The same model with every `Dense(NUM_CLASSES)` given its number of units."""
@@ -376,13 +369,7 @@ class Model:
         layers are full in each of them.
         """
         kind = FILTERS[connectivity]
-
-        def read(layer: Layer) -> Layer:
-            if not isinstance(layer, Filter):
-                return layer
-            return kind(**{field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)})
-
-        return self.replaced(read)
+        return self.replaced(lambda layer: kind(**vars(layer)) if isinstance(layer, Filter) else layer)
 
     def conv(self) -> Model:
         """The reading that shares one filter bank over all positions."""
@@ -398,6 +385,15 @@ class Model:
 
     def __str__(self) -> str:
         return " ".join(map(str, self.layers))
+
+
+def _replaced(layers: tuple[Layer, ...], change: Callable[[Layer], Layer]) -> tuple[Layer, ...]:
+    return tuple(
+        Residual(_replaced(layer.layers, change), _replaced(layer.shortcut, change))
+        if isinstance(layer, Residual)
+        else change(layer)
+        for layer in layers
+    )
 
 
 def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from experiments.__main__ import main
+
 TINY = ["data.name=lines", "data.validation=0", "epochs=1", "batch_size=500", "lanes.seed=0,1"]
 
 
@@ -43,11 +45,122 @@ def test_show_tells_note_configuration_and_counts_and_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["list"], ["show", "fc_vs_conv"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["list"],
+        ["show", "fc_vs_conv"],
+        ["show", "explosion"],
+        ["run", "explosion"],
+        ["count", "fc_vs_conv"],
+        ["count", "lenet5", "--input", "28x28x1"],
+    ],
+)
 def test_looking_imports_no_jax(command, tmp_path):
     code = "import sys; from experiments.__main__ import main; main(sys.argv[1:]); assert 'jax' not in sys.modules"
     done = python("-c", code, *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+COUNTS = ("parameters", "weights", "connections", "connections_without_padding", "macs", "macs_without_padding")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("dense:3072 --input 32x32x3", (9_440_256, 9_437_184, 9_437_184, 9_437_184, 9_437_184, 9_437_184)),
+        ("conv:3@3x3 --input 32x32x3", (84, 81, 82_944, 79_524, 82_944, 79_524)),
+        ("conv:2@2x2 --input 4x4x1", (10, 8, 128, 98, 128, 98)),
+        ("local:3@3x3 relu max:2 --input 32x32x3", (86_016, 82_944, 82_944, 79_524, 82_944, 79_524)),
+        ("conv:32@5x5/2:valid --input 28x28x1", (832, 800, 115_200, 115_200, 115_200, 115_200)),
+        ("lenet5 --input 28x28x1", (61_706, 61_470, 416_520, 406_656, 416_520, 406_656)),
+    ],
+)
+def test_count_prints_exact_json(arguments, expected, capsys):
+    assert main(["count", *arguments.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert tuple(found["total"][name] for name in COUNTS) == expected
+    for name in (*COUNTS, "activations"):
+        assert found["total"][name] == sum(layer[name] for layer in found["layers"])
+    assert found["total"]["receptive_field"] == found["layers"][-1]["receptive_field"]
+
+
+def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(tmp_path):
+    code = (
+        "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
+        "done = subprocess.run([sys.executable, '-m', 'experiments', *sys.argv[1:]], capture_output=True, text=True); "
+        "print(json.dumps([done.returncode, done.stdout, time.perf_counter() - start, "
+        "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+    )
+    done = python("-c", code, "count", "dense:1000000", "--input", "1000x1000x1", cwd=tmp_path)
+    status, text, seconds, kilobytes = json.loads(done.stdout)
+    assert status == 0 and "1,000,000,000,000" in text
+    # A second is what it may take; beside other tests on a busy machine it is given three.
+    assert seconds < 3 and kilobytes < 100_000
+
+
+def test_count_shows_a_table_a_layer_that_fits_80_columns(tmp_path):
+    done = experiments("count", "lenet5", "--input", "28x28x1", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if line.startswith("3 conv:16@5:valid"))
+    assert row.split() == ["3", "conv:16@5:valid", "10x10x16", "2,416", "240,000", "240,000", "14"]
+    (total,) = (line for line in lines if line.startswith("total"))
+    assert total.split() == ["total", "61,706", "416,520", "416,520", "all"]
+    assert "406,656" in done.stdout and "241.0 KiB" in done.stdout
+
+
+def test_count_of_an_experiment_has_all_its_arms(capsys):
+    assert main(["count", "sharing_and_locality", "arms=conv,local,conv_macs", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert found["experiment"] == "sharing_and_locality" and list(arms) == ["conv", "local", "conv_macs"]
+    assert arms["local"]["total"]["parameters"] == 423_038 and arms["local"]["connectivity"] == "local"
+    # Its budget is that of an arm that is left out.
+    assert arms["conv_macs"]["match"]["target"] == 675_376
+    assert arms["conv_macs"]["match"]["value"] == arms["conv_macs"]["total"]["macs"]
+
+
+def test_count_reads_another_way_and_matches_a_budget(capsys):
+    arguments = ["lenet5", "--input", "28x28x1", "--connectivity", "local", "--match", "parameters:lenet5"]
+    assert main(["count", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["connectivity"] == "local" and found["match"]["target"] == 61_706
+    assert found["match"]["value"] == found["total"]["parameters"] == 63_895
+    assert main(["count", *arguments]) == 0
+    assert "matched: 63,895 parameters for 61,706 (+3.5 %)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("lenet5", "count lenet5 needs the shape of an example: --input HxWxC"),
+        ("explosion", "needs the shape of an example"),
+        ("nothing --input 3x3x1", "no layer 'nothing'; there are: conv:FEATURES"),
+        ("nothing --input 3x3x1", "or an experiment or architecture: explosion, fc_vs_conv"),
+        ("dense:3 --input 32x32x", "'32x32x' is no shape of an example"),
+        ("conv:3@5:valid --input 4x4x1", "layer 0 (conv:3@5:valid) on 4x4x1"),
+        ("dense:3 --input 4x4x1 --batch-size 0", "must be at least 1"),
+        ("dense:3 --input 4x4x1 --connectivity local", "no layer of dense:3 has a window to be read so"),
+        ("lenet5 --input 28x28x1 --connectivity full --match parameters:5", "5 parameters cannot be reached"),
+        ("lenet5 --input 28x28x1 --match flops:5", "match=flops:5 is no MEASURE:REFERENCE"),
+        ("lenet5 --input 28x28x1 --match macs:resnet", "no number, arm (lenet5) or architecture (alexnet_v2"),
+    ],
+)
+def test_what_count_cannot_do_is_one_line_and_status_2(arguments, part, capsys):
+    assert main(["count", *arguments.split()]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and part in told.err
+
+
+def test_a_growth_is_shown_and_run(tmp_path):
+    shown = experiments("show", "explosion", "sides=8,32", cwd=tmp_path)
+    assert shown.returncode == 0 and "9,437,184" in shown.stdout and list(tmp_path.iterdir()) == []
+    done = experiments("run", "explosion", "sides=8,32", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 80
+    out = tmp_path / "runs" / "explosion"
+    assert {path.name for path in out.iterdir()} == {"config.json", "results.json", "table.md", "growth.png"}
 
 
 @pytest.fixture(scope="module")

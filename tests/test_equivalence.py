@@ -123,7 +123,9 @@ def test_a_projection_is_the_least_squares_solution(small, source, target, float
     # The distance is that of kernel and biases together.
     bias, mean = parameters["layer_0"]["bias"], projection.parameters["layer_0"]["bias"]
     np.testing.assert_allclose(mean, np.asarray(bias).mean(axis=(0, 1)) if target == "conv" else bias, rtol=1e-12)
-    lost = np.square(np.stack(basis, axis=1) @ fit - wanted).sum() + np.square(np.asarray(bias) - np.asarray(mean)).sum()
+    lost = (
+        np.square(np.stack(basis, axis=1) @ fit - wanted).sum() + np.square(np.asarray(bias) - np.asarray(mean)).sum()
+    )
     whole = np.square(wanted).sum() + np.square(bias).sum()
     np.testing.assert_allclose(projection.distance["layer_0"], np.sqrt(lost / whole), rtol=1e-9)
     np.testing.assert_allclose(projection.total, projection.distance["layer_0"], rtol=1e-12)
