@@ -35,6 +35,35 @@ def test_a_residual_adds_its_input():
     np.testing.assert_allclose(net.apply({"params": parameters}, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_residual_adds_its_shortcut():
+    net, parameters = initialised(parse_model("residual(dense:4 tanh|dense:4)"), (3,))
+    assert sorted(parameters) == ["layer_0", "layer_0_shortcut"]
+    x = np.random.RandomState(0).normal(size=(5, 3)).astype("float32")
+    branch, shortcut = (np.asarray(parameters[name]["layer_0"]["kernel"]) for name in sorted(parameters))
+    expected = x @ shortcut + np.tanh(x @ branch)
+    np.testing.assert_allclose(net.apply({"params": parameters}, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_full_reading_joins_all_nodes_and_keeps_the_map():
+    net, parameters = initialised(parse_model("full:2@3/2 max:2"), (8, 4, 3))
+    kernel, bias = (np.asarray(parameters["layer_0"][name]) + 0.1 for name in ("kernel", "bias"))
+    assert kernel.shape == (96, 16) and bias.shape == (4, 2, 2)
+    x = np.random.RandomState(0).normal(size=(5, 8, 4, 3)).astype("float32")
+    maps = (x.reshape(5, 96) @ kernel).reshape(5, 4, 2, 2) + bias
+    expected = maps.reshape(5, 2, 2, 1, 2, 2).max(axis=(2, 4))
+    y = net.apply({"params": {"layer_0": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}}, jnp.asarray(x))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_position_of_a_local_layer_starts_with_a_kernel_of_its_own():
+    _, parameters = initialised(parse_model("local:8@3x5"), (9, 10, 4))
+    kernel, bias = parameters["layer_0"]["kernel"], parameters["layer_0"]["bias"]
+    assert kernel.shape == (9, 10, 3, 5, 4, 8) and bias.shape == (9, 10, 8) and not np.any(bias)
+    # Variance 1 / fan-in, which is that of a window.
+    assert abs(np.asarray(kernel).var() * 60 - 1) < 0.1
+    assert not np.array_equal(kernel[0, 0], kernel[0, 1])
+
+
 def test_a_layer_without_bias_has_none():
     _, parameters = initialised(parse_model("conv:2@3:nobias dense:3:nobias"), (5, 5, 1))
     assert [list(layer) for layer in parameters.values()] == [["kernel"], ["kernel"]]
@@ -53,11 +82,13 @@ def test_kernels_start_with_variance_one_over_fan_in():
         assert not np.any(parameters[layer]["bias"])
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_every_layer_computes_in_the_type_that_is_asked_for(name):
+@pytest.mark.parametrize("connectivity", ["conv", "local", "full"])
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"alexnet_v2", "vgg_16"}))
+def test_every_layer_computes_in_the_type_that_is_asked_for(name, connectivity):
     """No product of a bfloat16 network takes float32 operands, and its logits and gradients come back as float32."""
     shape = (40, 1) if name.startswith("mnist1d") else (28, 28, 1)
-    net = network(ARCHITECTURES.get(name).with_num_classes(10), jnp.bfloat16)
+    model = ARCHITECTURES.get(name).with_num_classes(10).with_connectivity(connectivity)
+    net = network(model, jnp.bfloat16)
     x = jnp.ones((2, *shape))
     parameters = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)}
@@ -65,7 +96,8 @@ def test_every_layer_computes_in_the_type_that_is_asked_for(name):
     operands = {
         variable.aval.dtype
         for equation in equations(jax.make_jaxpr(gradient)(parameters).jaxpr)
-        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+        if equation.primitive.name in ("dot_general", "cnnlib_correlate", "cnnlib_kernel_gradient")
+        or equation.primitive.name.startswith("cnnlib_local")
         for variable in equation.invars
     }
     assert operands == {jnp.dtype(jnp.bfloat16)}

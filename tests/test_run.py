@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib import kernels, programs, tracking
+from cnnlib import kernels, programs, report, tracking
 from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict, lane_numbers
 from cnnlib.data import describe, load
 from cnnlib.errors import UserError
@@ -452,3 +452,32 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_no_trace(tmp_path):
 
 def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
+
+
+def test_the_three_readings_run_matched_and_freed(tmp_path):
+    net = parse_model("avg:4 conv:4@3 relu max:2 dense:classes")
+    arms = (
+        Arm("conv", net),
+        Arm("local", net, "local"),
+        Arm("full", net, "full", start="conv"),
+        Arm("wide", net, match="parameters:local"),
+    )
+    results = run(replace(EXPERIMENT, arms=arms, epochs=1), "readings", tmp_path / "out", Silent())
+    found = {arm["name"]: arm for arm in results["arms"]}
+    assert [arm["connectivity"] for arm in found.values()] == ["conv", "local", "full", "conv"]
+    assert found["local"]["connections"] == found["conv"]["connections"] < found["full"]["connections"]
+    assert [arm["start"] for arm in found.values()] == [None, None, "conv", None]
+    match = found["wide"]["match"]
+    assert match["by"] == "parameters" and match["target"] == found["local"]["parameters"]
+    assert match["value"] == found["wide"]["parameters"] and found["conv"]["match"] is None
+    for name, arm in found.items():
+        for lane in arm["lanes"]:
+            assert lane["status"] == "ok"
+            if name in ("conv", "wide"):
+                assert "distance_from_conv" not in lane
+            else:
+                assert 0 < lane["distance_from_conv"] < 1
+    # One epoch does not take a net that began as a convolution as far as one that never was.
+    far, near = (min(lane["distance_from_conv"] for lane in found[name]["lanes"]) for name in ("local", "full"))
+    assert near < far
+    assert f"wide has widths x {match['width']:.3g} for {match['target']:,} parameters" in report.caption(results)

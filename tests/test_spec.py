@@ -11,6 +11,8 @@ from cnnlib.spec import (
     AvgPool,
     Conv,
     Dense,
+    Full,
+    Local,
     MaxPool,
     Model,
     Residual,
@@ -26,13 +28,17 @@ padding = st.one_of(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=2).map(tuple),
 )
 plain_layers = st.one_of(
-    st.builds(Conv, st.integers(1, 99), per_axis, per_axis, padding, per_axis, st.booleans()),
+    *(
+        st.builds(kind, st.integers(1, 99), per_axis, per_axis, padding, per_axis, st.booleans())
+        for kind in (Conv, Local, Full)
+    ),
     st.builds(Dense, st.one_of(st.integers(1, 9999), st.just("classes")), st.booleans()),
     st.builds(MaxPool, per_axis, st.none() | per_axis, padding),
     st.builds(AvgPool, per_axis, st.none() | per_axis, padding),
     st.sampled_from([Activation("relu"), Activation("tanh")]),
 )
-layers = st.one_of(plain_layers, st.lists(plain_layers, min_size=1, max_size=3).map(lambda x: Residual(tuple(x))))
+branches = st.lists(plain_layers, min_size=1, max_size=3).map(tuple)
+layers = st.one_of(plain_layers, st.builds(Residual, branches), st.builds(Residual, branches, branches))
 
 
 @given(st.lists(layers, min_size=1, max_size=5).map(lambda x: Model(tuple(x))))
@@ -58,6 +64,12 @@ def test_layers_may_be_apart_by_blanks_or_commas():
         "dense:-1",
         "relu:2",
         "residual(relu",
+        "residual()",
+        "residual(|relu)",
+        "residual(relu|tanh|relu)",
+        "relu|tanh",
+        "local:3",
+        "full:3@",
         "relu)",
         "(relu)",
         "conv:3@3/0",
@@ -115,6 +127,7 @@ def test_taps_inside_equal_those_counted_one_by_one(n, k, s, d, pair):
         ("conv:1@3x3", (28, 1), "has 2 axes, its input has 1"),
         ("dense:3 conv:1@3", (28, 28, 1), "its input is a vector of 3"),
         ("residual(dense:3)", (4,), "must keep the shape"),
+        ("residual(conv:2@3|conv:3@1)", (4, 4, 1), "turns 4x4x1 into 4x4x2: its shortcut makes 4x4x3"),
         ("dense:classes", (4,), "classes is not known"),
     ],
 )
@@ -128,11 +141,14 @@ def test_connectivity_is_conv_as_soon_as_weights_are_shared():
     assert mlp(3).connectivity == "full"
     assert lenet5().connectivity == "conv"
     assert parse_model("residual(conv:1@3) dense:classes").connectivity == "conv"
+    assert parse_model("residual(dense:3|local:1@3) conv:1@3").connectivity == "conv"
+    assert parse_model("local:1@3 full:1@3 dense:classes").connectivity == "local"
+    assert parse_model("full:1@3 dense:classes").connectivity == "full"
 
 
 def test_the_number_of_classes_reaches_every_layer():
-    model = parse_model("residual(dense:classes) dense:classes").with_num_classes(7)
-    assert model == parse_model("residual(dense:7) dense:7")
+    model = parse_model("residual(dense:classes|dense:classes) dense:classes").with_num_classes(7)
+    assert model == parse_model("residual(dense:7|dense:7) dense:7")
 
 
 def test_every_architecture_reads_back_from_its_notation():

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from cnnlib import train
+from cnnlib.augment import normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.data import make_lines
-from cnnlib.models import network
+from cnnlib.models import logits, network
 from cnnlib.spec import parse_model
 from cnnlib.train import Examples, Recipe
 
@@ -55,6 +56,27 @@ def trained(recipe, numbers, epochs=2, at_a_time=1):
     for _ in range(epochs):
         states, sums = epoch(states, numbers, data)
     return states, sums
+
+
+@pytest.mark.parametrize("reading", ["local", "full"])
+def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
+    conv = recipe()
+    model = parse_model(CONV).with_connectivity(reading)
+    freed = conv._replace(network=network(model), start=conv.network)
+    numbers = lanes(7, 8)
+    before, after = (jax.jit(train.over_lanes(train.initialize(each), 1))(numbers) for each in (conv, freed))
+    data = examples()
+    x = normalize(data.x[:20], data.mean, data.deviation)
+    for index in range(2):
+        expected, found = (
+            logits(each.network, lane(states.parameters, index), x) for each, states in ((conv, before), (freed, after))
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert float(train.distance_from_conv(freed)(lane(after.parameters, index))) == 0
+    # It is free to leave: training moves it away from every convolution.
+    states, _ = trained(freed, numbers, epochs=1)
+    distances = [float(train.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
+    assert all(0.01 < distance < 1 for distance in distances)
 
 
 def lane(tree, index):
