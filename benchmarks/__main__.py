@@ -28,7 +28,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             counts = tuple(options.lanes or lanes.LANES)
             yield from (lanes.measure(net, options.batch_size, options.rounds, counts) for net in nets)
         case "ops":
-            yield from operations.measure(options.batch_size, options.rounds)
+            yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
             yield from (memory.measure(net, options.batch_size) for net in nets)
 
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")

@@ -90,11 +90,16 @@ def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: A
     ]
 
 
-def measure(batch_size: int, rounds: int) -> list[Table]:
-    """A table an operation: milliseconds a call alone, in a loop and under vmap; of convolutions the best share."""
+def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
+    """A table an operation: milliseconds a call alone, in a loop and under vmap; of convolutions the best share.
+
+    Of all operations those with `only` in their name.
+    """
     tables = []
     random = np.random.RandomState(0)
     for name, (size, channels, features, k, padding) in CONVOLUTIONS.items():
+        if only not in name:
+            continue
         x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
         kernel = jnp.asarray(random.normal(size=(k, k, channels, features)), jnp.float32)
         y = jax.eval_shape(lambda x, kernel, padding=padding: stock_conv(x, kernel, padding), x, kernel)
@@ -105,6 +110,8 @@ def measure(batch_size: int, rounds: int) -> list[Table]:
         bodies["stock lax"] = lambda x, w, padding=padding: stock_conv(x, w, padding)
         tables.append(race(name, bodies, x, kernel, gradient, rounds, 2.0 * y.size * k * k * channels))
     for name, (size, channels, features, k, stride, padding) in LOCALS.items():
+        if only not in name:
+            continue
         positions = (size + 2 * padding - k) // stride + 1
         x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
         kernel = jnp.asarray(random.normal(size=(positions, positions, k, k, channels, features)), jnp.float32)
@@ -117,6 +124,8 @@ def measure(batch_size: int, rounds: int) -> list[Table]:
         bodies["stock lax"] = lambda x, w, stride=stride, padding=padding: stock_local(x, w, stride, padding)
         tables.append(race(name, bodies, x, kernel, gradient, rounds, 2.0 * gradient.size * k * k * channels))
     for name, (size, channels) in POOLS.items():
+        if only not in name:
+            continue
         x = jnp.asarray(random.normal(size=(batch_size, size, size, channels)), jnp.float32)
         gradient = jnp.asarray(random.normal(size=(batch_size, size // 2, size // 2, channels)), jnp.float32)
         bodies = {f"cnnlib, {each}": lambda x, _: ops.max_pool(x, 2) for each in implementations()}

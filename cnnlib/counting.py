@@ -112,7 +112,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             field_text(total),
         )
     )
-    print_table(console, COLUMNS, rows, left=2, headers=HEADERS, padding=2)
+    print_table(console, COLUMNS, rows, left=2, headers=HEADERS, padding=1)
     said = [
         f"{total['weights']:,} weights, {total['biases']:,} biases, {total['activations']:,} activations",
         f"connections and multiply-adds of one example, taps on padding counted; without them "

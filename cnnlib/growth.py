@@ -116,8 +116,9 @@ def figure(results: dict[str, Any], path: Path) -> None:
             left.annotate(
                 f"{entry['connections']:,}",
                 (entry["side"], entry["connections"]),
-                xytext=(8, -12),
+                xytext=(-9, 2),
                 textcoords="offset points",
+                ha="right",
                 fontsize=8,
             )
     left.set_ylabel("number")

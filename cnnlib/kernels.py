@@ -2,7 +2,7 @@
 
 XLA's own CPU convolutions are slow where they count here: weight gradients in loops, and few channels. kernels.cc takes
 a quarter to a half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers
-come with JAX. It is compiled for the processor at hand at its first use, in about 5 s, and kept in the user's cache
+come with JAX. It is compiled for the processor at hand at its first use, in about 7 s, and kept in the user's cache
 folder. `CNNLIB_KERNELS=xla` does without it, `CNNLIB_KERNELS=native` insists on it; by default it is used on a machine
 that can compile it.
 """

@@ -48,11 +48,15 @@ def test_lanes_leaves_out_what_would_take_too_long(monkeypatch):
 @pytest.mark.slow
 def test_ops_measures_every_part_of_every_implementation(monkeypatch):
     monkeypatch.setattr(operations, "CONVOLUTIONS", {"small": (6, 2, 3, 3, "SAME")})
+    monkeypatch.setattr(operations, "LOCALS", {"local": (6, 2, 3, 3, 2, 1)})
     monkeypatch.setattr(operations, "POOLS", {"pool": (6, 2)})
-    conv, pool = operations.measure(batch_size=2, rounds=1)
+    conv, local, pool = operations.measure(batch_size=8, rounds=1)
     implementations = len(operations.implementations()) + 1
-    assert len(conv.rows) == 3 * implementations and len(pool.rows) == 2 * implementations
-    assert all(value > 0 for row in conv.rows + pool.rows for value in row.values() if not isinstance(value, str))
+    assert len(conv.rows) == len(local.rows) == 3 * implementations and len(pool.rows) == 2 * implementations
+    rows = conv.rows + local.rows + pool.rows
+    assert all(value > 0 for row in rows for value in row.values() if not isinstance(value, str))
+    (table,) = operations.measure(batch_size=8, rounds=1, only="loc")
+    assert table.title.startswith("local,")
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_what_a_multiplier_and_roundings_can_reach_exactly_is_reached():
     assert found.model == mixed and found.error == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=2),

@@ -82,6 +82,7 @@ def test_conv_has_the_derivatives_of_the_stock_operation(problem, implementation
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), ours, theirs)
 
 
+@pytest.mark.slow
 @few_draws
 @given(problems(), implementations)
 def test_conv_has_the_second_derivatives_of_the_stock_operation(problem, implementation):
@@ -124,6 +125,7 @@ def test_conv_gradients_are_finite_differences_in_float64(inputs, float64):
         np.testing.assert_allclose((gradient * direction).sum(), difference, rtol=1e-7)
 
 
+@pytest.mark.slow
 @few_draws
 @given(problems(), implementations)
 def test_conv_is_the_same_under_every_transformation(problem, implementation):

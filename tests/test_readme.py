@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 import cnnlib
-from cnnlib import report
-from cnnlib.config import EXPERIMENTS, Experiment, from_dict, override
+from cnnlib import growth, report
+from cnnlib.config import EXPERIMENTS, Experiment, from_dict, override, to_dict
 from cnnlib.data import describe
 from cnnlib.resolve import resolve
-from experiments.__main__ import COMMANDS, parser_for
+from experiments.__main__ import COMMANDS, main, parser_for
 
 ROOT = Path(cnnlib.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RESULTS = json.loads((ROOT / "docs" / "fc_vs_conv" / "results.json").read_text())
+PUBLISHED = ("fc_vs_conv", "sharing_and_locality")
+RESULTS = {name: json.loads((ROOT / "docs" / name / "results.json").read_text()) for name in PUBLISHED}
 
 
 def blocks(language):
@@ -42,23 +43,44 @@ def commands():
 def test_every_command_names_what_exists(command):
     verb, *arguments = shlex.split(command)
     assert verb in COMMANDS
-    if verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
+    if verb == "count":
+        assert main(["count", *arguments]) == 0
+    elif verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
         options = parser_for(verb).parse_intermixed_args(arguments)
         override(EXPERIMENTS.get(options.name), options.overrides)
 
 
-def test_the_table_is_that_of_the_stored_results():
-    (table,) = re.findall(r"<!-- table: fc_vs_conv -->\n(.*)<!-- end of table -->", README, re.DOTALL)
-    assert table == report.markdown(RESULTS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_is_that_of_the_stored_results(name):
+    (table,) = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
+    assert table == report.markdown(RESULTS[name])
 
 
-def test_the_stored_results_are_those_of_the_registered_experiment():
-    assert from_dict(RESULTS["config"]) == EXPERIMENTS.get("fc_vs_conv")
-    assert (ROOT / "docs" / "fc_vs_conv" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_stored_results_are_those_of_the_registered_experiment(name):
+    assert from_dict(RESULTS[name]["config"]) == EXPERIMENTS.get(name)
+    assert (ROOT / "docs" / name / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stored_explosion_is_that_of_the_registered_one():
+    folder = ROOT / "docs" / "explosion"
+    experiment = EXPERIMENTS.get("explosion")
+    found = {"config": to_dict(experiment), "counts": growth.counts(growth.resolve_growth(experiment))}
+    assert (folder / "table.md").read_text() == growth.markdown(found)
+    assert (folder / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_counts_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command, output = re.findall(
+        r"```\n(python -m experiments count lenet5[^\n]*)\n.*?```\n\n```\n(.*?)```", README, re.DOTALL
+    )[0]
+    assert main(shlex.split(command)[3:]) == 0
+    assert output.strip() == capsys.readouterr().out.strip()
 
 
 def test_what_the_readme_concludes_follows_from_the_stored_results():
-    arms = {arm["name"]: arm for arm in RESULTS["arms"]}
+    arms = {arm["name"]: arm for arm in RESULTS["fc_vs_conv"]["arms"]}
     lenet5, full, matched = arms["lenet5"], arms["lenet_300_100"], arms["mlp_75_33"]
     assert lenet5["test_accuracy"]["mean"] - full["test_accuracy"]["mean"] >= 0.02
     assert lenet5["test_accuracy"]["ci95"][0] > full["test_accuracy"]["ci95"][1]
@@ -69,7 +91,7 @@ def test_what_the_readme_concludes_follows_from_the_stored_results():
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 15
     monkeypatch.setattr(EXPERIMENTS, "_declarations", {})
     names: dict[str, object] = {}
@@ -78,6 +100,17 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
     assert isinstance(experiment, Experiment)
     pooled, strided = resolve(experiment, describe(experiment.data))
     assert pooled.count.parameters == 61_706 and strided.model.connectivity == "conv"
+
+
+def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch):
+    _, code = blocks("python")
+    # A reader's JAX promotes ranks; the test session's does not.
+    names: dict[str, object] = {}
+    exec(compile(code, "readings.py", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["conv 61706 416520", "local 423038 416520", "full 5634974 5628456"]
+    assert lines[3] == "63,895 parameters for 61,706 (+3.5 %), widths x 0.189"
+    assert names["total"] == 0
 
 
 def test_the_map_names_every_file():

@@ -284,6 +284,7 @@ def in_the_memory(experiment, monkeypatch, free):
     return compile_programs(experiment, arm, numbers_of(experiment), on_device(description), jax.devices()[0])
 
 
+@pytest.mark.slow
 def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     all_four = in_the_memory(EXPERIMENT, monkeypatch, 2**40)
     assert all_four.at_a_time == 4
@@ -308,6 +309,7 @@ def test_the_program_that_takes_most_decides(monkeypatch):
         in_the_memory(experiment, monkeypatch, need - 1)
 
 
+@pytest.mark.slow
 def test_programs_that_are_damaged_are_thrown_away_and_told(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
