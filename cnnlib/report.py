@@ -113,6 +113,7 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
     pyplot, ticker = pyplot_for_files()
     figure, axes = pyplot.subplots(figsize=(7.0, 4.4), layout="constrained")
     labelled: set[str] = set()
+    names: list[tuple[float, float, str]] = []
     for arm in results["arms"]:
         color, marker = STYLE[arm["connectivity"]]
         top = 0.0
@@ -145,12 +146,16 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
             )
             top = max(top, high, *fine)
         if top:
-            axes.annotate(arm["name"], (arm["parameters"], top), xytext=(0, 6), textcoords="offset points", ha="center")
+            names.append((float(arm["parameters"]), top, arm["name"]))
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.15)
-    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    low, high = axes.get_xlim()
+    if high < 30 * low:  # else numbers between the powers of ten would run into one another
+        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+        axes.xaxis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    else:
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("parameters")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(f"{results['experiment']} on {results['data']['name']}: every lane a dot, means with 95 % intervals")
@@ -158,5 +163,23 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     if labelled:
         axes.legend(title="connectivity", loc="best")
+    place_names(axes, names)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def place_names(axes: Any, names: list[tuple[float, float, str]]) -> None:
+    """Writes each name `(x, y, name)` above its point, higher where it would cover one that is there already."""
+    axes.figure.draw_without_rendering()  # limits and layout are final after that
+    points = 72 / axes.figure.dpi
+    placed: list[tuple[float, float, float]] = []
+    for x, y, name in sorted(names, key=lambda entry: entry[1]):
+        center, bottom = points * axes.transData.transform((x, y))
+        offset, width = 6, 6.5 * len(name)  # of letters of 10 points
+        while any(
+            abs(center - other) < (width + other_width) / 2 and abs(bottom + offset - other_bottom) < 12
+            for other, other_bottom, other_width in placed
+        ):
+            offset += 3
+        placed.append((center, bottom + offset, width))
+        axes.annotate(name, (x, y), xytext=(0, offset), textcoords="offset points", ha="center")

@@ -76,7 +76,7 @@ def test_the_table_of_counts_is_what_the_command_prints(capsys, monkeypatch):
         r"```\n(python -m experiments count lenet5[^\n]*)\n.*?```\n\n```\n(.*?)```", README, re.DOTALL
     )[0]
     assert main(shlex.split(command)[3:]) == 0
-    assert output.strip() == capsys.readouterr().out.strip()
+    assert output.split("\n") == [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] + [""]
 
 
 def test_what_the_readme_concludes_follows_from_the_stored_results():
@@ -88,6 +88,26 @@ def test_what_the_readme_concludes_follows_from_the_stored_results():
     assert round(lenet5["parameters"] / full["parameters"], 2) == 0.23
     assert lenet5["macs"] > full["macs"] > matched["macs"]
     assert lenet5["train_seconds_per_lane"] > full["train_seconds_per_lane"]
+
+
+def test_what_the_readme_concludes_of_sharing_and_locality_follows_too():
+    arms = {arm["name"]: arm for arm in RESULTS["sharing_and_locality"]["arms"]}
+    accuracy = {name: arm["test_accuracy"] for name, arm in arms.items()}
+    by_reading = {
+        reading: [accuracy[name] for name, arm in arms.items() if arm["connectivity"] == reading]
+        for reading in ("conv", "local", "full")
+    }
+    assert max(a["ci95"][1] for a in by_reading["full"]) < min(a["ci95"][0] for a in by_reading["local"])
+    assert max(a["mean"] for a in by_reading["local"]) < min(a["mean"] for a in by_reading["conv"])
+    pairs = [("conv", "local"), ("conv_parameters", "local_parameters"), ("conv_macs", "local_macs")]
+    gaps = [100 * (accuracy[conv]["mean"] - accuracy[local]["mean"]) for conv, local in pairs]
+    assert [round(min(gaps), 1), round(max(gaps), 1)] == [0.8, 1.1]
+    assert sum(accuracy[conv]["ci95"][0] < accuracy[local]["ci95"][1] for conv, local in pairs) == 2
+    assert all(lane.get("distance_from_conv", 1) > 0.99 for arm in arms.values() for lane in arm["lanes"])
+    assert round(arms["conv_parameters"]["parameters"] / arms["conv"]["parameters"]) == 11
+    assert round(arms["full"]["parameters"] / arms["full_sixth"]["parameters"]) == 8
+    for smaller, larger in (("conv", "conv_parameters"), ("full_sixth", "full")):
+        assert accuracy[smaller]["ci95"][1] > accuracy[larger]["ci95"][0]
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
