@@ -317,32 +317,41 @@ def _local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Cor
     return (x.shape[0], *gradient.shape[2:4], *window, x.shape[-1], gradient.shape[-1])
 
 
-def _local(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
-    """One matrix product, batched over lanes and positions. No weight is copied, and no value but for the windows."""
-
-    def one(x: Array, kernel: Array) -> Array:
-        rows, columns, height, width, channels, features = kernel.shape
-        # Positions first, since they are what the product is batched over; images and channels travel as one.
-        images_last = x.transpose(1, 2, 0, 3).reshape(1, *x.shape[1:3], -1)
-        taps = taps_of(images_last, (height, width), correlation, fill=0.0)
-        patches = jnp.concatenate([tap.reshape(rows * columns, -1, channels) for tap in taps], axis=-1)
-        y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
-        return y.reshape(rows, columns, -1, features).transpose(2, 0, 1, 3)
-
-    return one(x[0], kernel[0])[None] if x.shape[0] == 1 else jax.vmap(one)(x, kernel)
+def _local_lane(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """One matrix product, batched over positions. No weight is copied, and no value but for the windows."""
+    rows, columns, height, width, channels, features = kernel.shape
+    # Positions first, since they are what the product is batched over; images and channels travel as one.
+    images_last = x.transpose(1, 2, 0, 3).reshape(1, *x.shape[1:3], -1)
+    taps = taps_of(images_last, (height, width), correlation, fill=0.0)
+    patches = jnp.concatenate([tap.reshape(rows * columns, -1, channels) for tap in taps], axis=-1)
+    y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
+    return y.reshape(rows, columns, -1, features).transpose(2, 0, 1, 3)
 
 
-def _local_input(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, cpu: str) -> Array:
-    shape = _local_input_shape(gradient, kernel, size=size, correlation=correlation, cpu=cpu)
+def together(one: Callable[..., Array], *operands: Array) -> Array:
+    """`one` lane's result for every lane, vectorised."""
+    if operands[0].shape[0] == 1:
+        return one(*(operand[0] for operand in operands))[None]
+    return jax.vmap(one)(*operands)
+
+
+def _local(
+    x: Array, kernel: Array, *, correlation: Correlation, cpu: str, over: Callable[..., Array] = together
+) -> Array:
+    return over(functools.partial(_local_lane, correlation=correlation), x, kernel)
+
+
+def _local_input(gradient: Array, kernel: Array, *, size: Pair, over: Any = together, **static: Any) -> Array:
+    shape = _local_input_shape(gradient, kernel, size=size, **static)
     like = jax.ShapeDtypeStruct(shape, gradient.dtype)
-    (result,) = jax.linear_transpose(lambda x: _local(x, kernel, correlation=correlation, cpu=cpu), like)(gradient)
+    (result,) = jax.linear_transpose(lambda x: _local(x, kernel, over=over, **static), like)(gradient)
     return jnp.asarray(result)
 
 
-def _local_kernel(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
-    shape = _local_kernel_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+def _local_kernel(x: Array, gradient: Array, *, window: Pair, over: Any = together, **static: Any) -> Array:
+    shape = _local_kernel_shape(x, gradient, window=window, **static)
     like = jax.ShapeDtypeStruct(shape, x.dtype)
-    (result,) = jax.linear_transpose(lambda kernel: _local(x, kernel, correlation=correlation, cpu=cpu), like)(gradient)
+    (result,) = jax.linear_transpose(lambda kernel: _local(x, kernel, over=over, **static), like)(gradient)
     return jnp.asarray(result)
 
 
@@ -354,7 +363,8 @@ def _on_cpu(
     def lowered(first: Array, second: Array, *, correlation: Correlation, cpu: str, **static: Any) -> Array:
         images = first.shape[1]
         if cpu != "native" or first.dtype != jnp.float32 or images < FEW_IMAGES:
-            return otherwise(first, second, correlation=correlation, cpu=cpu, **static)
+            # XLA's CPU runs the lanes' products faster one after another.
+            return otherwise(first, second, correlation=correlation, cpu=cpu, over=one_after_another, **static)
         output = jax.ShapeDtypeStruct(shape(first, second, correlation=correlation, cpu=cpu, **static), first.dtype)
         turned = jax.ShapeDtypeStruct((math.prod(first.shape[2:]), -(-images // 16) * 16), first.dtype)
         attributes = {
