@@ -84,7 +84,10 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     bases = widths(model)
 
     def value(sizes: tuple[int, ...]) -> int:
-        found: int = getattr(count(_with_widths(model, dict(zip(bases, sizes, strict=True))), input_shape), by)
+        try:
+            found: int = getattr(count(_with_widths(model, dict(zip(bases, sizes, strict=True))), input_shape), by)
+        except UserError as error:  # a residual around the input, which keeps its channels
+            raise UserError(f"the widths of {model} cannot change: {error}") from None
         return found
 
     if not bases:

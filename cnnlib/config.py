@@ -199,6 +199,8 @@ class Growth:
 
     def __post_init__(self) -> None:
         _check_arms(self.arms)
+        started = [arm.name for arm in self.arms if arm.start is not None]
+        _require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
         _require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
         _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
         _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")

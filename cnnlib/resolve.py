@@ -111,4 +111,5 @@ def check_readings(arm: Arm, model: Model) -> None:
         if model != model.with_connectivity(own):
             raise UserError(f"start={arm.start}: the layers of {model} differ in connectivity")
         if READINGS.index(arm.start) > READINGS.index(own):
-            raise UserError(f"start={arm.start}: a {own} net has no weights for that; it can start as {own} or conv")
+            able = ", ".join(READINGS[: READINGS.index(own) + 1])
+            raise UserError(f"start={arm.start}: a {own} net has no weights for that; it can start as: {able}")

@@ -114,6 +114,7 @@ def test_the_nearest_says_how_near():
         (lenet5().full(), 61_706, "parameters", "has 635,188 with every width 1"),
         (logistic(), 100, "macs", "has a width to change: it has 7,840 macs, not 100"),
         (lenet5(), 10**30, "weights", "has fewer with every width 1,000,000"),
+        (parse_model("residual(conv:1@3) dense:4"), 9_999, "weights", "cannot change: layer 0 (residual(conv:"),
         (lenet5(), 0, "macs", "a budget must be at least 1, not 0"),
         (lenet5(), 10, "flops", "no measure 'flops' to match by; there are: parameters, weights"),
     ],

@@ -22,6 +22,7 @@ def chosen_in_a_process(**environment):
     return result.stdout.split(maxsplit=2)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernels_are_compiled_once_a_machine(tmp_path):
     assert chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path))[:2] == ["False", "native"]
@@ -68,6 +69,7 @@ def test_a_compiler_that_is_none_is_a_reason_too(command, reason, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path):
     (tmp_path / "file").write_text("")
