@@ -170,7 +170,8 @@ class _Map:
     shape: Shape
     fields: Fields
     reach: tuple[Reach, ...]
-    """An axis of the input: from a first and a last position to the first and the last node that they see."""
+    """An axis of the input: from a first and a last position to the first and the last node that those between them can
+    see. Strides that are larger than their windows may step over some of these."""
     is_kept: bool = False
 
     def keep(self) -> int:

@@ -299,8 +299,7 @@ def test_fields_through_branches_are_those_that_taps_reach(parts, size):
     seen = reached(model.layers, np.eye(size, dtype=int)) > 0
     (dense,) = layers(Model((*model.layers, Dense(1))), (size, 1))[-1].fields
     everything = np.flatnonzero(seen.any(axis=0))
-    if not len(everything):
-        assert dense.size == 0
+    if not len(everything):  # strides that step over windows of one may see padding only
         return
     assert -dense.padding <= everything[0] and everything[-1] < dense.size - dense.padding <= size
 
