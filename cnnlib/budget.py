@@ -27,6 +27,10 @@ MEASURES = (
 """What budgets can be matched by: the numbers of a `Count`."""
 
 
+MOST_WIDTHS, MOST_CHOICES = 10, 20_000
+"""How many different widths are rounded one by one, and about how many choices of roundings are counted."""
+
+
 @dataclass(frozen=True)
 class Match:
     """A spec brought to a budget."""
@@ -74,8 +78,10 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
 
     All widths (see `widths`) are multiplied by one number, and each is then rounded up or down; layers of one width
     keep one width, so that residual sums still fit. Over all multipliers and roundings the count nearest to the target
-    is found, of equal ones that whose widths are nearest to their proportions. `by` is one of `MEASURES`. Raises
-    UserError for a target that is out of reach: below the model with all widths 1, or nothing in it has a width.
+    is found, of equal ones that whose widths are nearest to their proportions; where a layer is so wide that these are
+    more than `MOST_CHOICES`, over that many around the multiplier whose plain rounding meets the target. `by` is one of
+    `MEASURES`. Raises UserError for a target that is out of reach, below the model with all widths 1, for a model in
+    which nothing has a width, and for one of more than `MOST_WIDTHS` different widths.
     """
     if by not in MEASURES:
         raise UserError(f"no measure {by!r} to match by; there are: {', '.join(MEASURES)}")
@@ -105,6 +111,12 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     limit = Fraction(LARGEST, bases[0])
     low, _ = _turn(lambda m: value(_rounded(bases, m, math.ceil)) >= target, limit)
     _, high = _turn(lambda m: value(_rounded(bases, m, math.floor)) > target, limit)
+    # Where many widths or a wide layer make for more choices than can be counted one by one, those in the middle.
+    if len(bases) > MOST_WIDTHS:
+        raise UserError(f"{model} has {len(bases)} different widths; match rounds {MOST_WIDTHS} at most")
+    middle, _ = _turn(lambda m: value(_rounded(bases, m, round)) >= target, limit)
+    reach = Fraction(MOST_CHOICES >> len(bases), 2 * sum(bases))
+    low, high = max(low, middle - reach), min(high, middle + reach)
     best: tuple[int, float, tuple[int, ...], Fraction] | None = None
     for multiplier in _cells(bases, low, high):
         either = (_rounded(bases, multiplier, each) for each in (math.floor, math.ceil))

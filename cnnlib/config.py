@@ -205,7 +205,7 @@ class Growth:
         _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
         _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
         _require(1 <= self.channels <= LARGEST, f"channels must lie in 1..{LARGEST:,}, not {self.channels}")
-        _require(self.num_classes >= 1, f"num_classes must be at least 1, not {self.num_classes}")
+        _require(1 <= self.num_classes <= LARGEST, f"num_classes must lie in 1..{LARGEST:,}")
 
 
 def _check_arms(arms: tuple[Arm, ...]) -> None:

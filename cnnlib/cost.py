@@ -18,9 +18,7 @@ of a max pooling, which are the window's size less one an output. tests/test_cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from cnnlib.spec import (
@@ -146,21 +144,15 @@ def layers(model: Model, input_shape: Shape) -> tuple[LayerCount, ...]:
     """Every layer of a model with its counts and fields; raises UserError where a layer does not fit its input."""
     model.shapes(input_shape)
     spatial = input_shape[:-1]
-    start = _Map(input_shape, tuple(Field(1, 1, 0) for _ in spatial), tuple(_itself for _ in spatial))
+    start = _Map(input_shape, tuple(Field(1, 1, 0) for _ in spatial), tuple((0, n - 1) for n in spatial))
     counts: list[LayerCount] = []
     _follow(model.layers, start, (), spatial, counts)
     return tuple(counts)
 
 
-Reach = Callable[[int, int], tuple[int, int]]
-
-
-NOTHING = (0, -1)
+Ends = tuple[int, int]
+NOTHING: Ends = (0, -1)
 """The ends of what positions see that lie on padding altogether."""
-
-
-def _itself(first: int, last: int) -> tuple[int, int]:
-    return (first, last) if first <= last else NOTHING
 
 
 @dataclass
@@ -169,9 +161,8 @@ class _Map:
 
     shape: Shape
     fields: Fields
-    reach: tuple[Reach, ...]
-    """An axis of the input: from a first and a last position to the first and the last node that those between them can
-    see. Strides that are larger than their windows may step over some of these."""
+    cover: tuple[Ends, ...]
+    """An axis of the input: the first and the last node that any position sees."""
     is_kept: bool = False
 
     def keep(self) -> int:
@@ -195,7 +186,7 @@ def _follow(
                     None if a is None or b is None else a.joined(b, n)
                     for a, b, n in zip(branch.fields, shortcut.fields, spatial, strict=True)
                 ),
-                tuple(partial(_either, *both) for both in zip(branch.reach, shortcut.reach, strict=True)),
+                tuple(map(_joined, branch.cover, shortcut.cover)),
             )
             count = Count(activations=math.prod(y.shape))
         else:
@@ -245,44 +236,46 @@ def _kept(layer: Layer, x: _Map, y: _Map) -> Count:
 def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
     """The layer's output, with what it sees of the input."""
     shape = layer.output_shape(x.shape)
-    fields: Fields = x.fields
-    reach = x.reach
     if isinstance(layer, Dense | Full):
-        ends = [seen(0, x.shape[axis] - 1 if len(x.shape) > 1 else 0) for axis, seen in enumerate(x.reach)]
-        fields = tuple(Field(last - first + 1, 0, -first) for first, last in ends)
-        reach = tuple(partial(_always, seen) for seen in ends)
-    elif isinstance(layer, Conv | Local | MaxPool | AvgPool):
-        window = layer.window(x.shape)
-        axes = range(len(spatial))
-        fields = tuple(
-            field and field.through(window.size[a], window.strides[a], window.dilation[a], window.padding[a][0])
-            for a, field in zip(axes, x.fields, strict=True)
-        )
-        reach = tuple(partial(_through, window, a, x.reach[a]) for a in axes)
-    return _Map(shape, fields, reach)
-
-
-def _through(window: Window, axis: int, before: Reach, first: int, last: int) -> tuple[int, int]:
-    """What positions of a window see through what its map sees, taps on the padding left out."""
-    if first > last:
-        return NOTHING
-    n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
-    low = window.padding[axis][0]
-    # With gaps between the taps the outermost position may not be the one that sees farthest.
-    starts = (p * s - low for p in range(first, min(last, first + d) + 1))
-    ends = (p * s - low + (k - 1) * d for p in range(max(first, last - d), last + 1))
-    return before(
-        min(start + d * max(0, math.ceil(-start / d)) for start in starts),
-        max(end - d * max(0, math.ceil((end - n + 1) / d)) for end in ends),
+        return _Map(shape, tuple(Field(last - first + 1, 0, -first) for first, last in x.cover), x.cover)
+    if not isinstance(layer, Conv | Local | MaxPool | AvgPool):
+        return _Map(shape, x.fields, x.cover)
+    window = layer.window(x.shape)
+    axes = range(len(spatial))
+    fields = tuple(
+        field and field.through(window.size[a], window.strides[a], window.dilation[a], window.padding[a][0])
+        for a, field in zip(axes, x.fields, strict=True)
     )
+    return _Map(shape, fields, tuple(_covered(window, a, x.fields[a], x.cover[a]) for a in axes))
 
 
-def _either(one: Reach, other: Reach, first: int, last: int) -> tuple[int, int]:
-    """What the sum of two maps sees."""
-    seen = [ends for ends in (one(first, last), other(first, last)) if ends != NOTHING]
+def _covered(window: Window, axis: int, field: Field | None, cover: Ends) -> Ends:
+    """What all positions of a window see of the input together, given what those of its map do."""
+    n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
+    low, last = window.padding[axis][0], window.output_size[axis] - 1
+    # The first and the last place of the map that is under a tap; with gaps between taps, of up to d positions.
+    used = []
+    first = max(0, -(((k - 1) * d - low) // s))
+    for p in range(first, min(last, first + d) + 1):
+        tap = max(0, -((p * s - low) // d))
+        used += [p * s - low + tap * d] if tap < k else []
+    end = min(last, (n - 1 + low) // s)
+    for p in range(max(0, end - d), end + 1):
+        tap = min(k - 1, (n - 1 + low - p * s) // d)
+        used += [p * s - low + tap * d] if tap >= 0 else []
+    used = [place for place in used if 0 <= place < n]
+    if not used or cover == NOTHING:
+        return NOTHING
+    left, right = cover
+    if field is not None and field.stride:
+        if min(used) > 0:
+            left = max(left, min(used) * field.stride - field.padding)
+        if max(used) < n - 1:
+            right = min(right, max(used) * field.stride - field.padding + field.size - 1)
+    return (left, right) if left <= right else NOTHING
+
+
+def _joined(one: Ends, other: Ends) -> Ends:
+    """What a sum of two maps sees."""
+    seen = [ends for ends in (one, other) if ends != NOTHING]
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else NOTHING
-
-
-def _always(ends: tuple[int, int], first: int, last: int) -> tuple[int, int]:
-    """What a map sees whose positions all see the same."""
-    return ends

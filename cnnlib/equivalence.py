@@ -139,13 +139,17 @@ def _along(
         if start > end:
             way = "project" if order is READINGS else "expand"
             raise UserError(f"{layer.layer} is no special case of a {to} layer in this direction; {way} goes there")
-        entry = parameters
+        entry: Any = parameters
         for name in layer.path:
-            entry = entry[name]
-        expected = kernel_shape(layer.layer, layer.input_shape)
-        if tuple(entry["kernel"].shape) != expected:
-            found, path = entry["kernel"].shape, "/".join(layer.path)
-            raise UserError(f"{path}: {layer.layer} has a kernel of shape {expected}, not {found}")
+            entry = entry.get(name, {})
+        shapes = {"kernel": kernel_shape(layer.layer, layer.input_shape)}
+        if layer.layer.use_bias:
+            shapes["bias"] = bias_shape(layer.layer, layer.input_shape)
+        for name, expected in shapes.items():
+            found = entry[name].shape if name in entry else None
+            if found != expected:
+                path = "/".join(layer.path)
+                raise UserError(f"{path}: {layer.layer} has a {name} of shape {expected}, not {found}")
         for step in order[start + 1 : end + 1]:
             entry = change(layer, entry, step)
         parameters = _with_entry(parameters, layer.path, entry)

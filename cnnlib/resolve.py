@@ -10,7 +10,7 @@ from cnnlib.config import Arm, Experiment
 from cnnlib.cost import Count, count
 from cnnlib.data import Description
 from cnnlib.errors import UserError
-from cnnlib.spec import READINGS, Connectivity, Model, Shape, parse_model, shape_text
+from cnnlib.spec import READINGS, Connectivity, Dense, Model, Shape, parse_model, shape_text
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) ->
         try:
             check_readings(arm, model)
             model.shapes(input_shape)
+            if arm.match is not None and not isinstance(model.layers[-1], Dense) and arm.model.has_classes:
+                raise UserError(f"match={arm.match}: the classes of {arm.model} are not its last layer, and no width")
             if arm.match is not None and target is not None:
                 matched = match(model, target, arm.match.partition(":")[0], input_shape)
                 model = matched.model
@@ -76,7 +78,7 @@ def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) ->
     def budget(wanted: str, waiting: tuple[str, ...]) -> int:
         """What there is of a measure in a reference: the number itself, or that of an arm, an architecture, layers."""
         by, _, reference = wanted.partition(":")
-        if reference.isascii() and reference.isdigit():
+        if reference.isascii() and reference.isdigit() and len(reference) <= 30:
             return int(reference)
         # An arm may be matched to the architecture whose name it has.
         if reference in by_name and not (reference == waiting[-1] and reference in ARCHITECTURES):

@@ -26,6 +26,8 @@ NUM_CLASSES = "classes"
 """As the units of a `Dense` layer: as many as the data has classes."""
 
 
+MOST_UNITS = 10**15
+"""Bound of the units of a dense layer."""
 LARGEST = 1_000_000
 """Bound of a window's numbers, so that shapes stay within what XLA can index."""
 
@@ -216,8 +218,8 @@ class Dense:
     use_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.units != NUM_CLASSES and (not isinstance(self.units, int) or self.units < 1):
-            raise UserError(f"dense: units must be at least 1 or {NUM_CLASSES!r}, not {self.units}")
+        if self.units != NUM_CLASSES and (not isinstance(self.units, int) or not 1 <= self.units <= MOST_UNITS):
+            raise UserError(f"dense: units must be in 1..{MOST_UNITS:,} or {NUM_CLASSES!r}, not {str(self.units)[:30]}")
 
     @property
     def num_units(self) -> int:
@@ -355,6 +357,11 @@ class Model:
                 else layer
             )
         )
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether a layer has as many units as the data has classes."""
+        return any(isinstance(layer, Dense) and layer.units == NUM_CLASSES for layer in walk(self.layers))
 
     @property
     def connectivity(self) -> Connectivity:

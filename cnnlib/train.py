@@ -88,7 +88,7 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
         parameters = drawn.init(keys_of(numbers.seed).init, example)["params"]
         if recipe.start:
             # Drawn once: a compiler that draws each copy of a weight anew may round some of them differently.
-            parameters = jax.lax.optimization_barrier(parameters)
+            parameters = jax.lax.optimization_barrier(parameters)  # type: ignore[no-untyped-call]
             parameters = expand(Model(recipe.start.layers), parameters, recipe.input_shape, model.connectivity)
         # Neither the step count nor the numbers shape the optimiser's state.
         optimizer_state = optimizer(recipe.optim, numbers, total_steps=1).init(parameters)

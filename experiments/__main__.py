@@ -116,16 +116,15 @@ def command_show(name: str, experiment: Experiment | Growth) -> None:
 
 
 def command_count(options: argparse.Namespace) -> None:
-    """Counts an experiment's arms, an architecture, or layers in short notation; imports neither JAX nor NumPy for the
-    latter two."""
+    """Counts an experiment's arms, an architecture, or layers in short notation; without JAX."""
     from rich.console import Console
 
     from cnnlib.counting import print_summary, summary
     from cnnlib.resolve import resolve_arms
     from cnnlib.spec import parse_model, parse_shape
 
-    if options.batch_size < 1 or (options.classes is not None and options.classes < 1):
-        raise UserError("--batch-size and --classes must be at least 1")
+    if not all(1 <= number <= 10**9 for number in (options.batch_size, options.classes or 1)) or options.classes == 0:
+        raise UserError("--batch-size and --classes must be at least 1, and at most 1,000,000,000")
     what, *rest = options.what
     input_shape = None if options.input is None else parse_shape(options.input)
     num_classes = options.classes or 10
@@ -139,6 +138,8 @@ def command_count(options: argparse.Namespace) -> None:
             description = describe(experiment.data)
             input_shape = input_shape or experiment.augment.seen_shape(description.input_shape)
             num_classes = options.classes or description.num_classes
+        else:
+            num_classes = options.classes or experiment.num_classes
     elif what in ARCHITECTURES and not rest:
         arms = (Arm(what, ARCHITECTURES.get(what)),)
     else:

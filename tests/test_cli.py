@@ -144,6 +144,9 @@ def test_count_reads_another_way_and_matches_a_budget(capsys):
         ("dense:3 --input 4x4x1 --batch-size 0", "must be at least 1"),
         ("dense:3 --input 4x4x1 --connectivity local", "no layer of dense:3 has a window to be read so"),
         ("lenet5 --input 28x28x1 --connectivity full --match parameters:5", "5 parameters cannot be reached"),
+        ("dense:5 dense:classes relu --input 7 --match parameters:5000", "are not its last layer, and no width"),
+        (f"dense:{'9' * 4000} --input 8x8x3", "units must be in 1..1,000,000,000,000,000"),
+        (f"lenet5 --input 28x28x1 --batch-size {'9' * 400}", "and at most 1,000,000,000"),
         ("lenet5 --input 28x28x1 --match flops:5", "match=flops:5 is no MEASURE:REFERENCE"),
         ("lenet5 --input 28x28x1 --match macs:resnet", "no number, arm (lenet5) or architecture (alexnet_v2"),
     ],
@@ -152,6 +155,19 @@ def test_what_count_cannot_do_is_one_line_and_status_2(arguments, part, capsys):
     assert main(["count", *arguments.split()]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and part in told.err
+
+
+def test_long_and_branched_models_are_counted_in_no_time(capsys):
+    branches, layers = "residual(relu) " * 60, "conv:1@1 " * 600
+    assert main(["count", branches, layers, "dense:10", "--input", "8x8x3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["receptive_field"] == [8, 8]
+
+
+def test_a_narrow_and_a_wide_layer_are_matched_in_no_time(capsys):
+    arguments = ["dense:1", "dense:999999", "dense:10", "--input", "7", "--match", "parameters:6000001", "--json"]
+    assert main(["count", *arguments]) == 0
+    match = json.loads(capsys.readouterr().out)["match"]
+    assert abs(match["value"] - match["target"]) < 0.001 * match["target"]
 
 
 def test_a_growth_is_shown_and_run(tmp_path):

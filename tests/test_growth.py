@@ -85,7 +85,7 @@ def test_the_figure_plots_the_counts(run, tmp_path, monkeypatch):
         ("sides=8,4", "sides must grow, not 8,4"),
         ("sides=0,4", "sides must lie in 1"),
         ("channels=0", "channels must lie in 1"),
-        ("num_classes=0", "num_classes must be at least 1"),
+        ("num_classes=0", "num_classes must lie in 1"),
         ("epochs=3", "no field 'epochs'; there are: arms, sides, channels, num_classes"),
         ("arms.full.start=conv", "arm full: start has no meaning where nothing is trained"),
         ("arms=nobody", "no arm 'nobody'; there are: full, local, conv"),
