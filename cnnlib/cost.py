@@ -162,7 +162,8 @@ class _Map:
     shape: Shape
     fields: Fields
     cover: tuple[Ends, ...]
-    """An axis of the input: the first and the last node that any position sees."""
+    """An axis of the input: nodes before the first and after the last are seen by no position. Both are seen, unless
+    several layers in a row have strides that step over nodes."""
     is_kept: bool = False
 
     def keep(self) -> int:

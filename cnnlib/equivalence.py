@@ -43,10 +43,8 @@ def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connect
     meet zeros only, become those of the convolution too. Raises UserError where `to` shares more than the model.
     """
 
-    def change(layer: cost.LayerCount, entry: dict[str, Array], step: str) -> dict[str, Array]:
-        window = layer.layer.window(layer.input_shape)  # type: ignore[union-attr]  # a Filter
-        channels, positions = layer.input_shape[-1], window.output_size
-        expanded = {}
+    def change(path: str, window: Window, channels: int, entry: dict[str, Array], step: str) -> dict[str, Array]:
+        positions, expanded = window.output_size, {}
         if step == "local":
             expanded["kernel"] = jnp.broadcast_to(entry["kernel"], (*positions, *entry["kernel"].shape))
             if "bias" in entry:
@@ -69,9 +67,7 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
 
-    def change(layer: cost.LayerCount, entry: dict[str, Array], step: str) -> dict[str, Array]:
-        window = layer.layer.window(layer.input_shape)  # type: ignore[union-attr]  # a Filter
-        channels, path = layer.input_shape[-1], "/".join(layer.path)
+    def change(path: str, window: Window, channels: int, entry: dict[str, Array], step: str) -> dict[str, Array]:
         if step == "local":
             nearest = {**entry, "kernel": _gathered(entry["kernel"], window, channels)}
             back = {**entry, "kernel": _scattered(nearest["kernel"], window, channels)}
@@ -81,9 +77,11 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
                 positions = value.reshape(math.prod(window.output_size), -1, *value.shape[-2:][name == "bias" :])
                 is_used = _inside(window) if name == "kernel" else np.ones(positions.shape[:2], bool)
                 mask = jnp.asarray(is_used.reshape(*is_used.shape, *(1,) * (positions.ndim - 2)), value.dtype)
-                mean = _mean(positions, mask)
+                # Not a product with the mask: what is not a number on the padding is left out as well.
+                seen[name] = jnp.where(mask > 0, positions, jnp.zeros((), value.dtype))
+                mean = _mean(seen[name], mask)
                 nearest[name] = mean.reshape(value.shape[len(window.output_size) :])
-                back[name], seen[name] = mean * mask, positions * mask
+                back[name] = mean * mask
             entry = seen
         # The steps of a layer are projections onto nested sets, so what they lose adds up in squares.
         lost[path] = lost.get(path, jnp.zeros(())) + sum(jnp.sum((entry[name] - back[name]) ** 2) for name in entry)
@@ -128,7 +126,7 @@ def _along(
     input_shape: Shape,
     to: Connectivity,
     order: tuple[Connectivity, ...],
-    change: Callable[[cost.LayerCount, dict[str, Array], str], dict[str, Array]],
+    change: Callable[[str, Window, int, dict[str, Array], str], dict[str, Array]],
 ) -> Parameters:
     """The parameters with each layer that has a window brought to `to`, one step of `order` after another."""
     names = {kind: name for name, kind in FILTERS.items()}
@@ -151,7 +149,8 @@ def _along(
                 path = "/".join(layer.path)
                 raise UserError(f"{path}: {layer.layer} has a {name} of shape {expected}, not {found}")
         for step in order[start + 1 : end + 1]:
-            entry = change(layer, entry, step)
+            window = layer.layer.window(layer.input_shape)
+            entry = change("/".join(layer.path), window, layer.input_shape[-1], entry, step)
         parameters = _with_entry(parameters, layer.path, entry)
     return parameters
 

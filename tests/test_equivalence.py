@@ -147,6 +147,14 @@ def test_a_weight_that_meets_padding_only_is_projected_to_zero():
     np.testing.assert_array_equal(back.parameters["layer_0"]["kernel"].reshape(-1), [0, 7, 0])
 
 
+def test_what_is_not_a_number_on_the_padding_is_left_out():
+    model, shape = parse_model("conv:1@3:nobias"), (4, 1)
+    kernel = jnp.ones((4, 3, 1, 1)).at[0, 0].set(jnp.nan)  # the first tap of the first position is on the padding
+    back = project(model.local(), {"layer_0": {"kernel": kernel}}, shape, "conv")
+    assert float(back.total) == 0
+    np.testing.assert_array_equal(back.parameters["layer_0"]["kernel"].reshape(-1), [1, 1, 1])
+
+
 def test_maps_run_under_jit_vmap_and_differentiation(small):
     model, shape = small
     lanes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(drawn(model, shape, s, jnp.float32) for s in range(3)))
