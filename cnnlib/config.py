@@ -130,6 +130,36 @@ class Lanes:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a run while it goes, for `--resume` to go on from."""
+
+    every: int = 1
+    """Epochs from one checkpoint of an arm to the next; the last epoch always has one. 0: none at all, and an arm that
+    is interrupted starts anew. An epoch that ends while an earlier one is still being written has none."""
+    keep: int = 2
+    """Latest checkpoints that are kept of each arm; the one of highest mean validation accuracy is kept as well."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """How a run is copied to Weights & Biases, where `--wandb` says that it is."""
+
+    per: Literal["lane", "arm"] = "lane"
+    """A W&B run for each lane, or one for each arm with means and intervals over its lanes."""
+    project: str = "cnnlib"
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", self.project) is not None,
+            f"wandb.project is made of letters, digits, '_', '-' and '.', 128 at most, not {self.project!r}",
+        )
+
+
+@dataclass(frozen=True)
 class Arm:
     """One architecture with its static settings: one compiled program."""
 
@@ -146,8 +176,8 @@ class Arm:
 
     def __post_init__(self) -> None:
         _require(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name) is not None,
-            f"an arm's name is made of letters, digits, '_', '-' and '.', not {self.name!r}",
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name) is not None,
+            f"an arm's name is made of letters, digits, '_', '-' and '.', 100 at most, not {self.name!r}",
         )
         if self.match is not None:
             measure, colon, reference = self.match.partition(":")
@@ -179,6 +209,8 @@ class Experiment:
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, where the next run of the same program finds them."""
+    checkpoint: Checkpoint = Checkpoint()
+    wandb: Wandb = Wandb()
 
     def __post_init__(self) -> None:
         _check_arms(self.arms)
@@ -387,6 +419,21 @@ def to_dict(node: Any) -> Any:
     if dataclasses.is_dataclass(node):
         return {field.name: to_dict(getattr(node, field.name)) for field in dataclasses.fields(node)}
     return [to_dict(item) for item in node] if isinstance(node, tuple) else node
+
+
+def flat(config: Any, path: str = "") -> dict[str, Any]:
+    """A configuration in JSON as values by the path of their field, arms by their names; anything else as it is."""
+    if isinstance(config, dict):
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            found |= flat(value, f"{path}.{key}" if path else key)
+        return found
+    if path == "arms" and isinstance(config, list) and all(isinstance(arm, dict) and "name" in arm for arm in config):
+        named: dict[str, Any] = {"arms": [arm["name"] for arm in config]}
+        for arm in config:
+            named |= flat({key: value for key, value in arm.items() if key != "name"}, f"arms.{arm['name']}")
+        return named
+    return {path: config}
 
 
 def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cnnlib import tracking
 from cnnlib.config import Growth, to_dict
+from cnnlib.folder import RunFolder, check
 from cnnlib.resolve import ResolvedArm, resolve_arms
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table
@@ -38,12 +39,15 @@ def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], st
         "commit": tracking.commit(),
         "counts": counts(resolve_growth(growth)),
     }
-    earlier = tracking.open_folder(out)
     config = {"experiment": name, **results["config"]}
-    tracking.write_whole(out / "config.json", lambda path: path.write_text(tracking.to_json(config)))
-    tracking.write_whole(out / "results.json", lambda path: path.write_text(tracking.to_json(results)))
-    tracking.write_whole(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
-    tracking.write_whole(out / "growth.png", lambda path: figure(results, path))
+    check(out)
+    with RunFolder(out) as held:
+        earlier = held.make_room()
+        tracking.write_whole(held / "config.json", lambda path: path.write_text(tracking.to_json(config)))
+        tracking.write_whole(held / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+        tracking.write_whole(held / "growth.png", lambda path: figure(results, path))
+        # Last, since a run with results is a finished one.
+        tracking.write_whole(held / "results.json", lambda path: path.write_text(tracking.to_json(results)))
     return results, earlier
 
 

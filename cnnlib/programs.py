@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import resource
 import shutil
 import time
 import warnings
@@ -18,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnnlib import kernels, train
+from cnnlib import checkpoint, kernels, train
 from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import UserError
 from cnnlib.models import network
 from cnnlib.resolve import ResolvedArm
 from cnnlib.spec import Connectivity, Full, Local, Model, walk
-from cnnlib.train import Examples, Recipe
+from cnnlib.train import Examples, Recipe, State
 
 CPU_GROUP = 8
 """Lanes of a full net that gain from one another on a CPU; more outgrow its cache (`python -m benchmarks lanes`)."""
@@ -47,7 +48,7 @@ def free_memory(device: jax.Device) -> int:
 
     The tenth is for what the compiler does not see: other processes, and the scratch of kernels.cc (16 partial sums of
     a layer's kernel a lane). On a host a container's limit counts as well (control group, version 2), where file pages
-    that it would give up are free.
+    that it would give up are free, and one on the address space (`ulimit -v`).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
@@ -60,7 +61,10 @@ def free_memory(device: jax.Device) -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         cached = number_after("^inactive_file", parts.read_text(), otherwise=0) if parts.exists() else 0
         free = min(free, int(text) - int(used.read_text()) + cached)
-    return 9 * free // 10
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
+    if most != resource.RLIM_INFINITY and (status := Path("/proc/self/status")).exists():
+        free = min(free, most - 1024 * number_after("^VmSize:", status.read_text(), otherwise=0))
+    return max(0, 9 * free // 10)
 
 
 def number_after(pattern: str, text: str, otherwise: int) -> int:
@@ -95,6 +99,10 @@ class Programs(NamedTuple):
     """None without validation examples."""
     distance: Any
     """From a convolution; None where no layer is a local or full reading of one."""
+    snapshot: Any
+    """Of the states and keys, for a checkpoint; None where there are to be none."""
+    kept: Any
+    """The shapes of what a snapshot holds."""
     at_a_time: int
     """Lanes that run vectorised together."""
     memory_bytes: int
@@ -111,21 +119,30 @@ def memory_of(compiled: Any) -> int:
 
 
 def compile_programs(
-    experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers, splits: dict[str, Examples], device: jax.Device
+    experiment: Experiment,
+    arm: ResolvedArm,
+    numbers: LaneNumbers,
+    splits: dict[str, Examples],
+    device: jax.Device,
+    before: int | None = None,
 ) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
-    Raises UserError where one lane at a time does not fit, or not as many as `lanes.at_a_time` asks for.
+    `before` is how many there were in the session that this one goes on with. Raises UserError where one lane at a time
+    does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
     """
     recipe = recipe_of(experiment, arm)
     lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
     wanted = experiment.lanes.at_a_time
-    at_a_time = min(wanted or preferred_at_a_time(arm.model.connectivity, lanes, device.platform), lanes)
+    at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, lanes, device.platform), lanes)
+    too_many: str | None = None
     start = time.perf_counter()
     # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
     initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
     states = jax.eval_shape(initialize, numbers)
+    kept_shapes = jax.eval_shape(to_keep, states, numbers)
     initial = initialize.lower(numbers).compile()
+    keep = jax.jit(snapshot).lower(states, numbers).compile() if experiment.checkpoint.every else None
     free = free_memory(device)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
@@ -140,24 +157,49 @@ def compile_programs(
             distance = jax.jit(train.over_lanes(train.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
             need = max(need, memory_of(compiled["distance"]))
+        # While an epoch runs, the state before it may wait to be written.
+        need += size_of(states) if keep else 0
         if need <= free:
             break
-        if at_a_time == 1 or wanted:
-            raise UserError(
-                f"arm {arm.name}: {lanes} lanes, {at_a_time} at a time, need {size_text(need)}, {size_text(free)} are "
-                f"free; fewer lanes (lanes.seed), fewer at a time (lanes.at_a_time) or a smaller batch_size may fit"
-            )
+        needs = (
+            f"arm {arm.name}: {lanes} lanes, {at_a_time} at a time, need {size_text(need)}, {size_text(free)} are free"
+        )
+        if at_a_time == 1:
+            fits = "fewer lanes (lanes.seed) or a smaller batch_size may fit"
+            raise UserError(f"{too_many}; nor does one at a time: {fits}" if too_many else f"{needs}; {fits}")
+        too_many = too_many or needs
         at_a_time = max(1, min(at_a_time // 2, at_a_time * free // need))
+    if wanted and too_many:
+        raise UserError(f"{too_many}; {at_a_time} at a time would fit: lanes.at_a_time={at_a_time}")
     return Programs(
         initial,
         compiled["train"],
         compiled["test"],
         compiled.get("validation"),
         compiled.get("distance"),
+        keep,
+        kept_shapes,
         at_a_time,
         need,
         time.perf_counter() - start,
     )
+
+
+def snapshot(states: State, numbers: LaneNumbers) -> checkpoint.Snapshot:
+    """What a checkpoint keeps of all lanes on the device."""
+    return checkpoint.snapshot(to_keep(states, numbers))
+
+
+def to_keep(states: State, numbers: LaneNumbers) -> dict[str, Any]:
+    """The state and the keys of all lanes. Keys follow from the seeds: they are kept to be compared."""
+    keys = jax.vmap(lambda seed: train.Keys(*map(jax.random.key_data, train.keys_of(seed))))(numbers.seed)
+    return {"keys": keys, "state": states}
+
+
+def shapes_of(experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers) -> dict[str, Any]:
+    """The shapes of what a checkpoint of an arm keeps; compiles nothing."""
+    initialize = train.over_lanes(train.initialize(recipe_of(experiment, arm)), at_a_time=1)
+    return jax.eval_shape(lambda numbers: to_keep(initialize(numbers), numbers), numbers)  # type: ignore[no-any-return]
 
 
 def has_freed_weights(model: Model) -> bool:
@@ -166,8 +208,8 @@ def has_freed_weights(model: Model) -> bool:
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays of a tree, or of those that it has the shapes of."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:

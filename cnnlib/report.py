@@ -10,6 +10,8 @@ from rich.console import Console
 from cnnlib.config import LaneNumbers
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table, print_table
+from cnnlib.tracking import write_whole
+from cnnlib.watcher import Watcher
 
 COLUMNS = (
     "arm",
@@ -100,6 +102,18 @@ def print_results(results: dict[str, Any], console: Console) -> None:
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, its caption below."""
     return f"{markdown_table(COLUMNS, rows(results), left=2)}\n{caption(results)}\n"
+
+
+class ReportWriter(Watcher):
+    """Writes `table.md` and `accuracy.png` beside the results of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def run_ends(self, results: dict[str, Any]) -> None:
+        """Draws and tabulates what the run came to."""
+        write_whole(self._folder / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+        write_whole(self._folder / "accuracy.png", lambda path: accuracy_figure(results, path))
 
 
 LANE_NUMBERS = tuple(name for name in LaneNumbers._fields if name != "seed")

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import time
-from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cnnlib import kernels, tracking, train
+from cnnlib import folder, kernels, tracking
+from cnnlib.arms import Training, described_arm, train_arm
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
 from cnnlib.data import DataSet, describe, load
-from cnnlib.errors import UserError
-from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of
+from cnnlib.errors import Stopped, UserError
+from cnnlib.folder import RunFolder
+from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of, shapes_of
 from cnnlib.resolve import ResolvedArm, resolve
+from cnnlib.resume import Left, checkpoints_of, differences, fingerprint, identity, latest, read_arm, refusal
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
-from cnnlib.stats import mean_interval
-from cnnlib.train import Examples, Recipe, Sums
-
-
-@runtime_checkable
-class Watcher(Protocol):
-    """Who is told how a run goes, such as the terminal."""
-
-    def says(self, text: str) -> None:
-        """Something that the user should know, in one line."""
-
-    def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
-        """The arm's programs are to be compiled; every arm's are before the first one trains."""
-
-    def training_begins(self, name: str) -> None: ...
-
-    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
-        """`means` over the lanes that have not diverged: `train_loss` and, if there is any, `validation_accuracy`."""
-
-    def arm_ends(self, name: str) -> None: ...
+from cnnlib.train import Examples, Recipe
+from cnnlib.watcher import Beginning, Watcher, Watchers
 
 
 def first_device() -> jax.Device:
@@ -53,64 +38,218 @@ def first_device() -> jax.Device:
         ) from error
 
 
-def run(experiment: Experiment, name: str, out: Path, watcher: Watcher) -> dict[str, Any]:
-    """Trains every lane of every arm and writes `config.json`, `metrics.jsonl` and `results.json` to `out`.
+def run(
+    experiment: Experiment,
+    name: str,
+    out: Path,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
-    Returns what `results.json` holds. Raises UserError, with nothing written, for whatever does not fit together or
-    does not fit in the memory.
+    Returns what `results.json` holds. With `resume` the run in `out` goes on, and a finished one is only read; where
+    going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
+    what there is is saved, and Stopped raised. Raises UserError, with nothing written, for whatever does not fit
+    together or does not fit in the memory; and later for a disk that takes no more: what was saved before stays.
     """
     began = time.perf_counter()
     device = first_device()
     resolve(experiment, describe(experiment.data))
-    data_set = load(experiment.data)
-    arms = resolve(experiment, data_set.description)
-    tracking.check_folder(out)
+    with contextlib.ExitStack() as stack:
+        log = tracking.Log()
+        stack.callback(log.close)
+        watcher = Watchers((watcher, log))
+        held = earlier_run(out, watcher) if resume else None
+        if held is None:
+            folder.check(out)
+        else:
+            stack.enter_context(held)
+        data_set = load(experiment.data)
+        arms = resolve(experiment, data_set.description)
+        for arm in arms:
+            check_parameters_fit(experiment, arm, device)
+        changes: list[str] = []
+        cpu_kernels = kernels_for(arms, device, watcher)
+        this = {**identity(name, experiment, device, cpu_kernels), "data_sha256": fingerprint(data_set)}
+        if held is not None:
+            found = differences(held.record["identity"], this)
+            if found.refused and not force:
+                raise refusal(out, found)
+            changes = [*found.refused, *found.told]
+            for text in changes:
+                watcher.says(f"since the run began: {text}")
+            if (results := finished_results(held, arms)) is not None:
+                watcher.says(f"the run in {out} is finished: there is nothing left to do")
+                return results
+        splits = on_device(data_set)
+        shape = shape_text(data_set.description.input_shape)
+        watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
+        numbers = columns_of(lane_numbers(experiment))
+        left = Left({}, {}, {}) if held is None else what_is_left(held, experiment, arms, numbers, watcher, stack)
+        programs = programs_for(experiment, arms, numbers, splits, device, left, watcher)
+        if held is None:
+            held = stack.enter_context(RunFolder(out))
+            if (earlier := held.make_room()) is not None:
+                watcher.says(f"the files of an earlier run moved to {earlier}")
+        seconds = left.seconds - began
+        training = Training(experiment, numbers, splits, held, watcher, stop, lambda: time.perf_counter() + seconds)
+        try:
+            beginning = begin(held, name, experiment, this, left, changes, force)
+            with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
+                described = {arm.name: described_arm(arm) for arm in arms}
+                watcher.run_begins(beginning._replace(data=data_set.description.name, arms=described))
+                finished = [train_arm(training, arm, programs, left, metrics) for arm in arms]
+            results = {
+                "experiment": name,
+                "config": to_dict(experiment),
+                "data": {"name": data_set.description.name, **data_set.description.counts},
+                "device": {
+                    "platform": device.platform,
+                    "kind": device.device_kind,
+                    "count": jax.device_count(),
+                    "kernels": cpu_kernels,
+                },
+                "versions": tracking.versions(),
+                "commit": tracking.commit(),
+                "wall_seconds": training.seconds(),
+                "resumed": held.record["resumed"],
+                "arms": [arm.result for arm in finished],
+            }
+            results = dict(tracking.plain(results))  # as the file says it: what is not finite is None
+            tracking.write_whole(held / "results.json", lambda path: path.write_text(tracking.to_json(results)))
+            watcher.run_ends(results)
+            held.end_session("finished")
+            return results
+        except Exception as error:
+            state = "interrupted" if isinstance(error, Stopped) else "failed"
+            with contextlib.suppress(UserError):  # on a full disk there is no place for these either
+                watcher.says(f"{state}: {error}")
+            held.end_session(state, " ".join(str(error).split())[:500])
+            raise
+
+
+def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
+    """The run to go on with, held by this process; None, and the user is told, where there is none."""
+    if not os.path.lexists(out / folder.RECORD):
+        watcher.says(f"there is no run in {out} to resume: a new one begins")
+        return None
+    held = RunFolder(out)
+    if not held.read_record():
+        raise UserError(f"{out / folder.RECORD} cannot be read; without --resume what is there is moved aside")
+    return held
+
+
+def finished_results(held: RunFolder, arms: tuple[ResolvedArm, ...]) -> dict[str, Any] | None:
+    """What a finished run came to; None for one that has not finished, or not with these arms."""
+    results = folder.read_json(held / "results.json")
+    if not isinstance(results, dict) or held.record["sessions"][-1]["state"] != "finished":
+        return None
+    found = results.get("arms")
+    names = [arm.get("name") for arm in found if isinstance(arm, dict)] if isinstance(found, list) else []
+    return results if names == [arm.name for arm in arms] else None
+
+
+def what_is_left(
+    held: RunFolder,
+    experiment: Experiment,
+    arms: tuple[ResolvedArm, ...],
+    numbers: LaneNumbers,
+    watcher: Watcher,
+    stack: contextlib.ExitStack,
+) -> Left:
+    """Reads what earlier sessions kept of each arm; the user is told from where it goes on."""
+    left = Left({}, {}, {})
     for arm in arms:
-        check_parameters_fit(experiment, arm, device)
-    splits = on_device(data_set)
-    shape = shape_text(data_set.description.input_shape)
-    watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
-    cpu_kernels = kernels_for(arms, device, watcher)
-    lanes = lane_numbers(experiment)
-    columns = zip(*lanes, strict=True)
-    numbers = LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
-    programs: dict[Recipe, Programs] = {}
+        if (finished := read_arm(held, experiment, arm)) is not None:
+            left.finished[arm.name] = finished
+            continue
+        if not (held / folder.CHECKPOINTS / arm.name).exists():
+            continue
+        kept = checkpoints_of(held, experiment, arm)
+        stack.callback(kept.close)
+        left.checkpoints[arm.name] = kept
+        found = latest(held, experiment, arm, shapes_of(experiment, arm, numbers), kept, watcher.says)
+        if found is None:
+            watcher.says(f"{arm.name} has no checkpoint to go on from: it starts anew")
+        else:
+            left.in_flight[arm.name] = found
+            watcher.says(f"{arm.name} goes on after epoch {found.progress.epoch} of {experiment.epochs}")
+    if left.finished:
+        watcher.says(f"finished before: {', '.join(left.finished)}")
+    return left
+
+
+def programs_for(
+    experiment: Experiment,
+    arms: tuple[ResolvedArm, ...],
+    numbers: LaneNumbers,
+    splits: dict[str, Examples],
+    device: jax.Device,
+    left: Left,
+    watcher: Watcher,
+) -> dict[str, Programs]:
+    """The compiled programs of each arm that is not finished; arms of equal recipes share them."""
+    compiled: dict[tuple[Recipe, int | None], Programs] = {}
+    found = {}
     with compile_cache(experiment.compile_cache, watcher.says):
         for arm in arms:
-            watcher.arm_begins(arm.name, len(lanes), experiment.epochs)
-            if (recipe := recipe_of(experiment, arm)) not in programs:
-                programs[recipe] = compile_programs(experiment, arm, numbers, splits, device)
-    earlier = tracking.open_folder(out)
-    if earlier is not None:
-        watcher.says(f"the files of an earlier run moved to {earlier}")
+            if arm.name in left.finished:
+                continue
+            watcher.arm_begins(arm.name, len(lane_numbers(experiment)), experiment.epochs)
+            before = left.in_flight[arm.name].progress.lanes_at_a_time if arm.name in left.in_flight else None
+            key = (recipe_of(experiment, arm), before)
+            if key not in compiled:
+                compiled[key] = compile_programs(experiment, arm, numbers, splits, device, before)
+            found[arm.name] = compiled[key]
+            if before is not None and found[arm.name].at_a_time != before:
+                watcher.says(
+                    f"{arm.name}: {found[arm.name].at_a_time} lanes at a time, {before} before: "
+                    f"the results agree to rounding, not to the last bit"
+                )
+    return found
+
+
+def begin(
+    held: RunFolder,
+    name: str,
+    experiment: Experiment,
+    this: dict[str, Any],
+    left: Left,
+    changes: list[str],
+    force: bool,
+) -> Beginning:
+    """Writes what a session writes before it trains: its configuration, where it runs, that it does."""
+    is_resumed = "sessions" in held.record
+    resumed = list(held.record.get("resumed", []))
+    if is_resumed:
+        in_flight = {arm: found.progress.epoch for arm, found in left.in_flight.items()}
+        kept = {"finished": list(left.finished), "in_flight": in_flight}
+        resumed.append({"time": tracking.now(), **kept, "changes": changes, "forced": force})
+    command = tracking.command_for(name, experiment)
+    held.begin_session({"experiment": name, "identity": this, "command": command, "resumed": resumed})
     config = to_dict(experiment)
-    tracking.write_whole(
-        out / "config.json", lambda path: path.write_text(tracking.to_json({"experiment": name, **config}))
-    )
-    with tracking.JsonLines(out / "metrics.jsonl") as metrics:
-        arm_results = [
-            run_arm(experiment, arm, programs[recipe_of(experiment, arm)], numbers, splits, metrics, watcher)
-            for arm in arms
-        ]
-    results: dict[str, Any] = {
-        "experiment": name,
-        "config": config,
-        "data": {"name": data_set.description.name, **data_set.description.counts},
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-            "kernels": cpu_kernels,
-        },
-        "versions": tracking.versions(),
-        "commit": tracking.commit(),
-        "wall_seconds": time.perf_counter() - began,
-        "arms": arm_results,
-    }
-    tracking.write_whole(out / "results.json", lambda path: path.write_text(tracking.to_json(results)))
-    # As the file says it: what is not finite is None.
-    plain: dict[str, Any] = tracking.plain(results)
-    return plain
+    where = tracking.environment(command)
+    texts = {"config.json": {"experiment": name, **config}, "environment.json": where}
+    for file, values in texts.items():
+        tracking.write_whole(held / file, partial(_write_json, values))
+    if where["diff"]:
+        tracking.write_whole(held / where["diff"], lambda path: path.write_text(tracking.diff(), encoding="utf-8"))
+    lanes = [numbers._asdict() for numbers in lane_numbers(experiment)]
+    platform = this["device"]["platform"]
+    return Beginning(held.record["id"], name, held.path, config, "", platform, {}, lanes, is_resumed, command)
+
+
+def _write_json(values: dict[str, Any], path: Path) -> None:
+    path.write_text(tracking.to_json(values), encoding="utf-8")
+
+
+def columns_of(lanes: tuple[LaneNumbers, ...]) -> LaneNumbers:
+    """The numbers of all lanes, an array each."""
+    columns = zip(*lanes, strict=True)
+    return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
 
 
 def kernels_for(arms: tuple[ResolvedArm, ...], device: jax.Device, watcher: Watcher) -> str:
@@ -138,144 +277,3 @@ def on_device(data_set: DataSet) -> dict[str, Examples]:
         for name, split in splits.items()
         if len(split.y)
     }
-
-
-def run_arm(
-    experiment: Experiment,
-    arm: ResolvedArm,
-    programs: Programs,
-    numbers: LaneNumbers,
-    splits: dict[str, Examples],
-    metrics: tracking.JsonLines,
-    watcher: Watcher,
-) -> dict[str, Any]:
-    """Trains and tests all lanes of one arm; returns its part of `results.json`."""
-    lanes = lane_numbers(experiment)
-    watcher.training_begins(arm.name)
-    states = programs.initialize(numbers)
-    jax.block_until_ready(states)  # type: ignore[no-untyped-call]
-    train_seconds, idle_since = 0.0, time.perf_counter()
-    validation: Sums | None = None
-
-    def dispatch(states: train.State) -> tuple[train.State, EpochSums]:
-        """Sets an epoch going; its sums outlive the states, which the next epoch overwrites."""
-        states, sums = programs.epoch(states, numbers, splits["train"])
-        validated = programs.validate and programs.validate(states.parameters, splits["validation"])
-        return states, EpochSums(sums, jnp.copy(states.diverged), validated)
-
-    states, going = dispatch(states)
-    for epoch in range(1, experiment.epochs + 1):
-        ended = going
-        # The device has the next epoch to do while this one's sums are fetched, written and shown.
-        if epoch < experiment.epochs:
-            states, going = dispatch(states)
-        sums, diverged = jax.device_get((ended.train, ended.diverged))
-        seconds = time.perf_counter() - idle_since
-        validation = jax.device_get(ended.validation)
-        idle_since = time.perf_counter()
-        train_seconds += seconds
-        columns_of = {"train": sums, "validation": validation}
-        lines = [_metrics(columns_of, lane, bool(diverged[lane])) for lane in range(len(lanes))]
-        for lane, (lane_number, line) in enumerate(zip(lanes, lines, strict=True)):
-            metrics.write(
-                {"arm": arm.name, "lane": lane, **lane_number._asdict(), "epoch": epoch, **line, "seconds": seconds}
-            )
-        fine = [line for line in lines if line["status"] == "ok"]
-        means = {key: float(np.mean([line[key] for line in fine])) for key in lines[0] if key != "status" and fine}
-        watcher.epoch_ends(arm.name, epoch, means, len(lines) - len(fine))
-    test = jax.device_get(programs.test(states.parameters, splits["test"]))
-    watcher.arm_ends(arm.name)
-    lane_results = _lane_results(lanes, test, validation, states)
-    if programs.distance is not None:
-        distances = jax.device_get(programs.distance(states.parameters))
-        for result, distance in zip(lane_results, distances, strict=True):
-            result["distance_from_conv"] = float(distance)
-    settings = _settings(lane_results)
-    return {
-        "name": arm.name,
-        "connectivity": arm.model.connectivity,
-        "model": str(arm.model),
-        "parameters": arm.count.parameters,
-        "connections": arm.count.connections,
-        "macs": arm.count.macs,
-        "match": arm.match and arm.match.plain(),
-        "start": arm.start,
-        "compile_seconds": programs.compile_seconds,
-        "lanes_at_a_time": programs.at_a_time,
-        "memory_bytes": programs.memory_bytes,
-        "train_seconds_per_lane": train_seconds / len(lanes),
-        **_headline(settings),
-        "settings": settings,
-        "lanes": lane_results,
-    }
-
-
-class EpochSums(NamedTuple):
-    """What one epoch leaves on the device to be reported, an entry a lane."""
-
-    train: Sums
-    diverged: jax.Array
-    validation: Sums | None
-
-
-def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:
-    """One lane's means; of a lane that has diverged, or has a loss that is not finite, nothing but that."""
-    given = {part: part_sums for part, part_sums in sums.items() if part_sums is not None}
-    gone = diverged or not all(np.isfinite(part_sums.loss[lane]) for part_sums in given.values())
-    means: dict[str, Any] = {}
-    for part, part_sums in given.items():
-        count = part_sums.examples[lane]
-        means[f"{part}_loss"] = math.nan if gone else float(part_sums.loss[lane] / count)
-        means[f"{part}_accuracy"] = math.nan if gone else float(part_sums.correct[lane] / count)
-    return {**means, "status": "diverged" if gone else "ok"}
-
-
-def _lane_results(
-    lanes: tuple[LaneNumbers, ...], test: Sums, validation: Sums | None, states: train.State
-) -> list[dict[str, Any]]:
-    epochs, diverged = np.asarray(states.epochs), np.asarray(states.diverged)
-    results = []
-    for lane, numbers in enumerate(lanes):
-        means = _metrics({"test": test, "validation": validation}, lane, bool(diverged[lane]))
-        results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane])})
-    return results
-
-
-def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lanes grouped by their traced numbers, seeds aside, with the test accuracy of the seeds that are ok."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    names = [name for name in LaneNumbers._fields if name != "seed"]
-    for lane in lanes:
-        groups[tuple(lane[name] for name in names)].append(lane)
-    settings = []
-    for values, members in groups.items():
-        fine = [lane for lane in members if lane["status"] == "ok"]
-        test = mean_interval([lane["test_accuracy"] for lane in fine])
-        validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
-        settings.append(
-            {
-                **dict(zip(names, values, strict=True)),
-                "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
-                "validation_accuracy": validation.mean,
-                "diverged": len(members) - len(fine),
-            }
-        )
-    return settings
-
-
-def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """The arm's test accuracy: that of its only setting, or of the one that validation chooses.
-
-    The rule: fewest diverged lanes, then highest mean validation accuracy. Without validation examples nothing is
-    chosen, and the arm's accuracy is null: a choice by test accuracy would be no measurement.
-    """
-    chosen: int | None = 0
-    if len(settings) > 1:
-        ranks = [
-            (s["diverged"], -s["validation_accuracy"]) if s["validation_accuracy"] is not None else None
-            for s in settings
-        ]
-        rated = [(rank, index) for index, rank in enumerate(ranks) if rank is not None]
-        chosen = min(rated)[1] if rated else None
-    nothing = {"mean": None, "ci95": [None, None], "n": 0}
-    return {"chosen_setting": chosen, "test_accuracy": nothing if chosen is None else settings[chosen]["test_accuracy"]}

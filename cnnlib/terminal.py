@@ -9,6 +9,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cnnlib.watcher import EpochReport, Watcher
+
 
 class RunConsole(Console):
     """A console whose reader may leave, as `head` does: a run goes on without it, since its results are files."""
@@ -18,25 +20,28 @@ class RunConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _means_text(means: dict[str, float], diverged: int) -> str:
+def _report_text(report: EpochReport) -> str:
+    """Lanes that are gone, loss, validation accuracy, speed: what fits beside a bar on 80 columns."""
     parts = []
-    if "train_loss" in means:
-        parts.append(f"loss {means['train_loss']:.4f}")
-    if "validation_accuracy" in means:
-        parts.append(f"validation {100 * means['validation_accuracy']:.2f} %")
-    if diverged:
-        parts.append(f"{diverged} diverged")
+    if report.diverged:
+        parts.append(f"{report.diverged} diverged")
+    if "train_loss" in report.means:
+        parts.append(f"loss {report.means['train_loss']:.4f}")
+    if "validation_accuracy" in report.means:
+        parts.append(f"validation {100 * report.means['validation_accuracy']:.2f} %")
+    speed = report.lane_steps_per_second
+    parts.append(f"{speed:,.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s")
     return "  ".join(parts)
 
 
-class BarWatcher:
-    """A bar an arm: epoch, loss, validation accuracy, time left."""
+class BarWatcher(Watcher):
+    """A bar an arm: lanes, epoch, loss, validation accuracy, steps of all lanes a second, time left."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=6),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[means]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -57,20 +62,17 @@ class BarWatcher:
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
         self._tasks[name] = self._progress.add_task(f"{name} x{lanes}", total=epochs, means="compiling")
 
-    def training_begins(self, name: str) -> None:
+    def training_begins(self, name: str, epoch: int) -> None:
         for task in self._tasks.values():
             if self._progress.tasks[task].completed == 0:
                 self._progress.update(task, means="waiting")
-        self._progress.reset(self._tasks[name], means="training")  # restarts its clock
+        self._progress.reset(self._tasks[name], completed=epoch, means="training")  # restarts its clock
 
-    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
-        self._progress.update(self._tasks[name], completed=epoch, means=_means_text(means, diverged))
-
-    def arm_ends(self, name: str) -> None:
-        pass
+    def epoch_ends(self, report: EpochReport) -> None:
+        self._progress.update(self._tasks[report.arm], completed=report.epoch, means=_report_text(report))
 
 
-class LineWatcher:
+class LineWatcher(Watcher):
     """A line an epoch for logs and pipes, at most one every two seconds, and always the last of an arm."""
 
     def __init__(self, console: Console) -> None:
@@ -87,21 +89,17 @@ class LineWatcher:
 
     def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
         self.says(f"{name}: compiling for {epochs} epochs of {lanes} lanes")
-        self._epochs = epochs
 
-    def training_begins(self, name: str) -> None:
-        self._first, self._said = time.monotonic(), 0.0
+    def training_begins(self, name: str, epoch: int) -> None:
+        self._first, self._said, self._before = time.monotonic(), 0.0, epoch
 
-    def epoch_ends(self, name: str, epoch: int, means: dict[str, float], diverged: int) -> None:
+    def epoch_ends(self, report: EpochReport) -> None:
         now = time.monotonic()
-        if epoch < self._epochs and now - self._said < 2.0:
+        if report.epoch < report.epochs and now - self._said < 2.0:
             return
         self._said = now
-        left = (now - self._first) / epoch * (self._epochs - epoch)
-        self.says(f"{name}: epoch {epoch}/{self._epochs}  {_means_text(means, diverged)}  {left:.0f} s left")
-
-    def arm_ends(self, name: str) -> None:
-        pass
+        left = (now - self._first) / (report.epoch - self._before) * (report.epochs - report.epoch)
+        self.says(f"{report.arm}: epoch {report.epoch}/{report.epochs}  {_report_text(report)}  {left:.0f} s left")
 
 
 def watcher_for(console: Console) -> BarWatcher | LineWatcher:

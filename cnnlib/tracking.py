@@ -1,24 +1,25 @@
-"""What a run writes: JSON lines while it goes, whole files at its end, and where its code came from."""
+"""What a run writes: JSON lines and a log while it goes, whole files at its end, and where its code came from."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import cnnlib
+from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, override
 from cnnlib.errors import UserError
-
-RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "table.md", "accuracy.png")
-GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
+from cnnlib.watcher import Beginning, EpochReport, Watcher
 
 
 def plain(value: Any) -> Any:
@@ -35,60 +36,33 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder of a run cannot be made or written; makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def open_folder(folder: Path) -> str | None:
-    """Makes room for a run in its folder. Files of an earlier run in it move to `earlier/TIME/` inside it, TIME being
-    when the earlier run began; returns that place, or None. Raises UserError where the folder cannot be written."""
-    check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # lexists and lstat: a link that leads nowhere is in the way as well
-        old = [folder / name for name in dict.fromkeys((*RUN_FILES, *GROWTH_FILES)) if os.path.lexists(folder / name)]
-        if not old:
-            return None
-        began = min(path.lstat().st_mtime for path in old)
-        stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(began))
-        place = folder / "earlier" / stamp
-        number = 1
-        while place.exists():
-            number += 1
-            place = folder / "earlier" / f"{stamp}-{number}"
-        place.mkdir(parents=True)
-        for path in old:
-            path.rename(place / path.name)
-        return str(place)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file beside `path` and renames it, so that `path` is never seen half-written."""
     beside = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with cannot_write(path):
+        try:
+            beside.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+            write(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 class JsonLines:
-    """A file of one JSON object a line, each line flushed as it is written."""
+    """A file of one JSON object a line, flushed whenever lines have been written."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, lines: Sequence[dict[str, Any]] = ()) -> None:
+        """Begins the file with these lines, whatever it held before; raises UserError where it cannot be written."""
+        self._path = path
+        with cannot_write(path):
+            write_whole(path, lambda beside: beside.write_text(_json_lines(lines), encoding="utf-8"))
+            self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
-        self._file.flush()
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Adds lines, together: whoever kills the process leaves all of them or, at worst, the last one cut off."""
+        with cannot_write(self._path):
+            self._file.write(_json_lines(lines))
+            self._file.flush()
 
     def __enter__(self) -> JsonLines:
         return self
@@ -96,7 +70,140 @@ class JsonLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is still in the buffer, and told already
+            self._file.close()
+
+
+def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, as far as they are whole; none where there is no such file."""
+    found: list[dict[str, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # nothing there, or nothing that can be read: nothing known
+        return found
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # cut off by whoever killed the run
+            break
+        if not isinstance(value, dict):
+            break
+        found.append(value)
+    return found
+
+
+@contextlib.contextmanager
+def cannot_write(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file that it does not take into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+
+
+class Log(Watcher):
+    """`log.txt`: what the user was told, each line with its time. Lines wait until the folder is known."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._file: TextIO | None = None
+
+    def says(self, text: str) -> None:
+        self._lines.append(f"{now()} {' '.join(text.split())}\n")
+        if self._file is not None:
+            with cannot_write(Path(self._file.name)):
+                self._file.write("".join(self._lines))
+                self._file.flush()
+            self._lines.clear()
+
+    def run_begins(self, beginning: Beginning) -> None:
+        path = beginning.folder / "log.txt"
+        with cannot_write(path):
+            # Not through a link: the folder may be a stranger's, and the link lead anywhere.
+            self._file = open(path, "a", encoding="utf-8", opener=_not_through_links)  # noqa: SIM115  # closed by close()
+        if beginning.command:
+            self._lines.insert(0, f"{now()} {beginning.command}\n")
+        self.says("resumed" if beginning.is_resumed else "begun")
+
+    def training_begins(self, name: str, epoch: int) -> None:
+        self.says(f"{name}: trains" + (f", after epoch {epoch}" if epoch else ""))
+
+    def epoch_ends(self, report: EpochReport) -> None:
+        means = "  ".join(f"{key} {value:.6f}" for key, value in report.means.items())
+        diverged = f"  {report.diverged} of {report.lanes} lanes diverged" if report.diverged else ""
+        self.says(f"{report.arm}: epoch {report.epoch}/{report.epochs}  {means}{diverged}")
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # told when it was written
+                self._file.close()
+            self._file = None
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601 has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+VARIABLES = (
+    "CNNLIB_KERNELS",
+    "CUDA_VISIBLE_DEVICES",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_ENABLE_X64",
+    "JAX_PLATFORMS",
+    "LIBTPU_INIT_ARGS",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "OMP_NUM_THREADS",
+    "TFDS_DATA_DIR",
+    "XLA_FLAGS",
+)
+"""Variables of the environment that can change a result, and hold no secrets: no others are ever written down."""
+
+
+def environment(command: str | None) -> dict[str, Any]:
+    """Where a run happened, and the command that repeats it: `environment.json`."""
+    import platform
+
+    revision = commit()
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return {
+        "command": command,
+        "commit": revision,
+        "diff": "git.diff" if (revision or "").endswith("-dirty") else None,
+        "code_sha256": code_sha256(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "packages": dict(sorted(packages.items(), key=lambda entry: entry[0].lower())),
+    }
+
+
+def command_for(name: str, experiment: Experiment | Growth) -> str | None:
+    """What to type to run this again; None where it is not one of the registered experiments with fields replaced."""
+    if name not in EXPERIMENTS:
+        return None
+    registered = EXPERIMENTS.get(name)
+    if type(registered) is not type(experiment):
+        return None
+    known, wanted = assignments(registered), assignments(experiment)
+    for overrides in ([text for text in wanted if text not in known], wanted):
+        try:
+            if override(registered, overrides) == experiment:
+                return shlex.join(["python", "-m", "experiments", "run", name, *overrides])
+        except UserError:  # such as a field of an arm that is not registered
+            continue
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -107,21 +214,39 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries, "cnnlib": cnnlib.__version__}
 
 
+def code_sha256() -> str:
+    """SHA-256 of cnnlib's own sources, in the order of their names: what a result depends on, installed or in git."""
+    digest = hashlib.sha256()
+    folder = Path(cnnlib.__file__).parent
+    for path in sorted((*folder.glob("*.py"), *folder.glob("*.cc"))):
+        digest.update(f"{path.name}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about cnnlib's own checkout; None outside one, and without git."""
+    package = Path(cnnlib.__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
 def commit() -> str | None:
     """The commit of cnnlib's own checkout, with `-dirty` where tracked files differ from it; None outside git."""
-    package = Path(cnnlib.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git on this machine
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     # An installed copy may lie inside somebody else's checkout: only a tracked file tells that this one is ours.
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    revision = git("rev-parse", "HEAD")
+    revision = _git("rev-parse", "HEAD")
     if revision is None:
         return None
-    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return revision.strip() + (
+        "-dirty" if (_git("status", "--porcelain", "--untracked-files=no") or "").strip() else ""
+    )
+
+
+def diff() -> str:
+    """How tracked files of cnnlib's own checkout differ from its commit."""
+    return _git("diff", "HEAD") or ""

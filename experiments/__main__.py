@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | show NAME | run NAME | count WHAT`.
+"""The command line: `python -m experiments list | show NAME | run NAME | runs DIR | compare DIR DIR | count WHAT`.
 
 Nothing here imports JAX until an experiment is run. Whatever the user got wrong is one line on standard error and exit
 status 2; `--traceback` shows where it was noticed.
@@ -7,9 +7,11 @@ status 2; `--traceback` shows where it was noticed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -19,16 +21,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
+from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, lane_numbers, override, to_dict
 from cnnlib.cost import BYTES
-from cnnlib.errors import UserError
+from cnnlib.errors import Stopped, UserError
 from cnnlib.spec import FILTERS, shape_text
 
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...]",
-    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--traceback]",
+    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]",
+    "runs": "runs [DIR]",
+    "compare": "compare DIR DIR [DIR ...]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
@@ -53,13 +58,21 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--batch-size", metavar="N", type=int, default=128, help="for the bytes of a training step")
         parser.add_argument("--dtype", choices=sorted(BYTES), default="float32", help="for the bytes")
         parser.add_argument("--json", action="store_true", help="layers and total, for programs")
+    elif command == "runs":
+        parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="where to look (runs)")
+    elif command == "compare":
+        parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
         parser.add_argument("name", metavar="NAME", help=f"an experiment: {', '.join(EXPERIMENTS)}")
         parser.add_argument(
             "overrides", metavar="FIELD=VALUE", nargs="*", help="such as epochs=3; `show` prints them all"
         )
     if command == "run":
+        modes = ("auto", "online", "offline", "off")
+        parser.add_argument("--wandb", choices=modes, default="auto", help="a copy of the run in Weights & Biases")
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
+        parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
+        parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
     return parser
 
@@ -168,6 +181,21 @@ def command_count(options: argparse.Namespace) -> None:
         print(json.dumps({"experiment": what, "arms": summaries} if is_experiment else summaries[0], indent=2))
 
 
+def command_look(options: argparse.Namespace) -> None:
+    """Looks at the folders of runs; without JAX."""
+    from rich.console import Console
+
+    from cnnlib.overview import compare, print_runs
+
+    console = Console(highlight=False)
+    if "folder" in options:
+        print_runs(Path(options.folder), console)
+    elif len(options.folders) < 2:
+        raise UserError(f"compare needs two runs or more; usage: python -m experiments {COMMANDS['compare']}")
+    else:
+        compare([Path(folder) for folder in options.folders], console)
+
+
 def print_growth(results: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -181,8 +209,8 @@ def print_growth(results: dict[str, Any]) -> None:
 
 
 def command_growth(name: str, growth: Growth, out: Path) -> None:
+    from cnnlib.folder import GROWTH_FILES
     from cnnlib.growth import run_growth
-    from cnnlib.tracking import GROWTH_FILES
 
     results, earlier = run_growth(growth, name, out)
     if earlier is not None:
@@ -191,18 +219,36 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
     print(f"written to {out}: {', '.join(GROWTH_FILES)}")
 
 
-def command_run(name: str, experiment: Experiment, out: Path) -> None:
-    from cnnlib import report, tracking
+def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
+    from cnnlib.folder import RUN_FILES
+    from cnnlib.report import ReportWriter, print_results
     from cnnlib.run import run
     from cnnlib.terminal import RunConsole, watcher_for
+    from cnnlib.wandb_copy import WandbCopy, chosen_mode
+    from cnnlib.watcher import Notice, Watcher, Watchers
 
     console = RunConsole()
-    with watcher_for(console) as watcher:
-        results = run(experiment, name, out, watcher)
-    tracking.write_whole(out / "table.md", lambda path: path.write_text(report.markdown(results), encoding="utf-8"))
-    tracking.write_whole(out / "accuracy.png", lambda path: report.accuracy_figure(results, path))
-    report.print_results(results, console)
-    console.print(f"written to {out}: {', '.join(tracking.RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
+    with stopping.by_signal() as wish:
+        try:
+            with watcher_for(console) as shown, contextlib.ExitStack() as stack:
+                watchers: list[Watcher] = [shown, ReportWriter(out)]
+                mode, hint = chosen_mode(options.wandb)
+                if hint is not None:
+                    watchers.append(Notice(hint, shown.says))
+                if mode is not None:
+                    copy = WandbCopy(experiment, mode, shown.says)
+                    stack.push(lambda kind, *_: copy.close(0 if kind is None else 1))
+                    watchers.append(copy)
+                resume, force = options.resume, options.force
+                results = run(experiment, name, out, Watchers(watchers), resume=resume, force=force, stop=wish.is_made)
+        except Stopped as stopped:
+            command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
+            place = [] if options.out is None else ["--out", options.out]
+            print(f"{stopped}; go on with: {command} {shlex.join([*place, '--resume'])}", file=sys.stderr)
+            return 128 + wish.signal
+    print_results(results, console)
+    console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -219,8 +265,13 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if command == "run" and options.out == "":
             raise UserError("--out needs a folder")
+        if command == "run" and options.force and not options.resume:
+            raise UserError("--force has no meaning without --resume")
         if command == "count":
             command_count(options)
+            return 0
+        if command in ("runs", "compare"):
+            command_look(options)
             return 0
         experiment = override(EXPERIMENTS.get(options.name), options.overrides)
         if command == "show":
@@ -230,7 +281,7 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(experiment, Growth):
             command_growth(options.name, experiment, out)
         else:
-            command_run(options.name, experiment, out)
+            return command_run(options.name, experiment, out, options)
         return 0
     except Exception as error:
         if "--traceback" in arguments or isinstance(error, BrokenPipeError):

@@ -153,6 +153,8 @@ OWNERS = {
     "Optim": "optim",
     "Lanes": "lanes",
     "Arm": "arm",
+    "Checkpoint": "checkpoint",
+    "Wandb": "wandb",
     "Experiment": "experiment",
     "Growth": "growth",
 }

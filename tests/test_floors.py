@@ -5,20 +5,24 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache", "style", "tables"},
+    {"errors", "cache", "style", "tables", "watcher", "stopping"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives"},
     {"budget", "ops"},
     {"config"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence"},
-    {"resolve", "train", "tracking", "counting"},
-    {"programs"},
-    {"run", "report", "terminal", "growth"},
+    {"resolve", "train", "tracking", "counting", "checkpoint"},
+    {"programs", "folder", "report", "terminal", "wandb_worker"},
+    {"resume", "growth", "wandb_copy", "overview"},
+    {"arms"},
+    {"run"},
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
@@ -34,6 +38,12 @@ WITHOUT_JAX = {
     "data",
     "resolve",
     "tracking",
+    "folder",
+    "watcher",
+    "stopping",
+    "wandb_copy",
+    "overview",
+    "wandb_worker",
     "counting",
     "growth",
     "style",
@@ -80,5 +90,6 @@ def test_declarations_and_counts_do_without_jax():
             assert not heavy, f"{name} imports {heavy}"
 
 
-def test_only_one_file_knows_flax():
-    assert {name for name, path in files() if any(m.split(".")[0] == "flax" for m in imports(path))} == {"models"}
+@pytest.mark.parametrize(("library", "knows"), [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker")])
+def test_only_one_file_knows(library, knows):
+    assert {name for name, path in files() if any(m.split(".")[0] == library for m in imports(path))} == {knows}

@@ -44,7 +44,12 @@ def test_in_grey_a_thousand_squared_is_ten_to_the_twelve():
 
 def test_a_run_writes_what_it_says(run):
     results, out = run
-    assert {path.name for path in out.iterdir()} == {"config.json", "results.json", "table.md", "growth.png"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        "config.json",
+        "results.json",
+        "table.md",
+        "growth.png",
+    }
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert "| 32 | 9,437,184 | 82,944 | 82,944 |" in (out / "table.md").read_text()
     assert (out / "growth.png").read_bytes().startswith(b"\x89PNG")

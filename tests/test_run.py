@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from cnnlib import kernels, programs, report, tracking
+from cnnlib.arms import _headline, _settings
 from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict, lane_numbers
 from cnnlib.data import describe, load
 from cnnlib.errors import UserError
+from cnnlib.folder import RunFolder
 from cnnlib.programs import compile_programs
 from cnnlib.resolve import resolve
-from cnnlib.run import _headline, _settings, first_device, kernels_for, on_device, run
+from cnnlib.run import first_device, kernels_for, on_device, run
 from cnnlib.spec import parse_model
+from cnnlib.watcher import Watcher
 
 EXPERIMENT = Experiment(
     arms=(
@@ -40,7 +43,7 @@ def numbers_of(experiment):
     return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
 
 
-class Silent:
+class Silent(Watcher):
     """A watcher that remembers what it was told."""
 
     def __init__(self):
@@ -55,11 +58,11 @@ class Silent:
     def training_begins(self, *what):
         self.told.append(("trains", *what))
 
-    def epoch_ends(self, *what):
-        self.told.append(("epoch", *what))
+    def epoch_ends(self, report):
+        self.told.append(("epoch", report.arm, report.epoch))
 
-    def arm_ends(self, *what):
-        self.told.append(("ends", *what))
+    def arm_ends(self, name, result, epoch):
+        self.told.append(("ends", name, epoch))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +138,8 @@ def test_metrics_have_a_line_an_epoch_and_lane(finished):
 
 
 def test_each_program_of_an_arm_compiles_once(finished):
-    # initialise, epoch, validate, test: two arms, two epochs, four lanes; and a copy of the flags.
-    assert finished[3] == 2 * 4 + 1
+    # initialise, epoch, validate, test, snapshot: two arms, two epochs, four lanes; and a copy of the flags.
+    assert finished[3] == 2 * 5 + 1
 
 
 def test_the_watcher_is_told_in_order(finished):
@@ -206,8 +209,8 @@ def test_the_device_trains_the_next_epoch_while_the_sums_of_one_are_fetched(tmp_
     order = []
 
     class Watched(Silent):
-        def epoch_ends(self, name, epoch, *_):
-            order.append(f"told {epoch}")
+        def epoch_ends(self, report):
+            order.append(f"told {report.epoch}")
 
     def compiled(*arguments):
         made = compile_programs(*arguments)
@@ -395,22 +398,27 @@ def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
         kernels_for(arms[:1], jax.devices()[0], silent)  # although full nets run on neither
 
 
+def make_room(path):
+    with RunFolder(path) as held:
+        return held.make_room()
+
+
 def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path):
     (tmp_path / "results.json").write_text("old")
     (tmp_path / "mine.txt").write_text("not ours")
-    place = tracking.open_folder(tmp_path)
+    place = make_room(tmp_path)
     assert place is not None and (tmp_path / "earlier").is_dir()
     (kept,) = (tmp_path / "earlier").rglob("results.json")
     assert kept.read_text() == "old" and not (tmp_path / "results.json").exists()
     assert (tmp_path / "mine.txt").read_text() == "not ours"
     (tmp_path / "results.json").write_text("newer")
-    tracking.open_folder(tmp_path)
+    make_room(tmp_path)
     assert sorted(path.read_text() for path in (tmp_path / "earlier").rglob("results.json")) == ["newer", "old"]
 
 
 def test_a_link_that_leads_nowhere_is_moved_aside(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "gone" / "file")
-    assert tracking.open_folder(tmp_path) is not None
+    assert make_room(tmp_path) is not None
     assert not (tmp_path / "metrics.jsonl").is_symlink()
 
 
@@ -436,7 +444,7 @@ def test_metrics_say_what_results_say_of_a_lane_that_blows_up_in_its_last_step(t
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        tracking.open_folder(tmp_path / "file" / "run")
+        make_room(tmp_path / "file" / "run")
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one_and_no_trace(tmp_path):

@@ -1,0 +1,235 @@
+"""Checkpoints of an arm while it trains, and the fingerprint of what it has learned; the only file that knows Orbax.
+
+A checkpoint holds the state of all lanes as one matrix of 32-bit words, a row a lane, and a part in JSON that says what
+lies where in a row. One matrix, since Orbax takes as long for 30 small arrays as for 20 MB; by rows, since lanes are
+what may be spread over devices. It is data: nothing that is read is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped, UInt32
+
+from cnnlib.errors import UserError
+
+STATE, WORDS = "state", "words"
+PROGRESS = "progress"
+
+
+class Snapshot(NamedTuple):
+    """The state of all lanes, apart from the arrays that the next epoch overwrites."""
+
+    words: UInt32[Array, "lane word"]
+    checksums: UInt32[Array, " lane"]
+    """Of each row, since no format of Orbax notices a number that has changed on the disk."""
+
+
+class Leaf(NamedTuple):
+    """Where an array of one lane lies in its row."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    words: int
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every array of a tree with its path, such as `parameters/layer_0/kernel`, in JAX's order."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys), leaf
+
+
+def layout(tree: Any) -> list[Leaf]:
+    """Where each leaf of a tree of arrays (or of their shapes) with a leading lane axis lies in the rows."""
+    found: list[Leaf] = []
+    offset = 0
+    for path, leaf in leaves(tree):
+        dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape[1:])
+        words = math.prod(shape) * max(1, dtype.itemsize // 4)
+        found.append(Leaf(path, dtype.name, shape, offset, words))
+        offset += words
+    return found
+
+
+def snapshot(tree: Any) -> Snapshot:
+    """The rows of a tree of arrays with a leading lane axis, copied, with their checksums. To be compiled.
+
+    Numbers of 4 or 8 bytes are cut into words, a truth value is one.
+    """
+    rows = [words_of(leaf.reshape(leaf.shape[0], -1)) for _, leaf in leaves(tree)]
+    words = jnp.concatenate(rows, axis=1)
+    return Snapshot(words, checksum(words))
+
+
+def words_of(rows: Shaped[Array, "lane number"]) -> UInt32[Array, "lane word"]:
+    """The bits of the numbers."""
+    if rows.dtype == bool:
+        return rows.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(rows, jnp.uint32).reshape(rows.shape[0], -1)
+
+
+def checksum(words: UInt32[Array, "lane word"]) -> UInt32[Array, " lane"]:
+    """The sum of a row's words times 1, 3, 5 ..., modulo 2^32: odd factors, so the change of a word always shows."""
+    factors = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1
+    return (words * factors[None]).sum(axis=1, dtype=jnp.uint32)
+
+
+def checksums_of(words: np.ndarray) -> list[int]:
+    """`checksum`, of rows on the host."""
+    factors = 2 * np.arange(words.shape[1], dtype=np.uint32) + np.uint32(1)
+    return [int((row * factors).sum(dtype=np.uint32)) for row in words]
+
+
+def restored(words: np.ndarray, like: Any) -> Any:
+    """The tree, shaped as `like` (arrays or their shapes, with a leading lane axis), that the rows were taken of."""
+    arrays = []
+    for leaf in layout(like):
+        row = np.ascontiguousarray(words[:, leaf.offset : leaf.offset + leaf.words])
+        numbers = row.astype(bool) if leaf.dtype == "bool" else row.view(leaf.dtype)
+        arrays.append(numbers.reshape(-1, *leaf.shape))
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def sha256(parameters: Any) -> str:
+    """The fingerprint of a model's parameters.
+
+    SHA-256 over all leaves in the alphabetical order of their paths (`layer_0/bias` before `layer_0/kernel`). Of each,
+    a line in UTF-8, `PATH DTYPE SHAPE` with the shape as `5x5x1x6`, and its newline; then the numbers as they lie in
+    memory, little endian, the last axis fastest.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(leaves(parameters)):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.dtype.name} {'x'.join(map(str, array.shape))}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+class Unreadable(Exception):
+    """A checkpoint that is not whole, or not of this arm."""
+
+
+class Checkpoints:
+    """The checkpoints of one arm, by the number of epochs that they follow. Saving goes on in the background.
+
+    Raises UserError for what cannot be written; checkpoints that were whole before stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        import orbax.checkpoint as orbax
+
+        # What Orbax tells of its own doings is no news for the user, and its warnings are our errors.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._orbax, self._folder = orbax, folder
+        self.best: int | None = None
+        """The epoch whose checkpoint stays whatever its age."""
+        try:
+            self._manager = orbax.CheckpointManager(
+                folder.absolute(),
+                options=orbax.CheckpointManagerOptions(
+                    preservation_policy=_LatestAndBest(keep, self),
+                    cleanup_tmp_directories=True,
+                    save_root_metadata=False,
+                ),
+                item_handlers={
+                    # Weights do not compress, and a file a matrix is what is cheapest to write.
+                    STATE: orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
+                    PROGRESS: orbax.JsonCheckpointHandler(),
+                },
+            )
+        except Exception as error:
+            raise self._cannot("keep checkpoints in", error) from error
+
+    def epochs(self) -> list[int]:
+        """The epochs that have a checkpoint, as they grow."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return bool(self._manager.is_saving_in_progress())
+
+    def save(self, epoch: int, taken: Snapshot, progress: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; older ones go as soon as it is whole."""
+        words, checksums = jax.device_get(taken)
+        progress = {**progress, "checksums": checksums.tolist()}
+        args = self._orbax.args
+        try:
+            self._manager.save(
+                epoch,
+                args=args.Composite(**{STATE: args.PyTreeSave({WORDS: words}), PROGRESS: args.JsonSave(progress)}),
+                force=True,
+            )
+        except Exception as error:
+            raise self._cannot("write a checkpoint to", error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._cannot("write a checkpoint to", error) from error
+
+    def progress(self, epoch: int) -> dict[str, Any]:
+        """The JSON part of a checkpoint; raises Unreadable."""
+        args = self._orbax.args
+        try:
+            found = self._manager.restore(epoch, args=args.Composite(**{PROGRESS: args.JsonRestore()}))[PROGRESS]
+        except Exception as error:
+            raise Unreadable(_first_line(error)) from error
+        if not isinstance(found, dict):
+            raise Unreadable(f"its {PROGRESS} is no object")
+        return found
+
+    def words(self, epoch: int, shape: tuple[int, int]) -> np.ndarray:
+        """The rows of a checkpoint, which must be as many and as long; raises Unreadable."""
+        args = self._orbax.args
+        try:
+            # Looked at before anything is read: a damaged file may ask for any amount of memory.
+            known = dict(self._manager.item_metadata(epoch)[STATE])
+            found = {name: (tuple(entry.shape), np.dtype(entry.dtype).name) for name, entry in known.items()}
+            if found == {WORDS: (shape, "uint32")}:
+                as_numpy = {WORDS: self._orbax.RestoreArgs(restore_type=np.ndarray)}
+                wanted = args.Composite(**{STATE: args.PyTreeRestore(restore_args=as_numpy)})
+                return np.asarray(self._manager.restore(epoch, args=wanted)[STATE][WORDS])
+        except Exception as error:
+            raise Unreadable(_first_line(error)) from error
+        raise Unreadable(f"it holds {found}, expected {WORDS} {shape}")
+
+    def forget(self) -> None:
+        """Looks at the folder again, in which checkpoints have been moved away."""
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written, and stops the threads that write."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._cannot("write a checkpoint to", error) from error
+
+    def _cannot(self, do: str, error: Exception) -> UserError:
+        return UserError(f"cannot {do} {self._folder}: {_first_line(error)}")
+
+
+class _LatestAndBest:
+    """Orbax's question, which checkpoints stay, answered with the newest and the best."""
+
+    def __init__(self, latest: int, checkpoints: Checkpoints) -> None:
+        self._latest, self._checkpoints = latest, checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        newest = sorted(checkpoint.step for checkpoint in checkpoints)[-self._latest :]
+        return [c.step in newest or c.step == self._checkpoints.best for c in checkpoints]
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]

@@ -1,0 +1,186 @@
+"""The folder of a run: one writer at a time, room made for a new run, and the record of how its sessions went.
+
+A session is one process that trained the run: the first one, and one for each time that it was resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cnnlib import tracking
+from cnnlib.errors import UserError
+
+RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "results.json", "table.md", "accuracy.png")
+GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
+RECORD = "run.json"
+ARMS, CHECKPOINTS, UNREADABLE = "arms", "checkpoints", "unreadable"
+OURS = dict.fromkeys((*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, UNREADABLE, "wandb"))
+"""Everything that a run may leave in its folder, beside its lock and `earlier`."""
+LOCK = ".lock"
+STATES = ("running", "finished", "interrupted", "failed")
+
+
+def check(folder: Path) -> None:
+    """Raises UserError where a run's folder cannot be made or written, or has a run that goes on; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    with tracking.cannot_write(folder), tempfile.TemporaryFile(dir=there):
+        pass
+    if is_locked(folder):
+        raise UserError(_in_use(folder))
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a live process writes to the folder."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # no lock, no run
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _in_use(folder: Path) -> str:
+    record = read_json(folder / RECORD)
+    sessions = record.get("sessions") if isinstance(record, dict) else None
+    last = sessions[-1] if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict) else {}
+    who = f" (process {last['pid']} on {last.get('host')})" if "pid" in last else ""
+    return f"a run is going on in {folder}{who}; wait for its end, or give another folder with --out"
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; None where it does not exist or holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path`, which must lie in the folder of the run with all links followed; raises UserError otherwise."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} leads out of {folder}: nothing there is read or written")
+    return path
+
+
+class RunFolder:
+    """A run's folder, held by this process until it is closed or the process ends, in whatever way."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the folder; raises UserError where another process has it, or it cannot be written."""
+        self.path = path
+        self.record: dict[str, Any] = {}
+        with tracking.cannot_write(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        # The system gives the lock back when its holder dies. Somebody who only looks holds it for a moment.
+        for attempt in range(20):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if attempt < 19:
+                    time.sleep(0.05)
+            except OSError as error:
+                os.close(self._lock)
+                raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
+        os.close(self._lock)
+        raise UserError(_in_use(path))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def make_room(self) -> str | None:
+        """Moves the files of an earlier run to `earlier/TIME/`, TIME being when it began; returns where that is."""
+        folder = self.path
+        with tracking.cannot_write(folder):
+            # lexists and lstat: a link that leads nowhere is in the way as well
+            old = [folder / name for name in OURS if os.path.lexists(folder / name)]
+            if not old:
+                return None
+            began = min(path.lstat().st_mtime for path in old)
+            stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(began))
+            inside(folder, folder / "earlier")
+            place = folder / "earlier" / stamp
+            number = 1
+            while place.exists():
+                number += 1
+                place = folder / "earlier" / f"{stamp}-{number}"
+            place.mkdir(parents=True)
+            for path in old:
+                path.rename(place / path.name)
+            return str(place)
+
+    def begin_session(self, record: dict[str, Any]) -> None:
+        """Writes down that this process trains the run; `record` is what is known of the run."""
+        began = {"began": tracking.now(), "host": socket.gethostname(), "pid": os.getpid(), "state": "running"}
+        sessions = [*self.record.get("sessions", []), began]
+        self.record = {"id": secrets.token_hex(4), **self.record, **record, "sessions": sessions}
+        self._write()
+
+    def end_session(self, state: str, message: str | None = None) -> None:
+        """Writes down how it ended: finished, interrupted or failed."""
+        if self.record:
+            self.record["sessions"][-1] |= {"ended": tracking.now(), "state": state, "message": message}
+            # A full disk may be what the session failed of; the next one finds that it did not end.
+            with contextlib.suppress(UserError) if state != "finished" else contextlib.nullcontext():
+                self._write()
+
+    def _write(self) -> None:
+        tracking.write_whole(self / RECORD, lambda path: path.write_text(tracking.to_json(self.record)))
+
+    def read_record(self) -> bool:
+        """Reads what earlier sessions wrote down; False where there is nothing that can be read."""
+        found = read_json(self / RECORD)
+        if not isinstance(found, dict) or not is_record(found):
+            return False
+        self.record = found
+        return True
+
+
+def is_record(found: dict[str, Any]) -> bool:
+    """Whether this is what `begin_session` writes."""
+    sessions = found.get("sessions")
+    return (
+        isinstance(found.get("id"), str)
+        and 1 <= len(found["id"]) <= 32
+        and found["id"].isalnum()
+        and isinstance(found.get("identity"), dict)
+        and isinstance(found.get("experiment"), str)
+        and isinstance(sessions, list)
+        and len(sessions) > 0
+        and all(isinstance(session, dict) and session.get("state") in STATES for session in sessions)
+    )
+
+
+def state(folder: Path) -> str:
+    """How the run of a folder stands: running, finished, interrupted or failed."""
+    if is_locked(folder):
+        return "running"
+    record = read_json(folder / RECORD)
+    if not isinstance(record, dict) or not is_record(record):
+        return "finished" if (folder / "results.json").exists() else "interrupted"
+    last: str = record["sessions"][-1]["state"]
+    return "interrupted" if last == "running" else last

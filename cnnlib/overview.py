@@ -1,0 +1,210 @@
+"""Runs seen from outside: which ones there are and how they stand, and several side by side; without JAX.
+
+Folders may be anybody's: what is in them is looked at before it is believed, and never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cnnlib import folder
+from cnnlib.config import flat
+from cnnlib.errors import UserError
+from cnnlib.report import accuracy_text
+from cnnlib.tables import print_table
+from cnnlib.tracking import read_json_lines
+
+COLUMNS = ("run", "state", "began", "done", "result")
+MARKS = (folder.RECORD, "results.json")
+"""A folder with one of these holds a run."""
+
+
+def found_runs(place: Path) -> list[Path]:
+    """The folders of runs in a folder, however deep, but not those that were moved aside; raises UserError for none."""
+    if not place.is_dir():
+        raise UserError(f"there is no folder {place}")
+    found = []
+    for root, folders, files in os.walk(place):
+        if any(mark in files for mark in MARKS):
+            found.append(Path(root))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if name != "earlier" and not name.startswith("."))
+    if not found:
+        raise UserError(f"there are no runs in {place}")
+    return found
+
+
+def print_runs(place: Path, console: Console) -> None:
+    """A line a run: state, progress, and what it came to so far."""
+    print_table(console, COLUMNS, [described(run, place) for run in found_runs(place)], left=5)
+
+
+def described(run: Path, place: Path) -> tuple[str, ...]:
+    """The cells of a run."""
+    record, config = (_object(folder.read_json(run / name)) for name in (folder.RECORD, "config.json"))
+    sessions = [session for session in _list(record.get("sessions")) if isinstance(session, dict)]
+    name = str(run.relative_to(place)) if run != place else str(run)
+    experiment = _text(config.get("experiment")) or _text(record.get("experiment"))
+    began = _text(sessions[0].get("began"))[:16].replace("T", " ") if sessions else ""
+    lines = read_json_lines(run / "metrics.jsonl")
+    state, results = folder.state(run), folder.read_json(run / "results.json")
+    if state == "failed" and sessions:
+        result = _text(sessions[-1].get("message"))
+    elif is_results(results):
+        result = headline(results)
+    else:
+        result = so_far(lines, config)
+    shown = name if not experiment or experiment in name else f"{name} ({experiment})"
+    return (shown, state, began or "-", progress(lines, config), result or "-")
+
+
+def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+    """`58 %` of the epochs of all arms."""
+    arms, epochs = _list(config.get("arms")), config.get("epochs")
+    if not isinstance(epochs, int) or epochs < 1 or not arms:
+        return "-"
+    done = {(line.get("arm"), line.get("epoch")) for line in lines if isinstance(line.get("epoch"), int)}
+    return f"{100 * len(done) // (len(arms) * epochs)} %"
+
+
+def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+    """`lenet5 9/12, validation 96.96 %`: how far the latest arm is, and its mean over the lanes."""
+    if not lines:
+        return ""
+    arm, epoch = (lines[-1].get(key) for key in ("arm", "epoch"))
+    last = [line for line in lines if (line.get("arm"), line.get("epoch")) == (arm, epoch)]
+    values = [line["validation_accuracy"] for line in last if _is_number(line.get("validation_accuracy"))]
+    mean = f", validation {100 * sum(values) / len(values):.2f} %" if values else ""
+    return f"{arm} {epoch}/{config.get('epochs')}{mean}"
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The arm of the highest mean test accuracy, and that accuracy."""
+    rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
+    if not rated:
+        return ""
+    best = max(rated, key=lambda arm: float(arm["test_accuracy"]["mean"]))
+    return f"{best['name']} {accuracy_text(best['test_accuracy'])}"
+
+
+def compare(runs: Sequence[Path], console: Console) -> None:
+    """Sets finished runs side by side: test accuracy and time of each arm, and the fields in which they differ.
+
+    Raises UserError for a folder without results.
+    """
+    names = labels(runs)
+    found = []
+    for run in runs:
+        results = folder.read_json(run / "results.json")
+        if not is_results(results):
+            raise UserError(
+                f"there are no results in {run}: its run is {folder.state(run) if run.is_dir() else 'not there'}"
+            )
+        found.append(results)
+    arms = dict.fromkeys(arm["name"] for results in found for arm in results["arms"])
+    rows = []
+    for name in arms:
+        for label, results in zip(names, found, strict=True):
+            for arm in results["arms"]:
+                if arm["name"] == name:
+                    accuracy, seconds = arm["test_accuracy"], arm["train_seconds_per_lane"]
+                    counts = (f"{arm['parameters']:,}", f"{arm['macs']:,}")
+                    rows.append((name, label, *counts, accuracy_text(accuracy), str(accuracy["n"]), f"{seconds:.2f}"))
+    columns = ("arm", "run", "parameters", "multiply-adds", "test accuracy %, 95 % interval", "n", "seconds a lane")
+    headers = {"multiply-adds": "multiply-\nadds", "test accuracy %, 95 % interval": "test accuracy %,\n95 % interval"}
+    headers |= {"parameters": "para-\nmeters", "seconds a lane": "s /\nlane"}
+    print_table(console, columns, rows, left=2, headers=headers, padding=0)
+    for text in (*disagreements(names, found), *fingerprints(found)):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    for length in range(1, max(len(run.absolute().parts) for run in runs) + 1):
+        names = [str(Path(*run.absolute().parts[-length:])) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"compare needs different runs, not {', '.join(map(str, runs))}")
+
+
+def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each field that is not the same in all runs, versions and device included."""
+    described = [
+        flat(results["config"])
+        | {key: results.get(key) for key in ("experiment", "commit")}
+        | {f"data.{key}": value for key, value in _object(results.get("data")).items()}
+        | _object(results.get("versions"))
+        | {f"device.{key}": value for key, value in _object(results.get("device")).items()}
+        | {"resumed": len(_list(results.get("resumed")))}
+        for results in found
+    ]
+    lines = []
+    for field in dict.fromkeys(field for one in described for field in one):
+        values = [one.get(field) for one in described]
+        if any(value != values[0] for value in values):
+            lines.append(f"{field}: " + ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True)))
+    return lines
+
+
+def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether all runs ended with the same parameters, where they had the same arms and lanes."""
+    sums = [
+        {
+            arm["name"]: [_object(lane).get("parameters_sha256") for lane in _list(arm.get("lanes"))]
+            for arm in results["arms"]
+        }
+        for results in found
+    ]
+    if any(one.keys() != sums[0].keys() for one in sums) or None in (
+        s for one in sums for arm in one.values() for s in arm
+    ):
+        return []
+    equal = [name for name in sums[0] if all(one[name] == sums[0][name] for one in sums)]
+    if len(equal) == len(sums[0]):
+        return ["the parameters of every lane are the same, bit for bit"]
+    return [f"the same parameters, bit for bit: {', '.join(equal)}"] if equal else ["no arm has the same parameters"]
+
+
+def is_results(found: Any) -> bool:
+    """Whether this is what a run that trained writes as `results.json`, as far as it is shown here."""
+    arms = found.get("arms") if isinstance(found, dict) else None
+    if not isinstance(arms, list) or not isinstance(found.get("config"), dict) or not arms:
+        return False
+    return all(isinstance(arm, dict) and _is_arm(arm) for arm in arms)
+
+
+def _is_arm(arm: dict[str, Any]) -> bool:
+    accuracy = _object(arm.get("test_accuracy"))
+    interval = accuracy.get("ci95")
+    return (
+        isinstance(arm.get("name"), str)
+        and all(isinstance(arm.get(count), int) for count in ("parameters", "macs"))
+        and _is_number(arm.get("train_seconds_per_lane"))
+        and isinstance(accuracy.get("n"), int)
+        and (accuracy.get("mean") is None or _is_number(accuracy["mean"]))
+        and isinstance(interval, list)
+        and len(interval) == 2
+        and (interval[0] is None) == (interval[1] is None)
+        and all(end is None or _is_number(end) for end in interval)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,270 @@
+"""What an interrupted run left behind, and whether going on with it gives what it would have given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cnnlib import checkpoint, kernels, tracking
+from cnnlib.checkpoint import Checkpoints, Unreadable
+from cnnlib.config import Experiment, LaneNumbers, flat, lane_numbers, to_dict
+from cnnlib.data import DataSet
+from cnnlib.errors import UserError
+from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json
+from cnnlib.resolve import ResolvedArm
+
+Says = Callable[[str], None]
+NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir")
+"""Fields that may change between sessions without a word."""
+
+
+def identity(name: str, experiment: Experiment, device: jax.Device, cpu_kernels: str) -> dict[str, Any]:
+    """What two sessions must share for their numbers to be those of one."""
+    return {
+        "experiment": name,
+        "config": flat(to_dict(experiment)),
+        "code_sha256": tracking.code_sha256(),
+        "versions": {**tracking.versions(), "numpy": np.__version__},
+        "device": {"platform": device.platform, "kind": device.device_kind, "kernels": cpu_kernels},
+        "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count()},
+    }
+
+
+def fingerprint(data_set: DataSet) -> str:
+    """SHA-256 over all examples and classes of all splits."""
+    digest = hashlib.sha256()
+    for split in (data_set.train, data_set.validation, data_set.test):
+        for array in split:
+            digest.update(f"{array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data if array.size else b"")
+    return digest.hexdigest()
+
+
+class Differences(NamedTuple):
+    """What has changed since the run began, in words."""
+
+    refused: list[str]
+    """Results would be of two kinds of runs."""
+    told: list[str]
+    """Results agree to rounding, but perhaps not to the last bit."""
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
+    """What tells two identities apart."""
+    refused: list[str] = []
+    told: list[str] = []
+    old, new = (_part(side, "config") for side in (before, after))
+    for field in dict.fromkeys((*old, *new)):
+        if old.get(field) != new.get(field) and not field.startswith(NEVER_IN_THE_NUMBERS):
+            text = f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}"
+            (told if field == "lanes.at_a_time" else refused).append(text)
+    for part in ("experiment", "code_sha256", "data_sha256"):
+        if before.get(part) != after.get(part):
+            what = {"experiment": "the experiment", "code_sha256": "cnnlib's code", "data_sha256": "the data"}[part]
+            refused.append(f"{what} was {_short(before.get(part), 12)}, is {_short(after.get(part), 12)}")
+    for part, where in (("versions", refused), ("device", refused), ("machine", told)):
+        old, new = (_part(side, part) for side in (before, after))
+        for name in dict.fromkeys((*old, *new)):
+            if old.get(name) != new.get(name):
+                text = f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+                (told if name == "python" else where).append(text)
+    return Differences(refused, told)
+
+
+def _part(identity: dict[str, Any], name: str) -> dict[str, Any]:
+    found = identity.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _short(value: Any, length: int = 60) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= length else text[:length] + "..."
+
+
+class FinishedArm(NamedTuple):
+    """An arm that is not run again."""
+
+    result: dict[str, Any]
+    lines: list[dict[str, Any]]
+    wall_seconds: float
+
+
+LANE_KEYS = {*LaneNumbers._fields, "test_accuracy", "test_loss", "status", "epochs", "parameters_sha256"}
+ARM_KEYS = {"name", "connectivity", "model", "parameters", "connections", "macs", "match", "start", "chosen_setting"}
+ARM_KEYS |= {"compile_seconds", "lanes_at_a_time", "train_seconds_per_lane", "test_accuracy", "settings", "lanes"}
+
+
+def write_arm(folder: RunFolder, finished: FinishedArm) -> None:
+    """Keeps what a finished arm came to, with a sum that tells whether it is whole."""
+    content = {**finished._asdict(), "sha256": _sum_of(finished)}
+    place = inside(folder.path, folder / ARMS)
+    with tracking.cannot_write(place):
+        place.mkdir(exist_ok=True)
+    path = place / f"{finished.result['name']}.json"
+    tracking.write_whole(path, lambda beside: beside.write_text(tracking.to_json(content), encoding="utf-8"))
+
+
+def read_arm(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> FinishedArm | None:
+    """What an arm came to, if it finished and the file is whole."""
+    found = read_json(inside(folder.path, folder / ARMS / f"{arm.name}.json"))
+    if not isinstance(found, dict) or found.keys() != {*FinishedArm._fields, "sha256"}:
+        return None
+    finished = FinishedArm(found["result"], found["lines"], found["wall_seconds"])
+    result = finished.result
+    is_ours = (
+        isinstance(result, dict)
+        and result.keys() >= ARM_KEYS
+        and result["name"] == arm.name
+        and result["model"] == str(arm.model)
+        and isinstance(result["lanes"], list)
+        and len(result["lanes"]) == len(lane_numbers(experiment))
+        and all(isinstance(lane, dict) and lane.keys() >= LANE_KEYS for lane in result["lanes"])
+        and isinstance(finished.lines, list)
+        and all(isinstance(line, dict) for line in finished.lines)
+        and _is_number(finished.wall_seconds)
+    )
+    return finished if is_ours and found["sha256"] == _sum_of(finished) else None
+
+
+def _sum_of(finished: FinishedArm) -> str:
+    return hashlib.sha256(json.dumps(tracking.plain(finished._asdict()), sort_keys=True).encode()).hexdigest()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Progress(NamedTuple):
+    """The JSON part of a checkpoint: what an arm has come to, beside its state."""
+
+    arm: str
+    epoch: int
+    lanes: list[list[float]]
+    """The numbers of each lane, in the order of `LaneNumbers`. Keys and the order of the data follow from a lane's seed
+    and its number of finished epochs, which is part of its state; the keys are in the state as well, to be compared."""
+    layout: list[list[Any]]
+    """Path, type, shape, first word and number of words of each array in a row."""
+    lanes_at_a_time: int
+    lines: list[dict[str, Any]]
+    """Of this arm, as `metrics.jsonl` has them."""
+    best: list[float] | None
+    """The epoch of the highest mean validation accuracy so far, and that accuracy."""
+    train_seconds: float
+    wall_seconds: float
+    """Of the whole run, all sessions together. Arms that are finished are kept apart, in `arms/`."""
+
+
+class InFlight(NamedTuple):
+    """An arm's state as a checkpoint has it."""
+
+    progress: Progress
+    words: np.ndarray
+    checksums: list[int]
+
+
+class Left(NamedTuple):
+    """What earlier sessions left behind: by the name of the arm."""
+
+    finished: dict[str, FinishedArm]
+    in_flight: dict[str, InFlight]
+    checkpoints: dict[str, Checkpoints]
+
+    def lines(self, arms: tuple[ResolvedArm, ...]) -> list[dict[str, Any]]:
+        """Of `metrics.jsonl`, as far as they are not to be written again."""
+        known = {name: arm.lines for name, arm in self.finished.items()}
+        known |= {name: arm.progress.lines for name, arm in self.in_flight.items()}
+        return [line for arm in arms for line in known.get(arm.name, [])]
+
+    @property
+    def seconds(self) -> float:
+        """That the sessions took, up to what is kept of them."""
+        finished = [arm.wall_seconds for arm in self.finished.values()]
+        in_flight = [arm.progress.wall_seconds for arm in self.in_flight.values()]
+        return float(max((*finished, *in_flight), default=0.0))
+
+
+def checkpoints_of(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> Checkpoints:
+    """The arm's checkpoints, in `checkpoints/ARM/`; raises UserError for a link that leads out of the run's folder."""
+    place = folder / CHECKPOINTS / arm.name
+    inside(folder.path, place)
+    if place.is_dir():
+        for path in place.iterdir():
+            inside(folder.path, path)
+    return Checkpoints(place, experiment.checkpoint.keep)
+
+
+def latest(
+    folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: Any, kept: Checkpoints, says: Says
+) -> InFlight | None:
+    """The newest checkpoint of an arm that can be read, or None; the user is told of those that cannot.
+
+    Those are moved to `unreadable/`. `states` are the shapes of the arm's state, keys included.
+    """
+    wanted = checkpoint.layout(states)
+    shape = (len(lane_numbers(experiment)), sum(leaf.words for leaf in wanted))
+    for epoch in reversed(kept.epochs()):
+        try:
+            return read_checkpoint(experiment, arm, kept, epoch, [list(leaf) for leaf in wanted], shape)
+        except Unreadable as error:
+            place = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now().replace(':', '-')}"
+            says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {place}")
+            with tracking.cannot_write(place):
+                place.parent.mkdir(exist_ok=True)
+                (folder / CHECKPOINTS / arm.name / str(epoch)).rename(place)
+            kept.forget()
+    return None
+
+
+def read_checkpoint(
+    experiment: Experiment,
+    arm: ResolvedArm,
+    kept: Checkpoints,
+    epoch: int,
+    wanted: list[list[Any]],
+    shape: tuple[int, int],
+) -> InFlight:
+    """One checkpoint, looked at before it is believed; raises Unreadable."""
+    found = kept.progress(epoch)
+    checksums = found.pop("checksums", None)
+    if found.keys() != set(Progress._fields):
+        raise Unreadable(f"it has the fields {', '.join(map(str, found))}")
+    progress = Progress(**found)
+    lanes = [[float(number) for number in lane] for lane in lane_numbers(experiment)]
+    # As JSON gives a layout back, tuples are lists.
+    wanted = json.loads(json.dumps(wanted))
+    expected = {"arm": arm.name, "epoch": epoch, "lanes": lanes, "layout": wanted}
+    for name, value in expected.items():
+        if found[name] != value:
+            raise Unreadable(f"its {name} is not that of this run")
+    is_whole = (
+        isinstance(checksums, list)
+        and isinstance(progress.lanes_at_a_time, int)
+        and progress.lanes_at_a_time >= 1
+        and isinstance(progress.lines, list)
+        and all(isinstance(line, dict) for line in progress.lines)
+        and _is_number(progress.train_seconds)
+        and _is_number(progress.wall_seconds)
+        and (progress.best is None or (isinstance(progress.best, list) and all(map(_is_number, progress.best))))
+        and len(progress.best or (0, 0)) == 2
+    )
+    if not is_whole:
+        raise Unreadable("its progress is not whole")
+    words = kept.words(epoch, shape)
+    if checkpoint.checksums_of(words) != checksums:
+        raise Unreadable("its numbers are not those that were written")
+    return InFlight(progress, words, checksums)
+
+
+def refusal(folder: Path, found: Differences) -> UserError:
+    """The one line that says why a run is not resumed."""
+    return UserError(
+        f"the run in {folder} cannot be resumed to the same numbers: {'; '.join(found.refused)}; --force goes on with "
+        f"it all the same, and the results say so; without --resume it is moved aside and a new one begins"
+    )
