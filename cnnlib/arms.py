@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnnlib import tracking
-from cnnlib.checkpoint import Checkpoints, Snapshot, layout, restored, sha256
+from cnnlib.checkpoint import Snapshot, layout, restored, sha256
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
 from cnnlib.programs import Programs, size_text
 from cnnlib.resolve import ResolvedArm
-from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_of, write_arm
+from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
-from cnnlib.train import Examples, State, Sums
+from cnnlib.train import Examples, Keys, State, Sums
 from cnnlib.watcher import EpochReport, Watcher
+from cnnlib.writer import Job, Writer
 
 
 class Training(NamedTuple):
@@ -39,6 +40,15 @@ class Training(NamedTuple):
     stop: Callable[[], bool]
     seconds: Callable[[], float]
     """That the run has taken so far, all sessions together."""
+    writer: Writer | None
+    """None where there are to be no checkpoints."""
+    unwritten: list[FinishedArm]
+    """Arms whose last checkpoint is still being written."""
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether there is to be a checkpoint after an epoch that is not the last."""
+        every, share = self.experiment.checkpoint.every, self.experiment.checkpoint.share
+        return every > 0 and epoch % every == 0 and self.writer is not None and (share == 1.0 or self.writer.is_ready())
 
 
 def train_arm(
@@ -50,14 +60,20 @@ def train_arm(
         return before
     own, in_flight = programs[arm.name], left.in_flight.get(arm.name)
     with memory_errors(arm, own):
-        kept = left.checkpoints.get(arm.name)
-        if kept is None and training.experiment.checkpoint.every:
-            kept = checkpoints_of(training.folder, training.experiment, arm)
-        with contextlib.closing(kept) if kept is not None else contextlib.nullcontext():
-            finished = run_arm(training, arm, own, in_flight, kept, metrics)
-    write_arm(training.folder, finished)
+        finished = run_arm(training, arm, own, in_flight, metrics)
+    training.unwritten.append(finished)
+    write_finished(training)
     training.watcher.arm_ends(arm.name, finished.result, in_flight.progress.epoch if in_flight else 0)
     return finished
+
+
+def write_finished(training: Training) -> None:
+    """Keeps what arms came to whose last checkpoint is on the disk, so that one is never there without the other."""
+    writer, epochs = training.writer, training.experiment.epochs
+    for finished in list(training.unwritten):
+        if writer is None or writer.has_written(checkpoints_folder(training.folder, finished.result["name"]), epochs):
+            write_arm(training.folder, finished)
+            training.unwritten.remove(finished)
 
 
 @contextlib.contextmanager
@@ -94,16 +110,14 @@ def run_arm(
     arm: ResolvedArm,
     programs: Programs,
     in_flight: InFlight | None,
-    kept: Checkpoints | None,
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
     experiment, numbers, splits = training.experiment, training.numbers, training.splits
     lanes, so_far = lane_numbers(experiment), SoFar()
-    if in_flight is None:
-        states = programs.initialize(numbers)
-    else:
-        states = put_back(arm, programs, numbers, in_flight)
+    states, keys = programs.initialize(numbers)
+    if in_flight is not None:
+        states = put_back(arm, programs, keys, in_flight)
         known = in_flight.progress
         so_far = SoFar(known.epoch, list(known.lines), known.best, known.train_seconds)
     training.watcher.training_begins(arm.name, so_far.epoch)
@@ -115,8 +129,8 @@ def run_arm(
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
         states, sums = programs.epoch(states, numbers, splits["train"])
         validated = programs.validate and programs.validate(states.parameters, splits["validation"])
-        is_due = kept is not None and (epoch % experiment.checkpoint.every == 0 or epoch == experiment.epochs)
-        taken = programs.snapshot(states, numbers) if is_due else None
+        is_due = epoch == experiment.epochs or training.is_due(epoch)
+        taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
         return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
 
     if so_far.epoch < experiment.epochs:
@@ -140,20 +154,21 @@ def run_arm(
         so_far.epoch, so_far.train_seconds = epoch, so_far.train_seconds + seconds
         so_far.lines += report.lines
         training.watcher.epoch_ends(report)
-        wants_to_stop = training.stop()
-        taken = programs.snapshot(states, numbers) if kept and is_last and not ended.snapshot else ended.snapshot
-        if kept and taken and (is_last or wants_to_stop or not kept.is_saving()):
-            save(training, arm, programs, kept, taken, so_far, report.means.get("validation_accuracy"))
-            if wants_to_stop:
-                kept.wait()
-                raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, which is saved")
-        elif wants_to_stop and not kept:
-            raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, without a checkpoint")
+        wants_to_stop, taken = training.stop(), ended.snapshot
+        if is_last and taken is None and programs.snapshot is not None:
+            taken = programs.snapshot((states, keys))
+        if taken is not None and training.writer is not None:
+            save(training, arm, programs, taken, so_far, report.means.get("validation_accuracy"))
+        write_finished(training)
+        if wants_to_stop and (is_last or taken is not None):
+            if training.writer is not None:
+                training.writer.wait()
+                write_finished(training)
+            how = "which is saved" if taken is not None else "of which nothing is saved: checkpoint.every=0"
+            raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     if validation is None and programs.validate is not None:
         validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
     result = result_of(arm, programs, lanes, states, validation, splits["test"], so_far.train_seconds)
-    if kept:
-        kept.wait()
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
 
@@ -177,7 +192,6 @@ def save(
     training: Training,
     arm: ResolvedArm,
     programs: Programs,
-    kept: Checkpoints,
     taken: Snapshot,
     so_far: SoFar,
     accuracy: float | None,
@@ -186,7 +200,6 @@ def save(
     experiment = training.experiment
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
         so_far.best = [so_far.epoch, accuracy]
-    kept.best = None if so_far.best is None else int(so_far.best[0])
     progress = Progress(
         arm=arm.name,
         epoch=so_far.epoch,
@@ -198,7 +211,21 @@ def save(
         train_seconds=so_far.train_seconds,
         wall_seconds=training.seconds(),
     )
-    kept.save(so_far.epoch, taken, tracking.plain(progress._asdict()))
+    assert training.writer is not None
+    training.writer.put(
+        Job(
+            run=training.folder.path.absolute(),
+            folder=checkpoints_folder(training.folder, arm.name),
+            epoch=so_far.epoch,
+            keep=experiment.checkpoint.keep,
+            best=None if so_far.best is None else int(so_far.best[0]),
+            progress=tracking.plain(progress._asdict()),
+            taken=taken,
+            share=experiment.checkpoint.share,
+        )
+    )
+    if experiment.checkpoint.share == 1.0:
+        training.writer.wait()
 
 
 def result_of(
@@ -230,12 +257,13 @@ def result_of(
     }
 
 
-def put_back(arm: ResolvedArm, programs: Programs, numbers: LaneNumbers, in_flight: InFlight) -> State:
+def put_back(arm: ResolvedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
     """The states of a checkpoint on the device; raises UserError where this JAX draws other keys from the seeds."""
-    states: State = jax.device_put(restored(in_flight.words, programs.kept)["state"])
-    if not np.array_equal(jax.device_get(programs.snapshot(states, numbers).words), in_flight.words):
+    states: State
+    states, kept_keys = restored(in_flight.words, programs.kept)
+    if not all(np.array_equal(own, kept) for own, kept in zip(jax.device_get(keys), kept_keys, strict=True)):
         raise UserError(f"arm {arm.name}: from its seeds other keys are drawn here than in its checkpoint")
-    return states
+    return jax.device_put(states)  # type: ignore[no-any-return]
 
 
 class EpochSums(NamedTuple):

@@ -7,9 +7,16 @@ what may be spread over devices. It is data: nothing that is read is ever run.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import json
 import logging
 import math
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +27,8 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 from cnnlib.errors import UserError
+from cnnlib.folder import writing
+from cnnlib.writer import yield_processor
 
 STATE, WORDS = "state", "words"
 PROGRESS = "progress"
@@ -120,64 +129,52 @@ class Unreadable(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one arm, by the number of epochs that they follow. Saving goes on in the background.
-
-    Raises UserError for what cannot be written; checkpoints that were whole before stay.
-    """
+    """The checkpoints of one arm, by the number of epochs that they follow."""
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
-        import orbax.checkpoint as orbax
-
-        # What Orbax tells of its own doings is no news for the user, and its warnings are our errors.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self._orbax, self._folder = orbax, folder
+        self._folder, self._keep = folder, keep
         self.best: int | None = None
         """The epoch whose checkpoint stays whatever its age."""
-        try:
-            self._manager = orbax.CheckpointManager(
-                folder.absolute(),
-                options=orbax.CheckpointManagerOptions(
-                    preservation_policy=_LatestAndBest(keep, self),
-                    cleanup_tmp_directories=True,
-                    save_root_metadata=False,
-                ),
-                item_handlers={
-                    # Weights do not compress, and a file a matrix is what is cheapest to write.
-                    STATE: orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
-                    PROGRESS: orbax.JsonCheckpointHandler(),
-                },
-            )
-        except Exception as error:
-            raise self._cannot("keep checkpoints in", error) from error
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        import orbax.checkpoint as orbax
+
+        # What Orbax tells of its own doings is no news for the user.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        return orbax
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        orbax = self._orbax
+        return orbax.CheckpointManager(
+            self._folder.absolute(),
+            options=orbax.CheckpointManagerOptions(
+                preservation_policy=_LatestAndBest(self._keep, self),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
+                save_root_metadata=False,
+            ),
+            item_handlers={
+                # Weights do not compress, and one file is what is cheapest to write.
+                STATE: orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
+                PROGRESS: orbax.JsonCheckpointHandler(),
+            },
+        )
 
     def epochs(self) -> list[int]:
-        """The epochs that have a checkpoint, as they grow."""
-        return sorted(self._manager.all_steps(read=True))
+        """The epochs that have a checkpoint, as they grow; raises UserError for a folder that cannot be read."""
+        try:
+            return sorted(self._manager.all_steps(read=True))
+        except Exception as error:
+            raise UserError(f"cannot read the checkpoints in {self._folder}: {_first_line(error)}") from error
 
-    def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return bool(self._manager.is_saving_in_progress())
-
-    def save(self, epoch: int, taken: Snapshot, progress: dict[str, Any]) -> None:
-        """Begins to write a checkpoint; older ones go as soon as it is whole."""
-        words, checksums = jax.device_get(taken)
-        progress = {**progress, "checksums": checksums.tolist()}
+    def write(self, epoch: int, words: np.ndarray, progress: dict[str, Any]) -> None:
+        """Writes a checkpoint, whole or not at all; older ones go when it is. Raises whatever Orbax does."""
         args = self._orbax.args
-        try:
-            self._manager.save(
-                epoch,
-                args=args.Composite(**{STATE: args.PyTreeSave({WORDS: words}), PROGRESS: args.JsonSave(progress)}),
-                force=True,
-            )
-        except Exception as error:
-            raise self._cannot("write a checkpoint to", error) from error
-
-    def wait(self) -> None:
-        """Returns when everything is written."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._cannot("write a checkpoint to", error) from error
+        items = {STATE: args.PyTreeSave({WORDS: words}), PROGRESS: args.JsonSave(progress)}
+        if not self._manager.save(epoch, args=args.Composite(**items), force=True):
+            raise FileExistsError(f"{self._folder} has one after epoch {epoch}")
 
     def progress(self, epoch: int) -> dict[str, Any]:
         """The JSON part of a checkpoint; raises Unreadable."""
@@ -205,19 +202,10 @@ class Checkpoints:
             raise Unreadable(_first_line(error)) from error
         raise Unreadable(f"it holds {found}, expected {WORDS} {shape}")
 
-    def forget(self) -> None:
-        """Looks at the folder again, in which checkpoints have been moved away."""
-        self._manager.reload()
-
     def close(self) -> None:
-        """Waits for what is being written, and stops the threads that write."""
-        try:
+        """Ends what Orbax has begun in the background."""
+        if "_manager" in vars(self):
             self._manager.close()
-        except Exception as error:
-            raise self._cannot("write a checkpoint to", error) from error
-
-    def _cannot(self, do: str, error: Exception) -> UserError:
-        return UserError(f"cannot {do} {self._folder}: {_first_line(error)}")
 
 
 class _LatestAndBest:
@@ -233,3 +221,39 @@ class _LatestAndBest:
 
 def _first_line(error: BaseException) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
+def write_what_is_asked_for() -> None:
+    """What `writer.Writer` starts: a checkpoint for each message, a line when it is written, until the pipe ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then closes the pipe
+    yield_processor()
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    opened: dict[str, Checkpoints] = {}
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        import orbax.checkpoint  # noqa: F401  # before it is needed
+
+        while len(length := stdin.read(8)) == 8:
+            told = json.loads(stdin.read(int.from_bytes(length, "little")))
+            rows, columns = told["shape"]
+            numbers = stdin.read(4 * rows * columns)
+            if len(numbers) < 4 * rows * columns:
+                return  # whoever trained is gone
+            failure, began = None, time.process_time()
+            try:
+                if not opened:
+                    stack.enter_context(writing(Path(told["run"])))
+                folder = told["folder"]
+                opened.setdefault(folder, Checkpoints(Path(folder), told["keep"])).best = told["best"]
+                words = np.frombuffer(numbers, np.uint32).reshape(rows, columns)
+                opened[folder].write(told["epoch"], words, told["progress"])
+            except Exception as error:
+                failure = f"{told['folder']}: {_first_line(error)}"
+            answer = {"failure": failure, "seconds": time.process_time() - began}
+            stdout.write(json.dumps(answer).encode() + b"\n")
+            stdout.flush()
+
+
+if __name__ == "__main__":
+    write_what_is_asked_for()
+    os._exit(0)  # without the time that JAX takes to be torn down

@@ -135,12 +135,16 @@ class Checkpoint:
 
     every: int = 1
     """Epochs from one checkpoint of an arm to the next; the last epoch always has one. 0: none at all, and an arm that
-    is interrupted starts anew. An epoch that ends while an earlier one is still being written has none."""
+    is interrupted starts anew."""
+    share: float = 0.02
+    """Share of the processor's time that writing may take: an epoch that ends too soon after the last checkpoint for
+    that, as epochs of less than a second do, has none. 1: every one is written, and training waits for it."""
     keep: int = 2
     """Latest checkpoints that are kept of each arm; the one of highest mean validation accuracy is kept as well."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
+        _require(0.0 < self.share <= 1.0, f"checkpoint.share must be in (0, 1], not {self.share:g}")
         _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
 
 

@@ -13,6 +13,7 @@ import secrets
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,9 @@ RECORD = "run.json"
 ARMS, CHECKPOINTS, UNREADABLE = "arms", "checkpoints", "unreadable"
 OURS = dict.fromkeys((*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, UNREADABLE, "wandb"))
 """Everything that a run may leave in its folder, beside its lock and `earlier`."""
-LOCK = ".lock"
+LOCK, WRITER_LOCK = ".lock", ".writer.lock"
+PATIENCE = 30.0
+"""Seconds that the checkpoint of a dead run may take to be written."""
 STATES = ("running", "finished", "interrupted", "failed")
 
 
@@ -40,7 +43,7 @@ def check(folder: Path) -> None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process writes to the folder."""
+    """Whether a live process has the folder."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # no lock, no run
@@ -54,10 +57,44 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _in_use(folder: Path) -> str:
+@contextlib.contextmanager
+def locked(path: Path, patience: float, refusal: str) -> Iterator[None]:
+    """Inside, this process alone has the file, which is made; the system gives it back when its holder dies.
+
+    Raises UserError where somebody else has it for longer than `patience` seconds, or it cannot be made.
+    """
+    with tracking.cannot_write(path.parent):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(refusal) from None
+                time.sleep(0.02)
+            except OSError as error:
+                raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """For the process that writes checkpoints, which may outlive the run by its last one: nobody goes on before."""
+    return locked(folder / WRITER_LOCK, PATIENCE, f"an earlier run in {folder} still writes a checkpoint")
+
+
+def _last_session(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     sessions = record.get("sessions") if isinstance(record, dict) else None
-    last = sessions[-1] if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict) else {}
+    return sessions[-1] if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict) else {}
+
+
+def _in_use(folder: Path) -> str:
+    last = _last_session(folder)
     who = f" (process {last['pid']} on {last.get('host')})" if "pid" in last else ""
     return f"a run is going on in {folder}{who}; wait for its end, or give another folder with --out"
 
@@ -84,22 +121,14 @@ class RunFolder:
         """Takes the folder; raises UserError where another process has it, or it cannot be written."""
         self.path = path
         self.record: dict[str, Any] = {}
-        with tracking.cannot_write(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        # The system gives the lock back when its holder dies. Somebody who only looks holds it for a moment.
-        for attempt in range(20):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if attempt < 19:
-                    time.sleep(0.05)
-            except OSError as error:
-                os.close(self._lock)
-                raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
-        os.close(self._lock)
-        raise UserError(_in_use(path))
+        with contextlib.ExitStack() as stack:
+            with tracking.cannot_write(path):
+                path.mkdir(parents=True, exist_ok=True)
+            # Somebody who only looks holds it for a moment.
+            stack.enter_context(locked(path / LOCK, 1.0, _in_use(path)))
+            with writing(path):  # until what a dead run has begun to write is whole
+                pass
+            self._locks = stack.pop_all()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -107,7 +136,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)
+        self._locks.close()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -93,6 +93,7 @@ class Programs(NamedTuple):
     """The compiled programs of an arm, all lanes at once."""
 
     initialize: Any
+    """The states and the keys."""
     epoch: Any
     test: Any
     validate: Any
@@ -100,9 +101,9 @@ class Programs(NamedTuple):
     distance: Any
     """From a convolution; None where no layer is a local or full reading of one."""
     snapshot: Any
-    """Of the states and keys, for a checkpoint; None where there are to be none."""
+    """Of the states and keys together, for a checkpoint; None where there are to be none."""
     kept: Any
-    """The shapes of what a snapshot holds."""
+    """The shapes of both."""
     at_a_time: int
     """Lanes that run vectorised together."""
     memory_bytes: int
@@ -138,11 +139,10 @@ def compile_programs(
     too_many: str | None = None
     start = time.perf_counter()
     # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
-    initialize = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))
-    states = jax.eval_shape(initialize, numbers)
-    kept_shapes = jax.eval_shape(to_keep, states, numbers)
+    initialize = jax.jit(train.over_lanes(begin(recipe), at_a_time=1))
+    states, keys = jax.eval_shape(initialize, numbers)
     initial = initialize.lower(numbers).compile()
-    keep = jax.jit(snapshot).lower(states, numbers).compile() if experiment.checkpoint.every else None
+    keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if experiment.checkpoint.every else None
     free = free_memory(device)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
@@ -178,28 +178,25 @@ def compile_programs(
         compiled.get("validation"),
         compiled.get("distance"),
         keep,
-        kept_shapes,
+        (states, keys),
         at_a_time,
         need,
         time.perf_counter() - start,
     )
 
 
-def snapshot(states: State, numbers: LaneNumbers) -> checkpoint.Snapshot:
-    """What a checkpoint keeps of all lanes on the device."""
-    return checkpoint.snapshot(to_keep(states, numbers))
+def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, train.Keys]]:
+    """The function that makes a model's state and its keys, as words: they follow from its seed, and are kept in
+    checkpoints to be compared."""
+    initialize = train.initialize(recipe)
+    return lambda numbers: (initialize(numbers), train.Keys(*map(jax.random.key_data, train.keys_of(numbers.seed))))
 
 
-def to_keep(states: State, numbers: LaneNumbers) -> dict[str, Any]:
-    """The state and the keys of all lanes. Keys follow from the seeds: they are kept to be compared."""
-    keys = jax.vmap(lambda seed: train.Keys(*map(jax.random.key_data, train.keys_of(seed))))(numbers.seed)
-    return {"keys": keys, "state": states}
-
-
-def shapes_of(experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers) -> dict[str, Any]:
+def shapes_of(experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers) -> tuple[State, train.Keys]:
     """The shapes of what a checkpoint of an arm keeps; compiles nothing."""
-    initialize = train.over_lanes(train.initialize(recipe_of(experiment, arm)), at_a_time=1)
-    return jax.eval_shape(lambda numbers: to_keep(initialize(numbers), numbers), numbers)  # type: ignore[no-any-return]
+    made: tuple[State, train.Keys]
+    made = jax.eval_shape(train.over_lanes(begin(recipe_of(experiment, arm)), at_a_time=1), numbers)
+    return made
 
 
 def has_freed_weights(model: Model) -> bool:
@@ -240,7 +237,7 @@ def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
     if wanted and settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
         folder = cache_folder("programs") / hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
         if is_writable(folder):
-            values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.2}
+            values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.05}
         else:
             says(f"{folder} cannot be written: compiled programs are not kept")
     before = {name: getattr(settings, name) for name in values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -174,7 +175,6 @@ class Left(NamedTuple):
 
     finished: dict[str, FinishedArm]
     in_flight: dict[str, InFlight]
-    checkpoints: dict[str, Checkpoints]
 
     def lines(self, arms: tuple[ResolvedArm, ...]) -> list[dict[str, Any]]:
         """Of `metrics.jsonl`, as far as they are not to be written again."""
@@ -190,35 +190,33 @@ class Left(NamedTuple):
         return float(max((*finished, *in_flight), default=0.0))
 
 
-def checkpoints_of(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> Checkpoints:
-    """The arm's checkpoints, in `checkpoints/ARM/`; raises UserError for a link that leads out of the run's folder."""
-    place = folder / CHECKPOINTS / arm.name
-    inside(folder.path, place)
+def checkpoints_folder(folder: RunFolder, arm: str) -> Path:
+    """Where an arm's checkpoints are, `checkpoints/ARM/`; raises UserError for links that lead out of the folder."""
+    place = inside(folder.path, folder / CHECKPOINTS / arm)
     if place.is_dir():
         for path in place.iterdir():
             inside(folder.path, path)
-    return Checkpoints(place, experiment.checkpoint.keep)
+    return place.absolute()
 
 
-def latest(
-    folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: Any, kept: Checkpoints, says: Says
-) -> InFlight | None:
+def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: Any, says: Says) -> InFlight | None:
     """The newest checkpoint of an arm that can be read, or None; the user is told of those that cannot.
 
     Those are moved to `unreadable/`. `states` are the shapes of the arm's state, keys included.
     """
     wanted = checkpoint.layout(states)
     shape = (len(lane_numbers(experiment)), sum(leaf.words for leaf in wanted))
-    for epoch in reversed(kept.epochs()):
-        try:
-            return read_checkpoint(experiment, arm, kept, epoch, [list(leaf) for leaf in wanted], shape)
-        except Unreadable as error:
-            place = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now().replace(':', '-')}"
-            says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {place}")
-            with tracking.cannot_write(place):
-                place.parent.mkdir(exist_ok=True)
-                (folder / CHECKPOINTS / arm.name / str(epoch)).rename(place)
-            kept.forget()
+    place = checkpoints_folder(folder, arm.name)
+    with contextlib.closing(Checkpoints(place)) as kept:
+        for epoch in reversed(kept.epochs()):
+            try:
+                return read_checkpoint(experiment, arm, kept, epoch, [list(leaf) for leaf in wanted], shape)
+            except Unreadable as error:
+                aside = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now()}"
+                says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {aside}")
+                with tracking.cannot_write(aside):
+                    aside.parent.mkdir(exist_ok=True)
+                    (place / str(epoch)).rename(aside)
     return None
 
 

@@ -14,17 +14,18 @@ import jax
 import numpy as np
 
 from cnnlib import folder, kernels, tracking
-from cnnlib.arms import Training, described_arm, train_arm
+from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
 from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of, shapes_of
 from cnnlib.resolve import ResolvedArm, resolve
-from cnnlib.resume import Left, checkpoints_of, differences, fingerprint, identity, latest, read_arm, refusal
+from cnnlib.resume import Left, differences, fingerprint, identity, latest, read_arm, refusal
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.train import Examples, Recipe
 from cnnlib.watcher import Beginning, Watcher, Watchers
+from cnnlib.writer import Writer
 
 
 def first_device() -> jax.Device:
@@ -47,13 +48,15 @@ def run(
     resume: bool = False,
     force: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    writer: Writer | None = None,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
     Returns what `results.json` holds. With `resume` the run in `out` goes on, and a finished one is only read; where
     going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
-    what there is is saved, and Stopped raised. Raises UserError, with nothing written, for whatever does not fit
-    together or does not fit in the memory; and later for a disk that takes no more: what was saved before stays.
+    what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. Raises
+    UserError, with nothing written, for whatever does not fit together or does not fit in the memory; and later for a
+    disk that takes no more: what was saved before stays.
     """
     began = time.perf_counter()
     device = first_device()
@@ -88,20 +91,28 @@ def run(
         shape = shape_text(data_set.description.input_shape)
         watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
         numbers = columns_of(lane_numbers(experiment))
-        left = Left({}, {}, {}) if held is None else what_is_left(held, experiment, arms, numbers, watcher, stack)
+        left = Left({}, {}) if held is None else what_is_left(held, experiment, arms, numbers, watcher)
         programs = programs_for(experiment, arms, numbers, splits, device, left, watcher)
         if held is None:
             held = stack.enter_context(RunFolder(out))
             if (earlier := held.make_room()) is not None:
                 watcher.says(f"the files of an earlier run moved to {earlier}")
         seconds = left.seconds - began
-        training = Training(experiment, numbers, splits, held, watcher, stop, lambda: time.perf_counter() + seconds)
+        if not experiment.checkpoint.every or len(left.finished) == len(arms):
+            writer = None
+        elif writer is None:
+            writer = stack.enter_context(contextlib.closing(Writer()))
+        clock = lambda: time.perf_counter() + seconds  # noqa: E731
+        training = Training(experiment, numbers, splits, held, watcher, stop, clock, writer, [])
         try:
             beginning = begin(held, name, experiment, this, left, changes, force)
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
                 described = {arm.name: described_arm(arm) for arm in arms}
                 watcher.run_begins(beginning._replace(data=data_set.description.name, arms=described))
                 finished = [train_arm(training, arm, programs, left, metrics) for arm in arms]
+            if writer is not None:
+                writer.wait()
+                write_finished(training)
             results = {
                 "experiment": name,
                 "config": to_dict(experiment),
@@ -158,20 +169,16 @@ def what_is_left(
     arms: tuple[ResolvedArm, ...],
     numbers: LaneNumbers,
     watcher: Watcher,
-    stack: contextlib.ExitStack,
 ) -> Left:
     """Reads what earlier sessions kept of each arm; the user is told from where it goes on."""
-    left = Left({}, {}, {})
+    left = Left({}, {})
     for arm in arms:
         if (finished := read_arm(held, experiment, arm)) is not None:
             left.finished[arm.name] = finished
             continue
         if not (held / folder.CHECKPOINTS / arm.name).exists():
             continue
-        kept = checkpoints_of(held, experiment, arm)
-        stack.callback(kept.close)
-        left.checkpoints[arm.name] = kept
-        found = latest(held, experiment, arm, shapes_of(experiment, arm, numbers), kept, watcher.says)
+        found = latest(held, experiment, arm, shapes_of(experiment, arm, numbers), watcher.says)
         if found is None:
             watcher.says(f"{arm.name} has no checkpoint to go on from: it starts anew")
         else:

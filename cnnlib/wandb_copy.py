@@ -15,7 +15,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,19 +73,13 @@ def has_key() -> bool:
 class WandbCopy(Watcher):
     """Tells a worker what happens. Nothing here waits, but `close`, which gives the worker `patience` seconds."""
 
-    def __init__(self, experiment: Experiment, mode: str, says: Callable[[str], None], patience: float = 20.0) -> None:
+    def __init__(self, experiment: Experiment, mode: str, patience: float = 20.0) -> None:
         self._per, self._project = experiment.wandb.per, experiment.wandb.project
-        self._mode, self._says, self._patience = mode, says, patience
+        self._mode, self._patience = mode, patience
+        self.tell_user: Callable[[str], None] = lambda text: None
+        """How the user is told that something is wrong with W&B."""
         self._waiting: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
-        self._worker: subprocess.Popen[str] | None = None
-        self._told: list[str] = []
-        self._open: set[str] = set()
-        self._is_lost = False
-
-    def run_begins(self, beginning: Beginning) -> None:
-        """Starts the worker."""
-        self._beginning = beginning
-        # A session of its own: Ctrl-C is for the training process, which then ends the copy in order.
+        # A group of its own: Ctrl-C is for the training process, which then ends the copy in order.
         self._worker = subprocess.Popen(
             [sys.executable, "-m", "cnnlib.wandb_worker"],
             stdin=subprocess.PIPE,
@@ -94,11 +87,19 @@ class WandbCopy(Watcher):
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            start_new_session=True,
+            process_group=0,
         )
-        threading.Thread(target=self._write, args=(self._worker,), daemon=True).start()
-        self._reader = threading.Thread(target=self._read, args=(self._worker,), daemon=True)
+        threading.Thread(target=self._write, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self._began = False
+        self._told: list[str] = []
+        self._open: set[str] = set()
+        self._is_lost = self._is_prepared = False
+
+    def run_begins(self, beginning: Beginning) -> None:
+        """Says what all its W&B runs have in common."""
+        self._beginning, self._began = beginning, True
         common = {
             "project": self._project,
             "group": f"{beginning.experiment} {beginning.folder.name} {beginning.identity}",
@@ -131,6 +132,10 @@ class WandbCopy(Watcher):
             ]
         self._open.add(name)
         self._send("arm", name=name, runs=runs, summary=counts)
+        if not self._is_prepared:
+            report = self._run("report", f"{self._beginning.experiment} report", self._static)
+            self._send("prepare", run=report)
+            self._is_prepared = True
 
     def epoch_ends(self, report: EpochReport) -> None:
         """Sends the metrics of each lane, or their means with intervals."""
@@ -147,8 +152,8 @@ class WandbCopy(Watcher):
                 {**{key: line[key] for key in METRICS if key in line}, "diverged": int(line["status"] != "ok")}
                 for line in report.lines
             ]
-        self._send("log", name=report.arm, step=report.epoch, rows=[finite(row) for row in table])
         self._tell()
+        self._send("log", name=report.arm, step=report.epoch, rows=[finite(row) for row in table])
 
     def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
         """Sends what the arm came to; not of one that an earlier session finished."""
@@ -168,35 +173,32 @@ class WandbCopy(Watcher):
         else:
             keys = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv")
             summaries = [{key: lane[key] for key in keys if key in lane} for lane in result["lanes"]]
-        self._send("arm_ends", name=name, summaries=[finite(row) for row in summaries])
         self._tell()
+        self._send("arm_ends", name=name, summaries=[finite(row) for row in summaries])
 
     def run_ends(self, results: dict[str, Any]) -> None:
         """Sends the table and the figure, which lie in the folder by now."""
         folder = self._beginning.folder.absolute()
         figures = [str(path) for path in (folder / "accuracy.png",) if path.exists()]
-        run = self._run("report", f"{self._beginning.experiment} report", self._static)
-        self._send("report", run=run, columns=list(COLUMNS), rows=[list(row) for row in rows(results)], figures=figures)
+        if not self._is_prepared:  # every arm was finished before
+            return
+        self._send("report", columns=list(COLUMNS), rows=[list(row) for row in rows(results)], figures=figures)
 
     def close(self, status: int) -> None:
         """Ends the copy; what W&B has not taken when `patience` is over stays in the run's folder, for `wandb sync`."""
-        if self._worker is None:
-            return
+        if not self._began:
+            self._worker.kill()
         self._send("end", status=status)
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
-        until = time.monotonic() + self._patience
         try:
-            self._worker.wait(max(0.0, until - time.monotonic()))
+            self._worker.wait(self._patience)
         except subprocess.TimeoutExpired:
             self._worker.kill()
             folder = self._beginning.folder / "wandb"
-            self._told.append(
-                f"W&B did not finish in {self._patience:.0f} s: `wandb sync` uploads what lies in {folder}"
-            )
+            self._told.append(f"W&B did not end in {self._patience:.0f} s: `wandb sync` uploads what lies in {folder}")
         self._reader.join(1.0)
         self._tell()
-        self._worker = None
 
     def _run(self, part: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
         return {"id": f"{self._beginning.identity}-{part}", "name": name, "config": plain(config)}
@@ -209,23 +211,24 @@ class WandbCopy(Watcher):
                 self._told.append("W&B takes no more: its copy is not whole, metrics.jsonl is")
             self._is_lost = True
 
-    def _write(self, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdin is not None
+    def _write(self) -> None:
+        stdin = self._worker.stdin
+        assert stdin is not None
         with contextlib.suppress(OSError):  # the worker is gone; what was wrong it has told
             while (line := self._waiting.get()) is not None:
-                worker.stdin.write(line)
-                worker.stdin.flush()
-            worker.stdin.close()
+                stdin.write(line)
+                stdin.flush()
+            stdin.close()
 
-    def _read(self, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdout is not None
-        for line in worker.stdout:
+    def _read(self) -> None:
+        assert self._worker.stdout is not None
+        for line in self._worker.stdout:
             with contextlib.suppress(ValueError):  # not from us: some library prints
                 self._told.append(str(json.loads(line)["tell"]))
 
     def _tell(self) -> None:
         while self._told:
-            self._says(self._told.pop(0))
+            self.tell_user(self._told.pop(0))
 
 
 def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:

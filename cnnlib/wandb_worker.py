@@ -6,13 +6,17 @@ the training process: that one puts lines into a pipe, and never waits. It runs 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-LOWEST_PRIORITY = 19
+from cnnlib.writer import LOWEST_PRIORITY, yield_processor
+
 SUMMARIES = {"train_loss": "min", "train_accuracy": "max", "validation_loss": "min", "validation_accuracy": "max"}
 """What W&B keeps of each metric beside its last value, which is the summary of all others."""
 
@@ -21,16 +25,23 @@ class Copy:
     """The W&B runs of one session; each method is what a line of that name does."""
 
     def __init__(self) -> None:
+        # wandb looks for these to make a table of strings, and takes a second over it.
+        sys.modules.update(dict.fromkeys(("pandas", "pyarrow")))  # type: ignore[arg-type]
         import wandb
 
         self._wandb = wandb
         self._common: dict[str, Any] = {}
         self._mode: Any = "offline"
         self._runs: dict[str, list[Any]] = {}
+        self._report: Any = None
 
     def begin(self, mode: str, common: dict[str, Any]) -> None:
         """`common` are arguments of `wandb.init` that all runs share."""
         self._mode, self._common = mode, common
+
+    def prepare(self, run: dict[str, Any]) -> None:
+        """Opens the W&B run of the report while there is time."""
+        self._report = self._open(**run, job_type="report")
 
     def arm(self, name: str, runs: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         """Opens the runs of an arm, one a lane or one for all."""
@@ -52,19 +63,17 @@ class Copy:
             run.summary.update(summary)
             run.finish()
 
-    def report(self, run: dict[str, Any], columns: list[str], rows: list[list[str]], figures: list[str]) -> None:
+    def report(self, columns: list[str], rows: list[list[str]], figures: list[str]) -> None:
         """The table and the figures of the whole run, in a W&B run of their own."""
-        opened = self._open(**run, job_type="report")
         images = {Path(figure).stem: self._wandb.Image(figure) for figure in figures}
-        opened.log({"results": self._wandb.Table(columns=[*columns], data=rows), **images})
-        opened.finish()
+        self._report.log({"results": self._wandb.Table(columns=[*columns], data=rows), **images})
+        self._report.finish()
+        self._report = None
 
     def end(self, status: int) -> None:
         """Closes what is still open; a status that is not 0 marks those runs as failed."""
-        for runs in self._runs.values():
-            for run in runs:
-                run.finish(exit_code=status)
-        self._runs.clear()
+        for run in filter(None, (*itertools.chain(*self._runs.values()), self._report)):
+            run.finish(exit_code=status)
 
     def _open(self, **given: Any) -> Any:
         quiet: dict[str, Any] = {
@@ -84,7 +93,9 @@ class Copy:
         settings = {name: value for name, value in quiet.items() if name in known}
         arguments = {**self._common, **given, "reinit": "create_new", "resume": "allow"}
         try:
-            return self._wandb.init(**arguments, mode=self._mode, settings=self._wandb.Settings(**settings))
+            opened = self._wandb.init(**arguments, mode=self._mode, settings=self._wandb.Settings(**settings))
+            lower_children()  # the first one has started wandb's own process
+            return opened
         except self._wandb.errors.Error as error:
             if self._mode == "offline":
                 raise
@@ -100,9 +111,21 @@ def tell(text: str) -> None:
     sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
+def lower_children() -> None:
+    """Leaves the processor to the training process: wandb's own process has a session of its own, and Linux shares the
+    processor out by sessions before it looks at priorities."""
+    children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    for process in itertools.chain(*children):
+        with contextlib.suppress(OSError):  # no such thing here
+            Path(f"/proc/{process}/autogroup").write_text(str(LOWEST_PRIORITY))
+
+
 def main() -> int:
     """Reads lines until `end`, or until the training process is gone."""
-    os.nice(LOWEST_PRIORITY)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then ends the copy
+    yield_processor()
+    lower_children()
     sys.stdout = sys.stderr  # what wandb prints is not for the training process
     ended = False
     try:

@@ -220,27 +220,36 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
 
 
 def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
-    from cnnlib.folder import RUN_FILES
-    from cnnlib.report import ReportWriter, print_results
-    from cnnlib.run import run
-    from cnnlib.terminal import RunConsole, watcher_for
-    from cnnlib.wandb_copy import WandbCopy, chosen_mode
     from cnnlib.watcher import Notice, Watcher, Watchers
+    from cnnlib.writer import Writer
 
-    console = RunConsole()
-    with stopping.by_signal() as wish:
+    with contextlib.ExitStack() as stack:
+        # These are processes that work beside this one: they start first, and are ready when JAX is.
+        writer = stack.enter_context(contextlib.closing(Writer())) if experiment.checkpoint.every else None
+
+        from cnnlib.wandb_copy import WandbCopy, chosen_mode
+
+        mode, hint = chosen_mode(options.wandb)
+        copy = None if mode is None else WandbCopy(experiment, mode)
+
+        from cnnlib.folder import RUN_FILES
+        from cnnlib.report import ReportWriter, print_results
+        from cnnlib.run import run
+        from cnnlib.terminal import RunConsole, watcher_for
+
+        console = RunConsole()
+        wish = stack.enter_context(stopping.by_signal())
         try:
-            with watcher_for(console) as shown, contextlib.ExitStack() as stack:
+            with watcher_for(console) as shown, contextlib.ExitStack() as ends:
                 watchers: list[Watcher] = [shown, ReportWriter(out)]
-                mode, hint = chosen_mode(options.wandb)
                 if hint is not None:
                     watchers.append(Notice(hint, shown.says))
-                if mode is not None:
-                    copy = WandbCopy(experiment, mode, shown.says)
-                    stack.push(lambda kind, *_: copy.close(0 if kind is None else 1))
+                if copy is not None:
+                    copy.tell_user = shown.says
+                    ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
-                resume, force = options.resume, options.force
-                results = run(experiment, name, out, Watchers(watchers), resume=resume, force=force, stop=wish.is_made)
+                how = {"resume": options.resume, "force": options.force, "stop": wish.is_made, "writer": writer}
+                results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
             command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
             place = [] if options.out is None else ["--out", options.out]

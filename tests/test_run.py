@@ -235,7 +235,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     for arm in resolve(EXPERIMENT, data.description):
         numbers = numbers_of(EXPERIMENT)
         made = compile_programs(EXPERIMENT, arm, numbers, splits, jax.devices()[0])
-        states = made.initialize(numbers)
+        states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
             validation = jax.device_get(made.validate(states.parameters, splits["validation"]))

@@ -1,0 +1,150 @@
+"""Checkpoints beside the training, from the side of the training process; without JAX until there is one to write.
+
+They are written by a process of its own, `python -m cnnlib.checkpoint`: Orbax spends 20 ms of Python on each and, with
+JAX, seconds on its import, and training would wait for both. That process is started before this one imports anything
+heavy, and later takes the processor only where training leaves it idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cnnlib.errors import UserError
+
+LOWEST_PRIORITY = 19
+
+
+class Job(NamedTuple):
+    """A checkpoint to be written."""
+
+    run: Path
+    folder: Path
+    epoch: int
+    keep: int
+    best: int | None
+    progress: dict[str, Any]
+    taken: Any
+    """Words and checksums, on the device."""
+    share: float
+    """Of the processor's time that writing may take."""
+
+
+class Writer:
+    """Writes checkpoints beside the training; nothing here waits but `wait`.
+
+    `check` and `wait` raise UserError once one could not be written; those that were whole before stay.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cnnlib.checkpoint"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        self._changed = threading.Condition()
+        self._jobs: list[Job] = []
+        self._is_busy = False
+        self._ready_at = 0.0
+        self._failure: str | None = None
+        self._written: set[tuple[Path, int]] = set()
+        self._thread: threading.Thread | None = None
+
+    def is_ready(self) -> bool:
+        """Whether a checkpoint that is put now is begun now, and writing keeps to its share of the time."""
+        with self._changed:
+            return not (self._jobs or self._is_busy) and time.monotonic() >= self._ready_at
+
+    def put(self, job: Job) -> None:
+        """Takes a checkpoint to be written when those before it are."""
+        self.check()
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._feed, daemon=True)
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raises UserError where a checkpoint could not be written."""
+        if self._failure is not None:
+            raise UserError(f"cannot write a checkpoint: {self._failure}")
+
+    def has_written(self, folder: Path, epoch: int) -> bool:
+        """Whether this checkpoint is whole on the disk."""
+        with self._changed:
+            return (folder, epoch) in self._written
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or not (self._jobs or self._is_busy))
+        self.check()
+
+    def close(self) -> None:
+        """Lets the process finish what it writes, and end; at once where there was nothing to write."""
+        if self._thread is None:
+            self._process.kill()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _feed(self) -> None:
+        import jax
+        import numpy as np
+
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._jobs))
+                job = self._jobs.pop(0)
+                self._is_busy = True
+            failure = None
+            try:
+                words, checksums = jax.device_get(job.taken)
+                progress = {**job.progress, "checksums": checksums.tolist()}
+                told = {
+                    "run": str(job.run),
+                    "folder": str(job.folder),
+                    "epoch": job.epoch,
+                    "keep": job.keep,
+                    "best": job.best,
+                }
+                text = json.dumps({**told, "progress": progress, "shape": list(words.shape)}).encode()
+                stdin.write(len(text).to_bytes(8, "little") + text)
+                stdin.write(np.ascontiguousarray(words).data.cast("B"))
+                stdin.flush()
+                line = stdout.readline()
+                died = {"failure": "the process that writes them has died", "seconds": 0.0}
+                answer: dict[str, Any] = json.loads(line) if line else died
+                failure = answer["failure"]
+                self._ready_at = time.monotonic() + answer["seconds"] * (1.0 / job.share - 1.0)
+            except Exception as error:  # told by `check`, in the thread that can end the run
+                failure = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+            with self._changed:
+                self._is_busy = False
+                self._failure = self._failure or failure
+                if failure is None:
+                    self._written.add((job.folder, job.epoch))
+                self._changed.notify_all()
+                if failure is not None:
+                    return
+
+
+def yield_processor() -> None:
+    """Lets this process run only where nobody else wants the processor."""
+    os.nice(LOWEST_PRIORITY)
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
