@@ -119,7 +119,8 @@ def run_arm(
     if in_flight is not None:
         states = put_back(arm, programs, keys, in_flight)
         known = in_flight.progress
-        so_far = SoFar(known.epoch, list(known.lines), known.best, known.train_seconds)
+        best = None if known.best is None else [float(number) for number in known.best]
+        so_far = SoFar(known.epoch, list(known.lines), best, float(known.train_seconds))
     training.watcher.training_begins(arm.name, so_far.epoch)
     jax.block_until_ready(states)  # type: ignore[no-untyped-call]
     idle_since = time.perf_counter()
@@ -199,7 +200,7 @@ def save(
     """Begins to write a checkpoint of what the arm has come to; it may be the best one."""
     experiment = training.experiment
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
-        so_far.best = [so_far.epoch, accuracy]
+        so_far.best = [float(so_far.epoch), accuracy]
     progress = Progress(
         arm=arm.name,
         epoch=so_far.epoch,

@@ -105,7 +105,7 @@ def restored(words: np.ndarray, like: Any) -> Any:
     for leaf in layout(like):
         row = np.ascontiguousarray(words[:, leaf.offset : leaf.offset + leaf.words])
         numbers = row.astype(bool) if leaf.dtype == "bool" else row.view(leaf.dtype)
-        arrays.append(numbers.reshape(-1, *leaf.shape))
+        arrays.append(numbers.reshape(len(words), *leaf.shape))
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
@@ -140,8 +140,8 @@ class Checkpoints:
     def _orbax(self) -> Any:
         import orbax.checkpoint as orbax
 
-        # What Orbax tells of its own doings is no news for the user.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # What Orbax tells of its own doings is no news for the user; what it raises is.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         return orbax
 
     @functools.cached_property

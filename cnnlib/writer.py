@@ -54,7 +54,7 @@ class Writer:
         )
         self._changed = threading.Condition()
         self._jobs: list[Job] = []
-        self._is_busy = False
+        self._is_busy = self._is_closed = False
         self._ready_at = 0.0
         self._failure: str | None = None
         self._written: set[tuple[Path, int]] = set()
@@ -95,9 +95,16 @@ class Writer:
         """Lets the process finish what it writes, and end; at once where there was nothing to write."""
         if self._thread is None:
             self._process.kill()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        else:
+            with self._changed:
+                self._jobs.clear()
+                self._is_closed = True
+                self._changed.notify_all()
+            self._thread.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what a dead process did not take
+                if pipe is not None:
+                    pipe.close()
         self._process.wait()
 
     def _feed(self) -> None:
@@ -108,7 +115,9 @@ class Writer:
         assert stdin is not None and stdout is not None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._jobs))
+                self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
+                if self._is_closed:
+                    return
                 job = self._jobs.pop(0)
                 self._is_busy = True
             failure = None

@@ -215,7 +215,7 @@ def test_a_second_run_keeps_the_first(tiny_run, tmp_path):
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run, count"),
+    (["train"], "there are: list, show, run, runs, compare, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
     (["show", "nothing"], "no experiment 'nothing'; there are: explosion, fc_vs_conv"),

@@ -1,0 +1,114 @@
+"""`runs` and `compare`: what they say of folders that are known."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from cnnlib import overview
+from cnnlib.errors import UserError
+from cnnlib.folder import RunFolder
+from experiments.__main__ import main
+
+RESULTS = {
+    "experiment": "tiny",
+    "commit": None,
+    "config": {"epochs": 4, "arms": [{"name": "a", "model": "dense:3"}], "optim": {"learning_rate": [0.1]}},
+    "versions": {"jax": "0.10.2"},
+    "data": {"name": "lines"},
+    "device": {"platform": "cpu"},
+    "arms": [
+        {
+            "name": name,
+            "parameters": 1234,
+            "macs": 1200,
+            "train_seconds_per_lane": 1.5,
+            "test_accuracy": {"mean": mean, "ci95": [mean - 0.01, mean + 0.01], "n": 2},
+            "lanes": [{"parameters_sha256": "0" * 64}, {"parameters_sha256": name * 64}],
+        }
+        for name, mean in (("a", 0.9), ("b", 0.8))
+    ],
+}
+
+
+def made(folder, state, results=None, epochs=0):
+    with RunFolder(folder) as held:
+        held.begin_session({"experiment": "tiny", "identity": {}})
+        (folder / "config.json").write_text(
+            json.dumps({"experiment": "tiny", "epochs": 4, "arms": [{"name": "a"}] * 2})
+        )
+        lines = [
+            {"arm": "a", "lane": lane, "epoch": epoch, "validation_accuracy": 0.5 + 0.1 * lane}
+            for epoch in range(1, epochs + 1)
+            for lane in (0, 1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"arm": "a", "ep')
+        if results:
+            (folder / "results.json").write_text(json.dumps(results))
+        if state != "running":
+            held.end_session(state, "the disk is full")
+
+
+def table(tmp_path):
+    return {
+        row[0]: row[1:2] + row[3:]
+        for row in (overview.described(run, tmp_path) for run in overview.found_runs(tmp_path))
+    }
+
+
+def test_runs_are_listed_with_state_progress_and_result(tmp_path, capsys, monkeypatch):
+    made(tmp_path / "tiny_done", "finished", RESULTS, epochs=4)
+    made(tmp_path / "deep" / "cut", "running", epochs=3)  # and then the process was killed
+    made(tmp_path / "tiny_failed", "failed", epochs=1)
+    (tmp_path / "tiny_done" / "earlier" / "x").mkdir(parents=True)
+    (tmp_path / "tiny_done" / "earlier" / "x" / "results.json").write_text("{}")
+    assert table(tmp_path) == {
+        "tiny_done": ("finished", "50 %", "a 90.00 [89.00, 91.00]"),
+        "deep/cut (tiny)": ("interrupted", "37 %", "a 3/4, validation 55.00 %"),
+        "tiny_failed": ("failed", "12 %", "the disk is full"),
+    }
+    with RunFolder(tmp_path / "deep" / "cut"):
+        assert table(tmp_path)["deep/cut (tiny)"][0] == "running"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 80 and shown[1].split() == ["run", "state", "began", "done", "result"]
+
+
+def test_where_there_are_no_runs_it_is_said(tmp_path, capsys):
+    for place, part in ((tmp_path, "there are no runs in"), (tmp_path / "none", "there is no folder")):
+        assert main(["runs", str(place)]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_runs_side_by_side_show_accuracies_and_what_differs(tmp_path, capsys):
+    other = copy.deepcopy(RESULTS)
+    other["config"]["epochs"] = 8
+    other["arms"][1]["lanes"][1]["parameters_sha256"] = "f" * 64
+    made(tmp_path / "x", "finished", RESULTS)
+    made(tmp_path / "y", "finished", other)
+    made(tmp_path / "z" / "x", "finished", RESULTS)
+    made(tmp_path / "cut", "interrupted")
+    assert main(["compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in shown if line.startswith("a ")] == [["a", "x", "1,234"], ["a", "y", "1,234"]]
+    assert shown[-2:] == ["epochs: x 4, y 8", "the same parameters, bit for bit: a"]
+    assert main(["compare", str(tmp_path / "x"), str(tmp_path / "z" / "x")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the parameters of every lane are the same, bit for bit"
+    for folders, part in (
+        ([tmp_path / "cut"], "its run is interrupted"),
+        ([tmp_path / "x"], "different runs"),
+        ([], "two runs"),
+    ):
+        assert main(["compare", str(tmp_path / "x"), *map(str, folders)]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_runs_of_other_arms_have_no_parameters_in_common(tmp_path):
+    other = copy.deepcopy(RESULTS)
+    del other["arms"][0]
+    assert overview.fingerprints([RESULTS, other]) == []
+    with pytest.raises(UserError, match="different runs"):
+        overview.labels([tmp_path, tmp_path])

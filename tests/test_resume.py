@@ -1,0 +1,410 @@
+"""A run that was interrupted, however, ends with what an uninterrupted one ends with."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cnnlib import resume
+from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
+from cnnlib.errors import Stopped, UserError
+from cnnlib.run import run
+from cnnlib.spec import parse_model
+from cnnlib.watcher import Watcher
+
+EXPERIMENT = Experiment(
+    arms=(
+        Arm("full", parse_model("avg:4 dense:8 relu dense:classes")),
+        Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes")),
+    ),
+    data=Data("lines", validation=200),
+    optim=Optim("adam", learning_rate=(0.01, 0.03)),
+    lanes=Lanes(seed=(3, 4)),
+    epochs=3,
+    batch_size=200,
+    checkpoint=Checkpoint(share=1.0),
+)
+
+
+class Listener(Watcher):
+    def __init__(self):
+        self.said, self.epochs = [], []
+
+    def says(self, text):
+        self.said.append(text)
+
+    def epoch_ends(self, report):
+        self.epochs.append((report.arm, report.epoch))
+
+
+def comparable(out):
+    """All that a run has left behind, but for times and for how often it was resumed."""
+    results = json.loads((out / "results.json").read_text())
+    for name in ("wall_seconds", "resumed"):
+        results.pop(name)
+    for arm in results["arms"]:
+        for name in ("compile_seconds", "train_seconds_per_lane", "memory_bytes"):
+            arm.pop(name)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return results, [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def stop_after(epochs):
+    """A wish to stop that is made once so many epochs have been told."""
+    told = Listener()
+    return told, lambda: len(told.epochs) >= epochs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    run(EXPERIMENT, "tiny", out, Listener())
+    return out
+
+
+def interrupted(out, epochs, experiment=EXPERIMENT):
+    watcher, stop = stop_after(epochs)
+    with pytest.raises(Stopped) as stopped:
+        run(experiment, "tiny", out, watcher, stop=stop)
+    return watcher, str(stopped.value)
+
+
+def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(whole, tmp_path):
+    watcher, told = interrupted(tmp_path, 1)
+    assert told == "stopped after epoch 1 of 3 of full, which is saved" and watcher.epochs == [("full", 1)]
+    watcher, stop = stop_after(4)
+    with pytest.raises(Stopped, match=r"after epoch [23] of 3 of conv"):
+        run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True, stop=stop)
+    assert watcher.epochs[:3] == [("full", 2), ("full", 3), ("conv", 1)]
+    watcher = Listener()
+    results = run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    assert "finished before: full" in watcher.said
+    assert comparable(tmp_path) == comparable(whole)
+    assert [len(entry["finished"]) for entry in results["resumed"]] == [0, 1]
+    assert results["resumed"][0]["in_flight"] == {"full": 1} and results["resumed"][0]["changes"] == []
+
+
+def test_a_finished_run_is_left_alone(whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    watcher = Listener()
+    results = run(EXPERIMENT, "tiny", whole, watcher, resume=True)
+    assert watcher.said[-1].endswith("is finished: there is nothing left to do") and watcher.epochs == []
+    assert results == json.loads((whole / "results.json").read_text())
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_results_that_were_lost_are_put_together_again(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("{")
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path / "run", watcher, resume=True)
+    assert watcher.epochs == [] and comparable(tmp_path / "run") == comparable(whole)
+
+
+def test_where_there_is_no_run_one_begins_and_says_so(whole, tmp_path):
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path / "new", watcher, resume=True)
+    assert watcher.said[0].endswith("to resume: a new one begins") and comparable(tmp_path / "new") == comparable(whole)
+
+
+def checkpoints(out, arm="full"):
+    return sorted((out / "checkpoints" / arm).iterdir(), key=lambda path: int(path.name))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "lost", "progress"])
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, tmp_path):
+    interrupted(tmp_path, 2)
+    last = checkpoints(tmp_path)[-1]
+    numbers = max(
+        (path for path in (last / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(numbers.read_bytes())
+    if damage == "truncated":
+        numbers.write_bytes(content[:100])
+    elif damage == "flipped":
+        content[200] ^= 1
+        numbers.write_bytes(content)
+    elif damage == "lost":
+        numbers.unlink()
+    else:
+        (last / "progress" / "metadata").write_text("{")
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    (told,) = (text for text in watcher.said if "cannot be read" in text)
+    assert told.startswith(f"the checkpoint of full after epoch {last.name} cannot be read")
+    assert watcher.epochs[0] == ("full", int(last.name)) and len(list((tmp_path / "unreadable").iterdir())) == 1
+    assert comparable(tmp_path) == comparable(whole)
+
+
+def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, tmp_path):
+    interrupted(tmp_path, 2)
+    for checkpoint in checkpoints(tmp_path):
+        shutil.rmtree(checkpoint / "progress")
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    assert "full has no checkpoint to go on from: it starts anew" in watcher.said
+    assert comparable(tmp_path) == comparable(whole)
+
+
+def test_what_has_changed_is_said_and_refused_unless_forced(tmp_path):
+    interrupted(tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changed = replace(EXPERIMENT, batch_size=100)
+    with pytest.raises(UserError, match=r"cannot be resumed to the same numbers: batch_size was 200, is 100; --force"):
+        run(changed, "tiny", tmp_path, Listener(), resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    watcher = Listener()
+    results = run(changed, "tiny", tmp_path, watcher, resume=True, force=True)
+    assert "since the run began: batch_size was 200, is 100" in watcher.said and watcher.epochs[0] == ("full", 2)
+    (entry,) = results["resumed"]
+    assert entry["changes"] == ["batch_size was 200, is 100"] and entry["forced"]
+
+
+def test_other_code_libraries_data_and_devices_are_refused_and_another_processor_is_said():
+    before = {
+        "experiment": "tiny",
+        "config": {"epochs": 3, "lanes.at_a_time": None, "checkpoint.every": 1, "data.data_dir": None},
+        "code_sha256": "a" * 64,
+        "data_sha256": "b" * 64,
+        "versions": {"jax": "0.10.2", "python": "3.11.7"},
+        "device": {"platform": "cpu", "kind": "cpu", "kernels": "native"},
+        "machine": {"processor": "one", "cores": 2},
+    }
+    assert resume.differences(before, before) == ([], [])
+
+    def found(**change):
+        return resume.differences(before, {**before, **change})
+
+    for change in (
+        {"experiment": "other"},
+        {"code_sha256": "c" * 64},
+        {"data_sha256": "c" * 64},
+        {"versions": {"jax": "0.12.0", "python": "3.11.7"}},
+        {"device": {"platform": "gpu", "kind": "cpu", "kernels": "native"}},
+        {"device": {"platform": "cpu", "kind": "cpu", "kernels": "xla"}},
+        {"config": {**before["config"], "epochs": 4}},
+    ):
+        assert len(found(**change).refused) == 1 and not found(**change).told
+    for change in (
+        {"machine": {"processor": "two", "cores": 2}},
+        {"versions": {"jax": "0.10.2", "python": "3.11.8"}},
+        {"config": {**before["config"], "lanes.at_a_time": 2}},
+    ):
+        assert not found(**change).refused and len(found(**change).told) == 1
+    assert found(config={**before["config"], "checkpoint.every": 2, "data.data_dir": "/data"}) == ([], [])
+
+
+def test_resumed_with_more_lanes_at_a_time_the_numbers_agree_to_rounding(whole, tmp_path):
+    one = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=1))
+    interrupted(tmp_path, 1, one)
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)  # goes on as it was
+    assert not any("lanes at a time" in text for text in watcher.said)
+    shutil.rmtree(tmp_path)
+    interrupted(tmp_path, 1, one)
+    four = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
+    watcher = Listener()
+    run(four, "tiny", tmp_path, watcher, resume=True)
+    assert any("4 lanes at a time, 1 before: the results agree to rounding" in text for text in watcher.said)
+    for ours, theirs in zip(comparable(tmp_path)[1], comparable(whole)[1], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+def test_a_lane_that_diverges_harms_no_other_and_stays_gone_after_a_resume(tmp_path):
+    deep = (Arm("deep", parse_model("avg:4 conv:4@3 dense:8 dense:classes")),)
+    sane = replace(EXPERIMENT, arms=deep, optim=Optim("sgd", learning_rate=(0.01,)))
+    both = replace(sane, optim=Optim("sgd", learning_rate=(0.01, 1e8)))
+    alone = run(sane, "tiny", tmp_path / "alone", Listener())["arms"][0]["lanes"]
+    run(both, "tiny", tmp_path / "whole", Listener())
+    interrupted(tmp_path / "resumed", 2, both)
+    (arm,) = run(both, "tiny", tmp_path / "resumed", Listener(), resume=True)["arms"]
+    assert comparable(tmp_path / "resumed") == comparable(tmp_path / "whole")
+    assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
+    assert [lane["parameters_sha256"] for lane in arm["lanes"][:2]] == [lane["parameters_sha256"] for lane in alone]
+    assert [setting["test_accuracy"]["n"] for setting in arm["settings"]] == [2, 0]
+
+
+def test_nothing_is_read_or_written_through_a_link_that_leads_out(tmp_path):
+    run_folder, outside = tmp_path / "run", tmp_path / "outside"
+    interrupted(run_folder, 1)
+    (run_folder / "checkpoints").rename(outside)
+    (run_folder / "checkpoints").symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(UserError, match="leads out of"):
+        run(EXPERIMENT, "tiny", run_folder, Listener(), resume=True)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "s3cr3t-value")
+    interrupted(tmp_path, 1)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"s3cr3t-value" not in path.read_bytes()
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    for name in ("cnnlib", "experiments"):
+        for path in (Path(resume.__file__).parents[1] / name).rglob("*.py"):
+            calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            names = {getattr(call, "id", getattr(call, "attr", None)) for call in calls}
+            assert not names & {"eval", "exec", "loads_pickle", "Unpickler"}, path
+            for unsafe in ("import pickle", "allow_pickle=True", "import yaml", "import marshal", "import dill"):
+                assert unsafe not in path.read_text(), (path, unsafe)
+
+
+# In processes of their own, by really doing it. The data are the packaged ones.
+
+TINY = ["epochs=4", "lanes.seed=0,1", "checkpoint.share=1"]
+
+
+def command(out, *arguments):
+    return [sys.executable, "-m", "experiments", "run", "fc_vs_conv", *TINY, "--out", str(out), *arguments]
+
+
+def environment(**change):
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled", **change}
+
+
+def done(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), **options)
+
+
+def started(out, *arguments):
+    """A run that has told its first epoch."""
+    process = subprocess.Popen(
+        command(out, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    while "epoch 1/" not in process.stdout.readline():
+        assert process.poll() is None
+    return process
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """An uninterrupted run, and how long one takes that finds its programs compiled."""
+    out = tmp_path_factory.mktemp("packaged")
+    assert done(*command(out / "first")).returncode == 0
+    began = time.monotonic()
+    assert done(*command(out / "run")).returncode == 0
+    return out / "run", time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, tmp_path):
+    whole, seconds = packaged
+    chance, moments = random.Random(0), []
+    for number in range(20):
+        out = tmp_path / str(number)
+        with subprocess.Popen(
+            command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+        ) as process:
+            time.sleep(chance.uniform(0.5, 1.0) * seconds)
+            process.kill()
+        resumed = done(*command(out, "--resume"))
+        assert resumed.returncode == 0, resumed.stderr
+        assert comparable(out) == comparable(whole), number
+        moments.append(
+            [
+                (entry["finished"], entry["in_flight"])
+                for entry in json.loads((out / "results.json").read_text())["resumed"]
+            ]
+        )
+    assert len({str(moment) for moment in moments}) > 3  # they were not all killed at the same place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_at_the_end_of_an_epoch(number, status, packaged, tmp_path):
+    process = started(tmp_path)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == status
+    first, last = told.splitlines()
+    assert first == "stopping at the end of this epoch, and saving it; once more stops at once"
+    assert last.startswith("stopped after epoch ") and last.endswith("--resume")
+    resumed = done("bash", "-c", last.split("go on with: ")[1].replace("python ", f"{sys.executable} ", 1))
+    assert resumed.returncode == 0, resumed.stderr
+    assert comparable(tmp_path) == comparable(packaged[0])
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    process = started(tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None and "stopping" in process.stderr.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and time.monotonic() - began < 1.0
+
+
+@pytest.mark.slow
+def test_a_second_run_into_the_folder_is_refused(tmp_path):
+    process = started(tmp_path, "epochs=1000")
+    for arguments in ((), ("--resume",)):
+        second = done(*command(tmp_path, *arguments))
+        assert second.returncode == 2 and f"a run is going on in {tmp_path} (process {process.pid}" in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_is_a_clear_error_and_costs_nothing_that_was_saved(packaged, tmp_path):
+    process = started(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    # Files may not grow beyond 40 kB: the first checkpoint does not fit.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
+    kept = sorted(path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir())
+    refused = done(*command(tmp_path, "--resume"), preexec_fn=limit)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
+    assert "cannot write" in refused.stderr
+    assert set(kept) <= {path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir()}
+    resumed = done(*command(tmp_path, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert comparable(tmp_path) == comparable(packaged[0])
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_one_that_is_only_read_are_clear_errors(tmp_path):
+    """On file systems made for it, where this user may mount some."""
+    (tmp_path / "disk").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=$1 none {tmp_path}/disk || exit 77
+        test $2 = rw || mount -o remount,ro {tmp_path}/disk
+        shift 2; "$@"; status=$?
+        ls {tmp_path}/disk/run/checkpoints/* >&2; exit $status
+    """
+    if done("unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path / "disk")).returncode != 0:
+        pytest.skip("no right to mount anything here")
+    run_it = command(tmp_path / "disk" / "run")
+    full = done("unshare", "-rm", "bash", "-c", script, "-", "24m", "rw", *run_it)
+    assert full.returncode == 2 and "No space left on device" in full.stderr.splitlines()[0], full.stderr
+    assert "lenet_300_100" in full.stderr  # and its checkpoint
+    read_only = done("unshare", "-rm", "bash", "-c", script, "-", "24m", "ro", *run_it)
+    assert read_only.returncode == 2 and "Read-only file system" in read_only.stderr.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_too_little_memory_says_which_arm_and_how_many_lanes_would_fit(tmp_path):
+    # A hundred lanes of 5.6 million parameters at a time, and 12 GB of addresses, most of which JAX has taken.
+    huge = ["arms=lenet5", "arms.lenet5.connectivity=full", "lanes.seed=0..3", "lanes.at_a_time=4", "batch_size=500"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (7_000_000_000, 7_000_000_000))  # noqa: E731
+    refused = done(*command(tmp_path / "run", *huge), preexec_fn=limit)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
+    assert refused.stderr.startswith("error: arm lenet5: ") and "lanes" in refused.stderr
+    assert not (tmp_path / "run").exists()

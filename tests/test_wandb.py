@@ -1,0 +1,202 @@
+"""The copy in Weights & Biases: equal to the files of the run, and never in the way of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cnnlib import wandb_copy
+from cnnlib.errors import UserError
+from cnnlib.wandb_copy import chosen_mode, flat_config, has_key, lane_name
+
+METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+TINY = ["arms=mlp_75_33,lenet5", "epochs=3", "lanes.seed=0,1", "data.name=lines", "data.validation=200"]
+
+
+def command(out, *arguments):
+    return [sys.executable, "-m", "experiments", "run", "fc_vs_conv", *TINY, "--out", str(out), *arguments]
+
+
+def environment(folder, **change):
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    places = {"WANDB_CONFIG_DIR": str(folder), "WANDB_CACHE_DIR": str(folder), "WANDB_DATA_DIR": str(folder)}
+    return {**quiet, "JAX_PLATFORMS": "cpu", "NETRC": str(folder / "none"), "HOME": str(folder), **places, **change}
+
+
+def records(run):
+    """What wandb's own reader says of an offline run."""
+    (file,) = run.glob("*.wandb")
+    reader = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(file)]
+    text = subprocess.run(reader, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_back(run):
+    """A run's identity, the items of its history, and its summary."""
+    found = records(run)
+    (identity,) = (record["run"] for record in found if record["type"] == "run")
+    history = [record["history"]["item"] for record in found if record["type"] == "history"]
+    summary = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    return identity, history, summary
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    out = tmp_path_factory.mktemp("offline") / "run"
+    run = command(out, "--wandb", "offline")
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(out.parent))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return out
+
+
+def test_every_value_of_every_lane_is_in_its_own_run(offline):
+    results = json.loads((offline / "results.json").read_text())
+    identity = json.loads((offline / "run.json").read_text())["id"]
+    lines = [json.loads(line) for line in (offline / "metrics.jsonl").read_text().splitlines()]
+    runs = {read_back(run)[0]["run_id"]: run for run in (offline / "wandb").glob("offline-run-*")}
+    lanes = {(arm["name"], number): lane for arm in results["arms"] for number, lane in enumerate(arm["lanes"])}
+    assert set(runs) == {f"{identity}-{arm}-{number}" for arm, number in lanes} | {f"{identity}-report"}
+    for (arm, number), lane in lanes.items():
+        known, history, summary = read_back(runs[f"{identity}-{arm}-{number}"])
+        told = [line for line in lines if (line["arm"], line["lane"]) == (arm, number)]
+        assert [item["_step"] for item in history] == [item["epoch"] for item in history] == [1, 2, 3]
+        for item, line in zip(history, told, strict=True):
+            assert {name: item[name] for name in METRICS} == {name: line[name] for name in METRICS}
+        assert known["job_type"] == arm and known["display_name"] == f"{arm} seed {lane['seed']}"
+        assert known["run_group"] == f"fc_vs_conv run {identity}" and known["tags"] == ["lines", "cpu"]
+        config = known["config"]["update"]
+        assert (config["arm"], config["seed"], config["epochs"], config["data_name"]) == (arm, lane["seed"], 3, "lines")
+        assert config["learning_rate"] == lane["learning_rate"] and config["optim_schedule"] == "one_cycle"
+        assert not any(isinstance(value, dict | list) for key, value in config.items() if key != "_wandb")
+        assert summary["test_accuracy"] == lane["test_accuracy"] and summary["status"] == "ok"
+        assert summary["parameters_sha256"] == lane["parameters_sha256"]
+        counts = next(one for one in results["arms"] if one["name"] == arm)
+        assert (summary["parameters"], summary["macs"]) == (counts["parameters"], counts["macs"])
+        assert summary["validation_accuracy"]["max"] == max(line["validation_accuracy"] for line in told)
+        assert summary["train_loss"]["min"] == min(line["train_loss"] for line in told)
+    _, (item,), _ = read_back(runs[f"{identity}-report"])
+    assert item["results.nrows"] == 2 and item["accuracy.format"] == "png"
+
+
+def test_system_noise_is_off_and_the_key_is_nowhere(offline):
+    for run in (offline / "wandb").glob("offline-run-*"):
+        assert not {"stats", "output", "output_raw"} & {record["type"] for record in records(run)}
+    assert "wandb" not in json.loads((offline / "environment.json").read_text())["variables"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_names_and_goes_on_after_its_last_epoch(tmp_path):
+    many = ("--wandb", "offline", "epochs=12", "arms=lenet5", "wandb.per=arm", "checkpoint.share=1")
+    with subprocess.Popen(
+        command(tmp_path / "run", *many), stdout=subprocess.PIPE, text=True, env=environment(tmp_path)
+    ) as process:
+        assert process.stdout is not None
+        while "epoch 1/12" not in process.stdout.readline():
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait() == 143
+    again = command(tmp_path / "run", *many, "--resume")
+    assert subprocess.run(again, check=False, capture_output=True, env=environment(tmp_path)).returncode == 0
+    (identity,) = {read_back(run)[0]["run_id"] for run in (tmp_path / "run" / "wandb").glob("*lenet5*")}
+    assert identity == json.loads((tmp_path / "run" / "run.json").read_text())["id"] + "-lenet5"
+    parts = sorted((tmp_path / "run" / "wandb").glob("*lenet5*"))
+    steps = [item["epoch"] for part in parts for item in read_back(part)[1]]
+    assert len(parts) == 2 and sorted(set(steps)) == list(range(1, 13))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for item in read_back(parts[1])[1]:
+        losses = [line["train_loss"] for line in lines if line["epoch"] == item["epoch"]]
+        assert item["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-12) and item["lanes_ok"] == 2
+        assert item["train_loss_low"] < min(losses) and item["train_loss_high"] > max(losses)  # t for n = 2 is wide
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A server that answers each request with an error."""
+
+    def do_POST(self):
+        self.send_error(500)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+def trains_on(tmp_path, address):
+    """Runs against a W&B at this address; returns what was said and how long it took."""
+    key = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0123456789" * 4}
+    began = time.monotonic()
+    run = command(tmp_path / "run", "--wandb", "online", "epochs=6")
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=False, env=environment(tmp_path, **key), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "table.md").exists()
+    for path in (tmp_path / "run").rglob("*"):
+        inside_wandb = "wandb" in path.relative_to(tmp_path / "run").parts
+        assert inside_wandb or not path.is_file() or key["WANDB_API_KEY"].encode() not in path.read_bytes()
+    return done.stdout, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_with_errors_is_told_once_and_training_goes_on(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        said, _ = trains_on(tmp_path, f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert said.count("W&B") == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_told_once_and_training_goes_on(tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:  # takes connections, and says nothing
+        said, seconds = trains_on(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert said.count("W&B") == 1 and "wandb sync" in said
+    assert seconds < 60
+
+
+def test_the_mode_follows_what_is_there(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert chosen_mode("off") == (None, None) and chosen_mode("offline") == ("offline", None)
+    mode, hint = chosen_mode("auto")
+    assert mode is None and hint is not None and "wandb login" in hint and "--wandb offline" in hint
+    with pytest.raises(UserError, match="--wandb online needs a key"):
+        chosen_mode("online")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "a" * 40 + "\n")
+    assert has_key() and chosen_mode("auto") == ("online", None)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
+    assert not has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert chosen_mode("auto") == ("online", None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert chosen_mode("auto") == ("offline", None) and chosen_mode("online") == ("online", None)
+    monkeypatch.setattr(wandb_copy.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--wandb offline needs cnnlib's extra `wandb`"):
+        chosen_mode("offline")
+    monkeypatch.delenv("WANDB_MODE")
+    mode, hint = chosen_mode("auto")
+    assert mode is None and hint is not None and "not installed" in hint
+
+
+def test_lanes_are_named_by_what_tells_them_apart():
+    lanes = [{"seed": seed, "learning_rate": rate, "momentum": 0.9} for seed in (0, 1) for rate in (0.1, 0.01)]
+    assert lane_name("lenet5", lanes[1], lanes) == "lenet5 seed 0 learning_rate 0.01"
+    assert lane_name("lenet5", lanes[0], lanes[::2]) == "lenet5 seed 0"
+    assert flat_config({"epochs": 3, "arms": [], "optim": {"name": "sgd", "learning_rate": [0.1]}}) == {
+        "epochs": 3,
+        "optim_name": "sgd",
+    }
