@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | ops | memory`: speed and memory beside peers (`benchmarks/README.md`)."""
+"""`python -m benchmarks step | lanes | ops | memory | tracking`: speed and memory (`benchmarks/README.md`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import lanes, memory, operations, peers, step
+from benchmarks import lanes, memory, operations, peers, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
@@ -31,12 +31,14 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
             yield from (memory.measure(net, options.batch_size) for net in nets)
+        case "tracking":
+            yield tracking.measure("fc_vs_conv", options.rounds)
 
 
 def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory"])
+    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory", "tracking"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -220,7 +221,9 @@ class _LatestAndBest:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+    text = " ".join((str(error).strip() or type(error).__name__).split())
+    system = re.search(r"\[OS error [^\]]*\]", text)  # what tensorstore adds behind two long paths
+    return system[0][1:-1] if system else text[:300]
 
 
 def write_what_is_asked_for() -> None:

@@ -51,7 +51,7 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
     name = str(run.relative_to(place)) if run != place else str(run)
     experiment = _text(config.get("experiment")) or _text(record.get("experiment"))
     began = _text(sessions[0].get("began"))[:16].replace("T", " ") if sessions else ""
-    lines = read_json_lines(run / "metrics.jsonl")
+    lines = [line for line in read_json_lines(run / "metrics.jsonl") if _is_line(line)]
     state, results = folder.state(run), folder.read_json(run / "results.json")
     if state == "failed" and sessions:
         result = _text(sessions[-1].get("message"))
@@ -68,7 +68,7 @@ def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
     arms, epochs = _list(config.get("arms")), config.get("epochs")
     if not isinstance(epochs, int) or epochs < 1 or not arms:
         return "-"
-    done = {(line.get("arm"), line.get("epoch")) for line in lines if isinstance(line.get("epoch"), int)}
+    done = {(line["arm"], line["epoch"]) for line in lines}
     return f"{100 * len(done) // (len(arms) * epochs)} %"
 
 
@@ -76,8 +76,8 @@ def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
     """`lenet5 9/12, validation 96.96 %`: how far the latest arm is, and its mean over the lanes."""
     if not lines:
         return ""
-    arm, epoch = (lines[-1].get(key) for key in ("arm", "epoch"))
-    last = [line for line in lines if (line.get("arm"), line.get("epoch")) == (arm, epoch)]
+    arm, epoch = (lines[-1][key] for key in ("arm", "epoch"))
+    last = [line for line in lines if (line["arm"], line["epoch"]) == (arm, epoch)]
     values = [line["validation_accuracy"] for line in last if _is_number(line.get("validation_accuracy"))]
     mean = f", validation {100 * sum(values) / len(values):.2f} %" if values else ""
     return f"{arm} {epoch}/{config.get('epochs')}{mean}"
@@ -176,6 +176,10 @@ def is_results(found: Any) -> bool:
     if not isinstance(arms, list) or not isinstance(found.get("config"), dict) or not arms:
         return False
     return all(isinstance(arm, dict) and _is_arm(arm) for arm in arms)
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("arm"), str) and isinstance(line.get("epoch"), int)
 
 
 def _is_arm(arm: dict[str, Any]) -> bool:

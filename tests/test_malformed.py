@@ -46,33 +46,13 @@ def is_one_line(arguments):
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=30)
 FIELDS = st.sampled_from(
-    [
-        "epochs",
-        "batch_size",
-        "lanes.seed",
-        "lanes.at_a_time",
-        "lanes",
-        "optim.learning_rate",
-        "optim.name",
-        "data.validation",
-        "data.seed",
-        "arms",
-        "arms.lenet5.model",
-        "arms.lenet5.match",
-        "arms.lenet5.connectivity",
-        "checkpoint.every",
-        "checkpoint.share",
-        "checkpoint.keep",
-        "wandb.per",
-        "wandb.project",
-        "augment.crop",
-        "compute_dtype",
-    ]
+    """epochs batch_size lanes.seed lanes.at_a_time lanes optim.learning_rate optim.name data.validation data.seed arms
+    arms.lenet5.model arms.lenet5.match arms.lenet5.connectivity checkpoint.every checkpoint.share checkpoint.keep
+    wandb.per wandb.project augment.crop compute_dtype""".split()  # noqa: SIM905
 )
-WRONG = "-1 1e999 nan inf -inf 0x10 1_0 , 1.. 5..1 ../../etc $(id) [] conv: conv:1@0 dense:-3 residual( null {} conv:6@5,relu"
-VALUES = TEXT | st.sampled_from(
-    [*WRONG.split(), "", "9" * 5000, "(" * 500, "residual(" * 300, "conv:6@5 relu", "\ud7ff"]
-)
+WRONG = """-1 1e999 nan inf -inf 0x10 1_0 , 1.. 5..1 ../../etc $(id) [] conv: conv:1@0 dense:-3 residual( null {} \ud7ff
+    conv:6@5,relu""".split()  # noqa: SIM905
+VALUES = TEXT | st.sampled_from([*WRONG, "", "9" * 5000, "(" * 500, "residual(" * 300, "conv:6@5 relu"])
 OVERRIDES = st.builds("{}={}".format, FIELDS | TEXT, VALUES) | TEXT
 
 

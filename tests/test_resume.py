@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -282,15 +283,21 @@ def done(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), **options)
 
 
+@contextlib.contextmanager
 def started(out, *arguments):
-    """A run that has told its first epoch."""
-    process = subprocess.Popen(
-        command(out, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    assert process.stdout is not None
-    while "epoch 1/" not in process.stdout.readline():
-        assert process.poll() is None
-    return process
+    """A run that has told its first epoch; killed in the end, if it lives."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command(out, *arguments), **pipes, env=environment()) as process:
+        assert process.stdout is not None
+        while "epoch 1/" not in process.stdout.readline():
+            assert process.poll() is None
+        yield process
+        process.kill()
+
+
+def limited(limit, *command):
+    """In a shell with a `ulimit`."""
+    return done("bash", "-c", f'ulimit {limit}; exec "$@"', "-", *command)
 
 
 @pytest.fixture(scope="module")
@@ -329,9 +336,9 @@ def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, t
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_at_the_end_of_an_epoch(number, status, packaged, tmp_path):
-    process = started(tmp_path)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    with started(tmp_path) as process:
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
     assert process.returncode == status
     first, last = told.splitlines()
     assert first == "stopping at the end of this epoch, and saving it; once more stops at once"
@@ -343,37 +350,33 @@ def test_a_signal_ends_the_run_at_the_end_of_an_epoch(number, status, packaged, 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
-    process = started(tmp_path)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None and "stopping" in process.stderr.readline()
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and time.monotonic() - began < 1.0
+    with started(tmp_path, "epochs=1000") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and "stopping" in process.stderr.readline()
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130 and time.monotonic() - began < 1.0
 
 
 @pytest.mark.slow
 def test_a_second_run_into_the_folder_is_refused(tmp_path):
-    process = started(tmp_path, "epochs=1000")
-    for arguments in ((), ("--resume",)):
-        second = done(*command(tmp_path, *arguments))
-        assert second.returncode == 2 and f"a run is going on in {tmp_path} (process {process.pid}" in second.stderr
-        assert len(second.stderr.splitlines()) == 1
-    process.kill()
-    process.communicate()
+    with started(tmp_path, "epochs=1000") as process:
+        for arguments in ((), ("--resume",)):
+            second = done(*command(tmp_path, *arguments))
+            assert second.returncode == 2 and f"a run is going on in {tmp_path} (process {process.pid}" in second.stderr
+            assert len(second.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_a_clear_error_and_costs_nothing_that_was_saved(packaged, tmp_path):
-    process = started(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    # Files may not grow beyond 40 kB: the first checkpoint does not fit.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
-    kept = sorted(path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir())
-    refused = done(*command(tmp_path, "--resume"), preexec_fn=limit)
+    with started(tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    kept = {path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir()}
+    refused = limited("-f 40", *command(tmp_path, "--resume"))  # files of 40 kB: the next checkpoint does not fit
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
     assert "cannot write" in refused.stderr
-    assert set(kept) <= {path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir()}
+    assert kept <= {path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir()}
     resumed = done(*command(tmp_path, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert comparable(tmp_path) == comparable(packaged[0])
@@ -382,29 +385,33 @@ def test_a_disk_that_takes_no_more_is_a_clear_error_and_costs_nothing_that_was_s
 @pytest.mark.slow
 def test_a_full_disk_and_one_that_is_only_read_are_clear_errors(tmp_path):
     """On file systems made for it, where this user may mount some."""
-    (tmp_path / "disk").mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir()
     script = f"""
-        mount -t tmpfs -o size=$1 none {tmp_path}/disk || exit 77
-        test $2 = rw || mount -o remount,ro {tmp_path}/disk
-        shift 2; "$@"; status=$?
-        ls {tmp_path}/disk/run/checkpoints/* >&2; exit $status
+        mount -t tmpfs -o size=10m none {disk} || exit 77
+        test $1 = rw || mount -o remount,ro {disk}
+        shift; "$@"; status=$?
+        ls {disk}/run/checkpoints/* >&2; exit $status
     """
-    if done("unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path / "disk")).returncode != 0:
+    if done("unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)).returncode != 0:
         pytest.skip("no right to mount anything here")
-    run_it = command(tmp_path / "disk" / "run")
-    full = done("unshare", "-rm", "bash", "-c", script, "-", "24m", "rw", *run_it)
-    assert full.returncode == 2 and "No space left on device" in full.stderr.splitlines()[0], full.stderr
-    assert "lenet_300_100" in full.stderr  # and its checkpoint
-    read_only = done("unshare", "-rm", "bash", "-c", script, "-", "24m", "ro", *run_it)
+    full = done("unshare", "-rm", "bash", "-c", script, "-", "rw", *command(disk / "run"))
+    first, *rest = full.stderr.splitlines()
+    assert full.returncode == 2 and first.startswith("error: cannot write") and "No space left" in first, full.stderr
+    assert "1" in rest  # the checkpoint that was whole
+    read_only = done("unshare", "-rm", "bash", "-c", script, "-", "ro", *command(disk / "run"))
     assert read_only.returncode == 2 and "Read-only file system" in read_only.stderr.splitlines()[0]
 
 
 @pytest.mark.slow
 def test_too_little_memory_says_which_arm_and_how_many_lanes_would_fit(tmp_path):
-    # A hundred lanes of 5.6 million parameters at a time, and 12 GB of addresses, most of which JAX has taken.
-    huge = ["arms=lenet5", "arms.lenet5.connectivity=full", "lanes.seed=0..3", "lanes.at_a_time=4", "batch_size=500"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (7_000_000_000, 7_000_000_000))  # noqa: E731
-    refused = done(*command(tmp_path / "run", *huge), preexec_fn=limit)
+    code = "import jax, cnnlib.run; jax.devices(); print(open('/proc/self/status').read())"
+    taken = int(re.search(r"VmSize:\s*(\d+) kB", done(sys.executable, "-c", code).stdout)[1])
+    limit = f"-v {taken + 1_500_000}"  # of which compilers take a half
+    many = ["arms=lenet5", "lanes.seed=0..31", "lanes.at_a_time=32", "batch_size=500", "epochs=1"]
+    refused = limited(limit, *command(tmp_path / "run", *many))
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
-    assert refused.stderr.startswith("error: arm lenet5: ") and "lanes" in refused.stderr
-    assert not (tmp_path / "run").exists()
+    assert refused.stderr.startswith("error: arm lenet5: 32 lanes, 32 at a time, need ")
+    fits = int(refused.stderr.rsplit("would fit: lanes.at_a_time=", 1)[1])
+    assert 1 <= fits < 32 and not (tmp_path / "run").exists()
+    assert limited(limit, *command(tmp_path / "run", *many, f"lanes.at_a_time={fits}")).returncode == 0
