@@ -222,8 +222,8 @@ class _LatestAndBest:
 
 def _first_line(error: BaseException) -> str:
     text = " ".join((str(error).strip() or type(error).__name__).split())
-    system = re.search(r"\[OS error [^\]]*\]", text)  # what tensorstore adds behind two long paths
-    return system[0][1:-1] if system else text[:300]
+    system = re.search(r"([^:]*) \[os_error_code='\d+'", text)  # what tensorstore says behind two long paths
+    return system[1].strip() if system else text[:300]
 
 
 def write_what_is_asked_for() -> None:

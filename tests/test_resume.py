@@ -407,11 +407,11 @@ def test_a_full_disk_and_one_that_is_only_read_are_clear_errors(tmp_path):
 def test_too_little_memory_says_which_arm_and_how_many_lanes_would_fit(tmp_path):
     code = "import jax, cnnlib.run; jax.devices(); print(open('/proc/self/status').read())"
     taken = int(re.search(r"VmSize:\s*(\d+) kB", done(sys.executable, "-c", code).stdout)[1])
-    limit = f"-v {taken + 1_500_000}"  # of which compilers take a half
-    many = ["arms=lenet5", "lanes.seed=0..31", "lanes.at_a_time=32", "batch_size=500", "epochs=1"]
+    limit = f"-v {taken + 2_000_000}"  # of which compilers take a half
+    many = ["arms=lenet5", "lanes.seed=0..63", "lanes.at_a_time=64", "batch_size=500", "epochs=1"]
     refused = limited(limit, *command(tmp_path / "run", *many))
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
-    assert refused.stderr.startswith("error: arm lenet5: 32 lanes, 32 at a time, need ")
+    assert refused.stderr.startswith("error: arm lenet5: 64 lanes, 64 at a time, need ")
     fits = int(refused.stderr.rsplit("would fit: lanes.at_a_time=", 1)[1])
-    assert 1 <= fits < 32 and not (tmp_path / "run").exists()
+    assert 1 <= fits < 64 and not (tmp_path / "run").exists()
     assert limited(limit, *command(tmp_path / "run", *many, f"lanes.at_a_time={fits}")).returncode == 0
