@@ -16,7 +16,6 @@ from benchmarks.timing import Table
 EXTRAS = {
     "alone": ["checkpoint.every=0", "--wandb", "off"],
     "checkpoints": ["--wandb", "off"],
-    "every epoch written": ["checkpoint.share=1", "--wandb", "off"],
     "W&B offline": ["checkpoint.every=0", "--wandb", "offline"],
     "checkpoints and W&B": ["--wandb", "offline"],
 }

@@ -61,7 +61,10 @@ def train_arm(
     own, in_flight = programs[arm.name], left.in_flight.get(arm.name)
     with memory_errors(arm, own):
         finished = run_arm(training, arm, own, in_flight, metrics)
-    training.unwritten.append(finished)
+    if in_flight is not None and in_flight.progress.epoch == training.experiment.epochs:
+        write_arm(training.folder, finished)  # its last checkpoint is there already
+    else:
+        training.unwritten.append(finished)
     write_finished(training)
     training.watcher.arm_ends(arm.name, finished.result, in_flight.progress.epoch if in_flight else 0)
     return finished
@@ -169,7 +172,7 @@ def run_arm(
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     if validation is None and programs.validate is not None:
         validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-    result = result_of(arm, programs, lanes, states, validation, splits["test"], so_far.train_seconds)
+    result = result_of(experiment, arm, programs, states, validation, splits["test"], so_far.train_seconds)
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
 
@@ -202,6 +205,7 @@ def save(
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
         so_far.best = [float(so_far.epoch), accuracy]
     progress = Progress(
+        run=training.folder.record["id"],
         arm=arm.name,
         epoch=so_far.epoch,
         lanes=[[float(number) for number in numbers] for numbers in lane_numbers(experiment)],
@@ -230,15 +234,16 @@ def save(
 
 
 def result_of(
+    experiment: Experiment,
     arm: ResolvedArm,
     programs: Programs,
-    lanes: tuple[LaneNumbers, ...],
     states: State,
     validation: Sums | None,
     test_examples: Examples,
     train_seconds: float,
 ) -> dict[str, Any]:
     """The arm's part of `results.json`."""
+    lanes = lane_numbers(experiment)
     test = jax.device_get(programs.test(states.parameters, test_examples))
     lane_results = _lane_results(lanes, test, validation, states)
     if programs.distance is not None:
@@ -251,6 +256,7 @@ def result_of(
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
         "memory_bytes": programs.memory_bytes,
+        "epochs": experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),
         **_headline(settings),
         "settings": settings,

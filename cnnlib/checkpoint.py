@@ -231,6 +231,7 @@ def write_what_is_asked_for() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then closes the pipe
     yield_processor()
+    parent = int(sys.argv[1])
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     opened: dict[str, Checkpoints] = {}
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
@@ -246,6 +247,10 @@ def write_what_is_asked_for() -> None:
             try:
                 if not opened:
                     stack.enter_context(writing(Path(told["run"])))
+                # Whoever goes on with the run does not expect it any more. A dead run's folder is free only for one who
+                # has seen this lock free, so between this line and the end of writing nobody begins.
+                if os.getppid() != parent:
+                    return
                 folder = told["folder"]
                 opened.setdefault(folder, Checkpoints(Path(folder), told["keep"])).best = told["best"]
                 words = np.frombuffer(numbers, np.uint32).reshape(rows, columns)

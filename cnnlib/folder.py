@@ -102,9 +102,13 @@ def _in_use(folder: Path) -> str:
 def read_json(path: Path) -> Any:
     """What a file of JSON holds; None where it does not exist or holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = tracking.read_regular(path)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (OSError, ValueError, RecursionError):
         return None
+    return value
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -198,6 +202,7 @@ def is_record(found: dict[str, Any]) -> bool:
         and found["id"].isalnum()
         and isinstance(found.get("identity"), dict)
         and isinstance(found.get("experiment"), str)
+        and isinstance(found.get("resumed", []), list)
         and isinstance(sessions, list)
         and len(sessions) > 0
         and all(isinstance(session, dict) and session.get("state") in STATES for session in sessions)

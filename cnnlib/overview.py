@@ -17,7 +17,7 @@ from cnnlib.config import flat
 from cnnlib.errors import UserError
 from cnnlib.report import accuracy_text
 from cnnlib.tables import print_table
-from cnnlib.tracking import read_json_lines
+from cnnlib.tracking import is_number, read_json_lines
 
 COLUMNS = ("run", "state", "began", "done", "result")
 MARKS = (folder.RECORD, "results.json")
@@ -78,7 +78,7 @@ def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
         return ""
     arm, epoch = (lines[-1][key] for key in ("arm", "epoch"))
     last = [line for line in lines if (line["arm"], line["epoch"]) == (arm, epoch)]
-    values = [line["validation_accuracy"] for line in last if _is_number(line.get("validation_accuracy"))]
+    values = [line["validation_accuracy"] for line in last if is_number(line.get("validation_accuracy"))]
     mean = f", validation {100 * sum(values) / len(values):.2f} %" if values else ""
     return f"{arm} {epoch}/{config.get('epochs')}{mean}"
 
@@ -179,7 +179,8 @@ def is_results(found: Any) -> bool:
 
 
 def _is_line(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("arm"), str) and isinstance(line.get("epoch"), int)
+    arm = line.get("arm")
+    return isinstance(arm, str) and arm.isprintable() and isinstance(line.get("epoch"), int)
 
 
 def _is_arm(arm: dict[str, Any]) -> bool:
@@ -188,18 +189,14 @@ def _is_arm(arm: dict[str, Any]) -> bool:
     return (
         isinstance(arm.get("name"), str)
         and all(isinstance(arm.get(count), int) for count in ("parameters", "macs"))
-        and _is_number(arm.get("train_seconds_per_lane"))
+        and is_number(arm.get("train_seconds_per_lane"))
         and isinstance(accuracy.get("n"), int)
-        and (accuracy.get("mean") is None or _is_number(accuracy["mean"]))
+        and (accuracy.get("mean") is None or is_number(accuracy["mean"]))
         and isinstance(interval, list)
         and len(interval) == 2
         and (interval[0] is None) == (interval[1] is None)
-        and all(end is None or _is_number(end) for end in interval)
+        and all(end is None or is_number(end) for end in interval)
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read
 from cnnlib.resolve import ResolvedArm
 
 Says = Callable[[str], None]
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
+"""Of JAX, that change numbers."""
 NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir")
 """Fields that may change between sessions without a word."""
 
@@ -34,6 +36,10 @@ def identity(name: str, experiment: Experiment, device: jax.Device, cpu_kernels:
         "code_sha256": tracking.code_sha256(),
         "versions": {**tracking.versions(), "numpy": np.__version__},
         "device": {"platform": device.platform, "kind": device.device_kind, "kernels": cpu_kernels},
+        "settings": {
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+            **{name: getattr(jax.config, name) for name in SETTINGS},
+        },
         "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count()},
     }
 
@@ -70,7 +76,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
         if before.get(part) != after.get(part):
             what = {"experiment": "the experiment", "code_sha256": "cnnlib's code", "data_sha256": "the data"}[part]
             refused.append(f"{what} was {_short(before.get(part), 12)}, is {_short(after.get(part), 12)}")
-    for part, where in (("versions", refused), ("device", refused), ("machine", told)):
+    parts = (("versions", refused), ("device", refused), ("settings", refused), ("machine", told))
+    for part, where in parts:
         old, new = (_part(side, part) for side in (before, after))
         for name in dict.fromkeys((*old, *new)):
             if old.get(name) != new.get(name):
@@ -99,7 +106,15 @@ class FinishedArm(NamedTuple):
 
 LANE_KEYS = {*LaneNumbers._fields, "test_accuracy", "test_loss", "status", "epochs", "parameters_sha256"}
 ARM_KEYS = {"name", "connectivity", "model", "parameters", "connections", "macs", "match", "start", "chosen_setting"}
-ARM_KEYS |= {"compile_seconds", "lanes_at_a_time", "train_seconds_per_lane", "test_accuracy", "settings", "lanes"}
+ARM_KEYS |= {
+    "compile_seconds",
+    "lanes_at_a_time",
+    "train_seconds_per_lane",
+    "test_accuracy",
+    "settings",
+    "lanes",
+    "epochs",
+}
 
 
 def write_arm(folder: RunFolder, finished: FinishedArm) -> None:
@@ -119,6 +134,7 @@ def read_arm(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> Fin
         return None
     finished = FinishedArm(found["result"], found["lines"], found["wall_seconds"])
     result = finished.result
+    numbers = [list(lane) for lane in lane_numbers(experiment)]
     is_ours = (
         isinstance(result, dict)
         and result.keys() >= ARM_KEYS
@@ -127,9 +143,11 @@ def read_arm(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> Fin
         and isinstance(result["lanes"], list)
         and len(result["lanes"]) == len(lane_numbers(experiment))
         and all(isinstance(lane, dict) and lane.keys() >= LANE_KEYS for lane in result["lanes"])
+        and [[lane[name] for name in LaneNumbers._fields] for lane in result["lanes"]] == numbers
+        and result["epochs"] == experiment.epochs
         and isinstance(finished.lines, list)
         and all(isinstance(line, dict) for line in finished.lines)
-        and _is_number(finished.wall_seconds)
+        and tracking.is_number(finished.wall_seconds)
     )
     return finished if is_ours and found["sha256"] == _sum_of(finished) else None
 
@@ -138,13 +156,11 @@ def _sum_of(finished: FinishedArm) -> str:
     return hashlib.sha256(json.dumps(tracking.plain(finished._asdict()), sort_keys=True).encode()).hexdigest()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 class Progress(NamedTuple):
     """The JSON part of a checkpoint: what an arm has come to, beside its state."""
 
+    run: str
+    """The identity of the run."""
     arm: str
     epoch: int
     lanes: list[list[float]]
@@ -193,9 +209,8 @@ class Left(NamedTuple):
 def checkpoints_folder(folder: RunFolder, arm: str) -> Path:
     """Where an arm's checkpoints are, `checkpoints/ARM/`; raises UserError for links that lead out of the folder."""
     place = inside(folder.path, folder / CHECKPOINTS / arm)
-    if place.is_dir():
-        for path in place.iterdir():
-            inside(folder.path, path)
+    for path in place.rglob("*"):
+        inside(folder.path, path)
     return place.absolute()
 
 
@@ -210,7 +225,8 @@ def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: 
     with contextlib.closing(Checkpoints(place)) as kept:
         for epoch in reversed(kept.epochs()):
             try:
-                return read_checkpoint(experiment, arm, kept, epoch, [list(leaf) for leaf in wanted], shape)
+                of_run = {"run": folder.record.get("id"), "arm": arm.name, "epoch": epoch}
+                return read_checkpoint(experiment, kept, of_run, [list(leaf) for leaf in wanted], shape)
             except Unreadable as error:
                 aside = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now()}"
                 says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {aside}")
@@ -222,13 +238,13 @@ def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: 
 
 def read_checkpoint(
     experiment: Experiment,
-    arm: ResolvedArm,
     kept: Checkpoints,
-    epoch: int,
+    of_run: dict[str, Any],
     wanted: list[list[Any]],
     shape: tuple[int, int],
 ) -> InFlight:
     """One checkpoint, looked at before it is believed; raises Unreadable."""
+    epoch = of_run["epoch"]
     found = kept.progress(epoch)
     checksums = found.pop("checksums", None)
     if found.keys() != set(Progress._fields):
@@ -237,19 +253,19 @@ def read_checkpoint(
     lanes = [[float(number) for number in lane] for lane in lane_numbers(experiment)]
     # As JSON gives a layout back, tuples are lists.
     wanted = json.loads(json.dumps(wanted))
-    expected = {"arm": arm.name, "epoch": epoch, "lanes": lanes, "layout": wanted}
+    expected = {**of_run, "lanes": lanes, "layout": wanted}
     for name, value in expected.items():
         if found[name] != value:
             raise Unreadable(f"its {name} is not that of this run")
     is_whole = (
         isinstance(checksums, list)
         and isinstance(progress.lanes_at_a_time, int)
-        and progress.lanes_at_a_time >= 1
+        and 1 <= progress.lanes_at_a_time <= len(lanes)
         and isinstance(progress.lines, list)
         and all(isinstance(line, dict) for line in progress.lines)
-        and _is_number(progress.train_seconds)
-        and _is_number(progress.wall_seconds)
-        and (progress.best is None or (isinstance(progress.best, list) and all(map(_is_number, progress.best))))
+        and tracking.is_number(progress.train_seconds)
+        and tracking.is_number(progress.wall_seconds)
+        and (progress.best is None or (isinstance(progress.best, list) and all(map(tracking.is_number, progress.best))))
         and len(progress.best or (0, 0)) == 2
     )
     if not is_whole:

@@ -84,7 +84,7 @@ def run(
             changes = [*found.refused, *found.told]
             for text in changes:
                 watcher.says(f"since the run began: {text}")
-            if (results := finished_results(held, arms)) is not None:
+            if not found.refused and (results := finished_results(held, arms)) is not None:
                 watcher.says(f"the run in {out} is finished: there is nothing left to do")
                 return results
         splits = on_device(data_set)

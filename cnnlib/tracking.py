@@ -78,12 +78,27 @@ def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
 
 
+MOST_BYTES = 2**30
+
+
+def read_regular(path: Path) -> str:
+    """The text of a file that somebody else may have put there; raises OSError for what is no file, or a huge one."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise OSError(f"{path} is no file of at most {MOST_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, as far as they are whole; none where there is no such file."""
     found: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # nothing there, or nothing that can be read: nothing known
+        text = read_regular(path)
+    except (OSError, ValueError):  # nothing there, or nothing that can be read: nothing known
         return found
     for line in text.splitlines():
         try:

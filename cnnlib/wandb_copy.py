@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from cnnlib.config import Experiment, LaneNumbers
 from cnnlib.errors import UserError
+from cnnlib.folder import inside
 from cnnlib.report import COLUMNS, rows
 from cnnlib.stats import mean_interval
 from cnnlib.tracking import plain
@@ -99,6 +100,7 @@ class WandbCopy(Watcher):
 
     def run_begins(self, beginning: Beginning) -> None:
         """Says what all its W&B runs have in common."""
+        inside(beginning.folder, beginning.folder / "wandb")
         self._beginning, self._began = beginning, True
         common = {
             "project": self._project,
@@ -196,7 +198,8 @@ class WandbCopy(Watcher):
         except subprocess.TimeoutExpired:
             self._worker.kill()
             folder = self._beginning.folder / "wandb"
-            self._told.append(f"W&B did not end in {self._patience:.0f} s: `wandb sync` uploads what lies in {folder}")
+            late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
+            self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
         self._reader.join(1.0)
         self._tell()
 

@@ -83,7 +83,7 @@ class Copy:
             "disable_git": True,
             "disable_job_creation": True,
             "save_code": False,
-            "init_timeout": 30.0,
+            "init_timeout": 8.0,
             "x_disable_machine_info": True,
             "x_disable_meta": True,
             "x_disable_stats": True,

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from cnnlib.errors import UserError
 
 LOWEST_PRIORITY = 19
+PATIENCE = 120.0
+"""Seconds that a checkpoint may take."""
 
 
 class Job(NamedTuple):
@@ -45,7 +47,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cnnlib.checkpoint"],
+            [sys.executable, "-m", "cnnlib.checkpoint", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -88,7 +90,12 @@ class Writer:
     def wait(self) -> None:
         """Returns when every checkpoint is written."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or not (self._jobs or self._is_busy))
+            is_done = self._changed.wait_for(
+                lambda: self._failure is not None or not (self._jobs or self._is_busy), PATIENCE
+            )
+        if not is_done:
+            self._process.kill()
+            raise UserError(f"the process that writes checkpoints has not answered for {PATIENCE:.0f} s")
         self.check()
 
     def close(self) -> None:
@@ -100,7 +107,10 @@ class Writer:
                 self._jobs.clear()
                 self._is_closed = True
                 self._changed.notify_all()
-            self._thread.join()
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                self._process.kill()
+                self._thread.join()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # what a dead process did not take
                 if pipe is not None:

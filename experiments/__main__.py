@@ -288,6 +288,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         out = Path(options.out or Path("runs", options.name))
         if isinstance(experiment, Growth):
+            if options.resume or options.wandb in ("online", "offline"):
+                raise UserError(f"{options.name} trains nothing: --resume and --wandb have no meaning for it")
             command_growth(options.name, experiment, out)
         else:
             return command_run(options.name, experiment, out, options)

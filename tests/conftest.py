@@ -6,6 +6,7 @@ import os
 
 # Before JAX is imported: every test runs on the CPU, whatever the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["WANDB_MODE"] = "disabled"  # whatever key the developer has: tests that want W&B say so
 
 import jax
 import pytest

@@ -21,7 +21,7 @@ def python(*arguments, cwd, **environment):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "80", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled", "COLUMNS": "80", **environment},
     )
 
 

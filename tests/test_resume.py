@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from cnnlib import resume
+from cnnlib import resume, writer
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
 from cnnlib.run import run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
+from cnnlib.writer import Writer
 
 EXPERIMENT = Experiment(
     arms=(
@@ -111,9 +112,11 @@ def test_results_that_were_lost_are_put_together_again(whole, tmp_path):
     (tmp_path / "run" / "results.json").write_text("{")
     watcher = Listener()
     run(EXPERIMENT, "tiny", tmp_path / "run", watcher, resume=True)
+    assert "finished before: full, conv" in watcher.said
     assert watcher.epochs == [] and comparable(tmp_path / "run") == comparable(whole)
 
 
+@pytest.mark.slow
 def test_where_there_is_no_run_one_begins_and_says_so(whole, tmp_path):
     watcher = Listener()
     run(EXPERIMENT, "tiny", tmp_path / "new", watcher, resume=True)
@@ -124,7 +127,10 @@ def checkpoints(out, arm="full"):
     return sorted((out / "checkpoints" / arm).iterdir(), key=lambda path: int(path.name))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "lost", "progress"])
+SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("truncated", "lost", "progress")]
+
+
+@pytest.mark.parametrize("damage", ["flipped", *SLOW])
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, tmp_path):
     interrupted(tmp_path, 2)
     last = checkpoints(tmp_path)[-1]
@@ -149,6 +155,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, tmp
     assert comparable(tmp_path) == comparable(whole)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, tmp_path):
     interrupted(tmp_path, 2)
     for checkpoint in checkpoints(tmp_path):
@@ -159,6 +166,58 @@ def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, tmp_pa
     assert comparable(tmp_path) == comparable(whole)
 
 
+def test_an_arm_whose_last_checkpoint_is_all_there_is_is_tested_and_kept(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "arms")
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path / "run", watcher, resume=True)
+    assert watcher.epochs == [] and comparable(tmp_path / "run") == comparable(whole)
+    assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == {"full.json", "conv.json"}
+
+
+@pytest.mark.slow
+def test_arms_of_other_seeds_are_no_results_of_this_configuration(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    other = replace(EXPERIMENT, lanes=Lanes(seed=(7, 8)))
+    with pytest.raises(UserError, match=r"lanes.seed was 3,4, is 7,8"):
+        run(other, "tiny", tmp_path / "run", Listener(), resume=True)
+    results = run(other, "tiny", tmp_path / "run", Listener(), resume=True, force=True)
+    assert [[lane["seed"] for lane in arm["lanes"]] for arm in results["arms"]] == [[7, 8, 7, 8]] * 2
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(whole, tmp_path):
+    interrupted(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    watcher = Listener()
+    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    assert any("its run is not that of this run" in text for text in watcher.said)
+    assert watcher.epochs[0] == ("full", 1) and comparable(tmp_path) == comparable(whole)
+
+
+def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PATIENCE", 0.5)
+    held = Writer()
+    os.kill(held._process.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match=r"has not answered for 0 s|has died"):
+        run(EXPERIMENT, "tiny", tmp_path, Listener(), writer=held)
+    held.close()
+    assert held._process.returncode == -signal.SIGKILL
+
+
+def test_a_process_whose_run_is_dead_writes_nothing(tmp_path):
+    job = {"run": str(tmp_path), "folder": str(tmp_path / "a"), "epoch": 1, "keep": 1, "best": None, "shape": [1, 2]}
+    text = json.dumps({**job, "progress": {}}).encode()
+    message = len(text).to_bytes(8, "little") + text + bytes(8)
+    for parent, is_written in ((os.getpid(), True), (2**22 + 1, False)):
+        start = [sys.executable, "-m", "cnnlib.checkpoint", str(parent)]
+        ended = subprocess.run(start, input=message, capture_output=True, check=False)
+        assert (tmp_path / "a" / "1").exists() == is_written and bool(ended.stdout) == is_written
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+
+
+@pytest.mark.slow
 def test_what_has_changed_is_said_and_refused_unless_forced(tmp_path):
     interrupted(tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -195,6 +254,7 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
         {"versions": {"jax": "0.12.0", "python": "3.11.7"}},
         {"device": {"platform": "gpu", "kind": "cpu", "kernels": "native"}},
         {"device": {"platform": "cpu", "kind": "cpu", "kernels": "xla"}},
+        {"settings": {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}},
         {"config": {**before["config"], "epochs": 4}},
     ):
         assert len(found(**change).refused) == 1 and not found(**change).told
@@ -207,6 +267,7 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
     assert found(config={**before["config"], "checkpoint.every": 2, "data.data_dir": "/data"}) == ([], [])
 
 
+@pytest.mark.slow
 def test_resumed_with_more_lanes_at_a_time_the_numbers_agree_to_rounding(whole, tmp_path):
     one = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=1))
     interrupted(tmp_path, 1, one)
@@ -223,6 +284,7 @@ def test_resumed_with_more_lanes_at_a_time_the_numbers_agree_to_rounding(whole, 
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lane_that_diverges_harms_no_other_and_stays_gone_after_a_resume(tmp_path):
     deep = (Arm("deep", parse_model("avg:4 conv:4@3 dense:8 dense:classes")),)
     sane = replace(EXPERIMENT, arms=deep, optim=Optim("sgd", learning_rate=(0.01,)))
