@@ -50,7 +50,7 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
     sessions = [session for session in _list(record.get("sessions")) if isinstance(session, dict)]
     name = str(run.relative_to(place)) if run != place else str(run)
     experiment = _text(config.get("experiment")) or _text(record.get("experiment"))
-    began = _text(sessions[0].get("began"))[:16].replace("T", " ") if sessions else ""
+    began = _text(sessions[0].get("began"))[5:16].replace("T", " ") if sessions else ""
     lines = [line for line in read_json_lines(run / "metrics.jsonl") if _is_line(line)]
     state, results = folder.state(run), folder.read_json(run / "results.json")
     if state == "failed" and sessions:

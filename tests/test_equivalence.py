@@ -155,6 +155,7 @@ def test_what_is_not_a_number_on_the_padding_is_left_out():
     np.testing.assert_array_equal(back.parameters["layer_0"]["kernel"].reshape(-1), [1, 1, 1])
 
 
+@pytest.mark.slow
 def test_maps_run_under_jit_vmap_and_differentiation(small):
     model, shape = small
     lanes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(drawn(model, shape, s, jnp.float32) for s in range(3)))

@@ -465,6 +465,7 @@ def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
 
 
+@pytest.mark.slow
 def test_the_three_readings_run_matched_and_freed(tmp_path):
     net = parse_model("avg:4 conv:4@3 relu max:2 dense:classes")
     arms = (

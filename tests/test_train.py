@@ -59,6 +59,7 @@ def trained(recipe, numbers, epochs=2, at_a_time=1):
 
 
 @pytest.mark.parametrize("reading", [pytest.param("local", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
 def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
     conv = recipe()
     model = parse_model(CONV).with_connectivity(reading)

@@ -61,6 +61,7 @@ def offline(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_value_of_every_lane_is_in_its_own_run(offline):
     results = json.loads((offline / "results.json").read_text())
     identity = json.loads((offline / "run.json").read_text())["id"]
@@ -90,6 +91,7 @@ def test_every_value_of_every_lane_is_in_its_own_run(offline):
     assert item["results.nrows"] == 2 and item["accuracy.format"] == "png"
 
 
+@pytest.mark.slow
 def test_system_noise_is_off_and_the_key_is_nowhere(offline):
     for run in (offline / "wandb").glob("offline-run-*"):
         assert not {"stats", "output", "output_raw"} & {record["type"] for record in records(run)}
