@@ -207,11 +207,8 @@ class Left(NamedTuple):
 
 
 def checkpoints_folder(folder: RunFolder, arm: str) -> Path:
-    """Where an arm's checkpoints are, `checkpoints/ARM/`; raises UserError for links that lead out of the folder."""
-    place = inside(folder.path, folder / CHECKPOINTS / arm)
-    for path in place.rglob("*"):
-        inside(folder.path, path)
-    return place.absolute()
+    """Where an arm's checkpoints are, `checkpoints/ARM/`; raises UserError where that leads out of the folder."""
+    return inside(folder.path, folder / CHECKPOINTS / arm).absolute()
 
 
 def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: Any, says: Says) -> InFlight | None:
@@ -222,6 +219,8 @@ def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: 
     wanted = checkpoint.layout(states)
     shape = (len(lane_numbers(experiment)), sum(leaf.words for leaf in wanted))
     place = checkpoints_folder(folder, arm.name)
+    for path in place.rglob("*"):  # nobody writes there by now
+        inside(folder.path, path)
     with contextlib.closing(Checkpoints(place)) as kept:
         for epoch in reversed(kept.epochs()):
             try:
