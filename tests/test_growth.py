@@ -44,7 +44,7 @@ def test_in_grey_a_thousand_squared_is_ten_to_the_twelve():
 
 def test_a_run_writes_what_it_says(run):
     results, out = run
-    assert {path.name for path in out.iterdir()} - {".lock"} == {
+    assert {path.name for path in out.iterdir()} - {".lock", ".writer.lock"} == {
         "config.json",
         "results.json",
         "table.md",
