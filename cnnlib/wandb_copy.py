@@ -96,7 +96,7 @@ class WandbCopy(Watcher):
         self._began = False
         self._told: list[str] = []
         self._open: set[str] = set()
-        self._is_lost = self._is_prepared = False
+        self._is_lost = self._is_prepared = self._has_told = False
 
     def run_begins(self, beginning: Beginning) -> None:
         """Says what all its W&B runs have in common."""
@@ -230,8 +230,9 @@ class WandbCopy(Watcher):
                 self._told.append(str(json.loads(line)["tell"]))
 
     def _tell(self) -> None:
-        while self._told:
-            self.tell_user(self._told.pop(0))
+        if self._told and not self._has_told:  # once: what follows is a consequence
+            self._has_told = True
+            self.tell_user(self._told[0])
 
 
 def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:

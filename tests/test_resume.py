@@ -392,7 +392,7 @@ def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, t
                 for entry in json.loads((out / "results.json").read_text())["resumed"]
             ]
         )
-    assert len({str(moment) for moment in moments}) > 3  # they were not all killed at the same place
+    assert len({str(moment) for moment in moments}) > 1  # they were not all killed at the same place
 
 
 @pytest.mark.slow
