@@ -183,7 +183,6 @@ class InFlight(NamedTuple):
 
     progress: Progress
     words: np.ndarray
-    checksums: list[int]
 
 
 class Left(NamedTuple):
@@ -272,7 +271,7 @@ def read_checkpoint(
     words = kept.words(epoch, shape)
     if checkpoint.checksums_of(words) != checksums:
         raise Unreadable("its numbers are not those that were written")
-    return InFlight(progress, words, checksums)
+    return InFlight(progress, words)
 
 
 def refusal(folder: Path, found: Differences) -> UserError:

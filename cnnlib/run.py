@@ -149,6 +149,7 @@ def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
         return None
     held = RunFolder(out)
     if not held.read_record():
+        held.__exit__(None, None, None)
         raise UserError(f"{out / folder.RECORD} cannot be read; without --resume what is there is moved aside")
     return held
 

@@ -376,12 +376,19 @@ def packaged(tmp_path_factory):
 def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, tmp_path):
     whole, seconds = packaged
     chance, moments = random.Random(0), []
+    arms = json.loads((whole / "results.json").read_text())["arms"]
+    trains = sum(len(arm["lanes"]) * arm["train_seconds_per_lane"] for arm in arms)
     for number in range(20):
         out = tmp_path / str(number)
-        with subprocess.Popen(
-            command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-        ) as process:
-            time.sleep(chance.uniform(0.5, 1.0) * seconds)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command(out), **pipes, env=environment()) as process:
+            if number % 4:  # most while it trains, of which it says the first epoch
+                assert process.stdout is not None
+                while "epoch 1/" not in process.stdout.readline():
+                    assert process.poll() is None
+                time.sleep(chance.uniform(0.0, trains))
+            else:
+                time.sleep(chance.uniform(0.5, 1.0) * seconds)
             process.kill()
         resumed = done(*command(out, "--resume"))
         assert resumed.returncode == 0, resumed.stderr
@@ -392,7 +399,9 @@ def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, t
                 for entry in json.loads((out / "results.json").read_text())["resumed"]
             ]
         )
-    assert len({str(moment) for moment in moments}) > 1  # they were not all killed at the same place
+    # They were not all killed at the same place, and some with an arm in flight.
+    assert any(moment and moment[-1][1] for moment in moments)
+    assert len({str(moment) for moment in moments}) > 3
 
 
 @pytest.mark.slow
