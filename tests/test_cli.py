@@ -239,6 +239,8 @@ WRONG = [
     (["run", "fc_vs_conv", "arms.lenet5.model=conv:6@99 dense:classes"], "its map has only 28"),
     (["run", "fc_vs_conv", "data.name=nowhere"], "no data set 'nowhere'"),
     (["run", "fc_vs_conv", "augment.crop=29"], "larger than the examples"),
+    (["run", "explosion", "--resume"], "trains nothing"),
+    (["run", "explosion", "--wandb", "online"], "trains nothing"),
 ]
 
 

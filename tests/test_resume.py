@@ -331,10 +331,19 @@ def test_nothing_is_unpickled_or_evaluated():
 # In processes of their own, by really doing it. The data are the packaged ones.
 
 TINY = ["epochs=4", "lanes.seed=0,1", "checkpoint.share=1"]
+DIVERGING = [*TINY, "optim.name=sgd", "optim.learning_rate=0.01,1e8"]
 
 
 def command(out, *arguments):
     return [sys.executable, "-m", "experiments", "run", "fc_vs_conv", *TINY, "--out", str(out), *arguments]
+
+
+def finished_twice(out, *arguments):
+    """A whole run, and how long one takes that finds its programs compiled."""
+    assert done(*command(out / "first", *arguments)).returncode == 0
+    began = time.monotonic()
+    assert done(*command(out / "run", *arguments)).returncode == 0
+    return out / "run", time.monotonic() - began
 
 
 def environment(**change):
@@ -365,23 +374,18 @@ def limited(limit, *command):
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
     """An uninterrupted run, and how long one takes that finds its programs compiled."""
-    out = tmp_path_factory.mktemp("packaged")
-    assert done(*command(out / "first")).returncode == 0
-    began = time.monotonic()
-    assert done(*command(out / "run")).returncode == 0
-    return out / "run", time.monotonic() - began
+    return finished_twice(tmp_path_factory.mktemp("packaged"))
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, tmp_path):
-    whole, seconds = packaged
+def killed_and_resumed(whole, seconds, kills, out, *arguments):
+    """Kills runs at random moments and resumes each, which must end as the `whole` one; where each was killed."""
     chance, moments = random.Random(0), []
     arms = json.loads((whole / "results.json").read_text())["arms"]
     trains = sum(len(arm["lanes"]) * arm["train_seconds_per_lane"] for arm in arms)
-    for number in range(20):
-        out = tmp_path / str(number)
+    for number in range(kills):
+        folder = out / str(number)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen(command(out), **pipes, env=environment()) as process:
+        with subprocess.Popen(command(folder, *arguments), **pipes, env=environment()) as process:
             if number % 4:  # most while it trains, of which it says the first epoch
                 assert process.stdout is not None
                 while "epoch 1/" not in process.stdout.readline():
@@ -390,18 +394,30 @@ def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, t
             else:
                 time.sleep(chance.uniform(0.5, 1.0) * seconds)
             process.kill()
-        resumed = done(*command(out, "--resume"))
+        resumed = done(*command(folder, *arguments, "--resume"))
         assert resumed.returncode == 0, resumed.stderr
-        assert comparable(out) == comparable(whole), number
-        moments.append(
-            [
-                (entry["finished"], entry["in_flight"])
-                for entry in json.loads((out / "results.json").read_text())["resumed"]
-            ]
-        )
+        assert comparable(folder) == comparable(whole), number
+        sessions = json.loads((folder / "results.json").read_text())["resumed"]
+        moments.append([(entry["finished"], entry["in_flight"]) for entry in sessions])
+    return moments
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, tmp_path):
+    moments = killed_and_resumed(*packaged, 20, tmp_path)
     # They were not all killed at the same place, and some with an arm in flight.
     assert any(moment and moment[-1][1] for moment in moments)
     assert len({str(moment) for moment in moments}) > 3
+
+
+@pytest.mark.slow
+def test_kills_beside_lanes_that_diverge_are_resumed_to_the_same_bits(tmp_path):
+    whole, seconds = finished_twice(tmp_path, *DIVERGING)
+    arms = json.loads((whole / "results.json").read_text())["arms"]
+    for arm in arms:
+        assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
+    moments = killed_and_resumed(whole, seconds, 8, tmp_path, *DIVERGING)
+    assert any(moment and moment[-1][1] for moment in moments)
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     fewer = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - 1)
     assert fewer.at_a_time in (1, 2) and fewer.memory_bytes < all_four.memory_bytes
     assert in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes).at_a_time == 4
-    with pytest.raises(UserError, match=r"arm full: 4 lanes, 1 at a time, need .* MiB, 0.0 MiB are free; fewer"):
+    with pytest.raises(UserError, match=r"full: 4 lanes, 4 at a time, need .* nor does one at a time: fewer"):
         in_the_memory(EXPERIMENT, monkeypatch, 1000)
     asked = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
     with pytest.raises(UserError, match="4 lanes, 4 at a time, need"):  # what was asked for is not changed in silence
