@@ -17,11 +17,11 @@ import numpy as np
 
 from cnnlib import tracking
 from cnnlib.checkpoint import Snapshot, layout, restored, sha256
-from cnnlib.config import Experiment, LaneNumbers, lane_numbers
+from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
-from cnnlib.programs import Programs, size_text
-from cnnlib.resolve import ResolvedArm
+from cnnlib.programs import Programs, numbers_of, size_text
+from cnnlib.resolve import TrainedArm
 from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
 from cnnlib.train import Examples, Keys, State, Sums
@@ -33,8 +33,7 @@ class Training(NamedTuple):
     """What every arm of a session trains with."""
 
     experiment: Experiment
-    numbers: LaneNumbers
-    splits: dict[str, Examples]
+    splits: dict[Data, dict[str, Examples]]
     folder: RunFolder
     watcher: Watcher
     stop: Callable[[], bool]
@@ -52,16 +51,16 @@ class Training(NamedTuple):
 
 
 def train_arm(
-    training: Training, arm: ResolvedArm, programs: dict[str, Programs], left: Left, metrics: tracking.JsonLines
+    training: Training, arm: TrainedArm, programs: dict[str, Programs], left: Left, metrics: tracking.JsonLines
 ) -> FinishedArm:
     """Trains an arm, or what is left of it, and keeps what it came to; of one that is finished, only says so."""
     if (before := left.finished.get(arm.name)) is not None:
-        training.watcher.arm_ends(arm.name, before.result, training.experiment.epochs)
+        training.watcher.arm_ends(arm.name, before.result, arm.experiment.epochs)
         return before
     own, in_flight = programs[arm.name], left.in_flight.get(arm.name)
     with memory_errors(arm, own):
         finished = run_arm(training, arm, own, in_flight, metrics)
-    if in_flight is not None and in_flight.progress.epoch == training.experiment.epochs:
+    if in_flight is not None and in_flight.progress.epoch == arm.experiment.epochs:
         write_arm(training.folder, finished)  # its last checkpoint is there already
     else:
         training.unwritten.append(finished)
@@ -72,15 +71,15 @@ def train_arm(
 
 def write_finished(training: Training) -> None:
     """Keeps what arms came to whose last checkpoint is on the disk, so that one is never there without the other."""
-    writer, epochs = training.writer, training.experiment.epochs
     for finished in list(training.unwritten):
-        if writer is None or writer.has_written(checkpoints_folder(training.folder, finished.result["name"]), epochs):
+        name, epochs = finished.result["name"], finished.result["epochs"]
+        if training.writer is None or training.writer.has_written(checkpoints_folder(training.folder, name), epochs):
             write_arm(training.folder, finished)
             training.unwritten.remove(finished)
 
 
 @contextlib.contextmanager
-def memory_errors(arm: ResolvedArm, programs: Programs) -> Iterator[None]:
+def memory_errors(arm: TrainedArm, programs: Programs) -> Iterator[None]:
     """Turns memory that runs out in spite of the compiler's account into a UserError that says what would take less."""
     try:
         yield
@@ -110,14 +109,14 @@ class SoFar:
 
 def run_arm(
     training: Training,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     in_flight: InFlight | None,
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
-    experiment, numbers, splits = training.experiment, training.numbers, training.splits
-    lanes, so_far = lane_numbers(experiment), SoFar()
+    experiment, numbers, splits = arm.experiment, numbers_of(arm), training.splits[arm.data]
+    so_far = SoFar()
     states, keys = programs.initialize(numbers)
     if in_flight is not None:
         states = put_back(arm, programs, keys, in_flight)
@@ -151,7 +150,7 @@ def run_arm(
         idle_since = time.perf_counter()
         told = [
             _metrics({"train": sums, "validation": validation}, lane, bool(diverged[lane]))
-            for lane in range(len(lanes))
+            for lane in range(len(arm.lanes))
         ]
         report = report_of(training, arm, epoch, told, seconds)
         metrics.write(report.lines)
@@ -172,29 +171,29 @@ def run_arm(
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     if validation is None and programs.validate is not None:
         validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-    result = result_of(experiment, arm, programs, states, validation, splits["test"], so_far.train_seconds)
+    result = result_of(arm, programs, states, validation, splits["test"], so_far.train_seconds)
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
 
 def report_of(
-    training: Training, arm: ResolvedArm, epoch: int, told: list[dict[str, Any]], seconds: float
+    training: Training, arm: TrainedArm, epoch: int, told: list[dict[str, Any]], seconds: float
 ) -> EpochReport:
     """What an epoch came to, from the means of each lane."""
-    experiment = training.experiment
+    experiment = arm.experiment
     lines = [
         {"arm": arm.name, "lane": lane, **numbers._asdict(), "epoch": epoch, **means, "seconds": seconds}
-        for lane, (numbers, means) in enumerate(zip(lane_numbers(experiment), told, strict=True))
+        for lane, (numbers, means) in enumerate(zip(arm.lanes, told, strict=True))
     ]
     fine = [means for means in told if means["status"] == "ok"]
     over_lanes = {key: float(np.mean([means[key] for means in fine])) for key in told[0] if key != "status" and fine}
-    steps = len(told) * (len(training.splits["train"].y) // experiment.batch_size)
+    steps = len(told) * (arm.description.counts["train"] // experiment.batch_size)
     gone = len(told) - len(fine)
     return EpochReport(arm.name, epoch, experiment.epochs, len(told), gone, over_lanes, steps / seconds, lines)
 
 
 def save(
     training: Training,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     taken: Snapshot,
     so_far: SoFar,
@@ -208,7 +207,7 @@ def save(
         run=training.folder.record["id"],
         arm=arm.name,
         epoch=so_far.epoch,
-        lanes=[[float(number) for number in numbers] for numbers in lane_numbers(experiment)],
+        lanes=[[float(number) for number in numbers] for numbers in arm.lanes],
         layout=[list(leaf) for leaf in layout(programs.kept)],
         lanes_at_a_time=programs.at_a_time,
         lines=so_far.lines,
@@ -234,8 +233,7 @@ def save(
 
 
 def result_of(
-    experiment: Experiment,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     states: State,
     validation: Sums | None,
@@ -243,7 +241,7 @@ def result_of(
     train_seconds: float,
 ) -> dict[str, Any]:
     """The arm's part of `results.json`."""
-    lanes = lane_numbers(experiment)
+    lanes = arm.lanes
     test = jax.device_get(programs.test(states.parameters, test_examples))
     lane_results = _lane_results(lanes, test, validation, states)
     if programs.distance is not None:
@@ -256,7 +254,7 @@ def result_of(
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
         "memory_bytes": programs.memory_bytes,
-        "epochs": experiment.epochs,
+        "epochs": arm.experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),
         **_headline(settings),
         "settings": settings,
@@ -264,7 +262,7 @@ def result_of(
     }
 
 
-def put_back(arm: ResolvedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
+def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
     """The states of a checkpoint on the device; raises UserError where this JAX draws other keys from the seeds."""
     states: State
     states, kept_keys = restored(in_flight.words, programs.kept)
@@ -310,9 +308,8 @@ def _lane_results(
 def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lanes grouped by their traced numbers, seeds aside, with the test accuracy of the seeds that are ok."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    names = [name for name in LaneNumbers._fields if name != "seed"]
     for lane in lanes:
-        groups[tuple(lane[name] for name in names)].append(lane)
+        groups[tuple(lane[name] for name in SETTING_FIELDS)].append(lane)
     settings = []
     for values, members in groups.items():
         fine = [lane for lane in members if lane["status"] == "ok"]
@@ -320,7 +317,7 @@ def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
         settings.append(
             {
-                **dict(zip(names, values, strict=True)),
+                **dict(zip(SETTING_FIELDS, values, strict=True)),
                 "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
                 "validation_accuracy": validation.mean,
                 "diverged": len(members) - len(fine),
@@ -347,7 +344,7 @@ def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
     return {"chosen_setting": chosen, "test_accuracy": nothing if chosen is None else settings[chosen]["test_accuracy"]}
 
 
-def described_arm(arm: ResolvedArm) -> dict[str, Any]:
+def described_arm(arm: TrainedArm) -> dict[str, Any]:
     """What is known of an arm before it trains."""
     return {
         "name": arm.name,
@@ -358,4 +355,7 @@ def described_arm(arm: ResolvedArm) -> dict[str, Any]:
         "macs": arm.count.macs,
         "match": arm.match and arm.match.plain(),
         "start": arm.start,
+        "data": {"name": arm.description.name, **arm.description.counts},
+        "batch_size": arm.experiment.batch_size,
+        "steps": arm.steps,
     }

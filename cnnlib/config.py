@@ -51,10 +51,17 @@ class Data:
     """Folder of prepared TFDS data sets; None: `TFDS_DATA_DIR`, else TFDS's own default."""
     validation: int = 0
     """Training examples set aside, in equal shares of the classes; every choice is made on them."""
+    train: int | None = None
+    """How many of the other training examples each lane trains on, drawn by its order seed; None: all of them."""
+    shuffle_pixels: int | None = None
+    """Seed of one fixed permutation of the places of every example, all channels alike; None: each stays in place."""
     seed: int | None = None
     """Seed of a generated data set; None: the one that the data set is known by."""
 
     def __post_init__(self) -> None:
+        _require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
+        within = self.shuffle_pixels is None or 0 <= self.shuffle_pixels < 2**32
+        _require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
         _require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
         _require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
 
@@ -118,6 +125,12 @@ class Lanes:
 
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One lane a seed (initial weights, order of the data, augmentation) for every combination of traced numbers."""
+    order_seed: tuple[int, ...] | None = None
+    """Seeds of what is drawn from the data (order, subset, augmentation), each with each of `seed`, which is left with
+    the initial weights. None: a lane's seed is both."""
+    combine: Literal["product", "zip"] = "product"
+    """How traced fields with several values make lanes: each value with each of the others, or the first of all fields,
+    the second, and so on."""
     at_a_time: int | None = None
     """Lanes that are vectorised together; 1: one after another. None: as many as are fast on the device and fit in its
     memory, which are one where a CPU convolves, up to eight of a full net there, and all on an accelerator."""
@@ -126,6 +139,11 @@ class Lanes:
         _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
         _require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {_value_text(self.seed)}")
         _require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
+        if self.order_seed is not None:
+            orders = self.order_seed
+            _require(len(orders) > 0, "lanes.order_seed is empty: an arm needs at least one lane; none: as the seed")
+            _require(len(set(orders)) == len(orders), f"lanes.order_seed repeats a seed: {_value_text(orders)}")
+            _require(all(0 <= s < 2**32 for s in orders), "lanes.order_seed must lie in 0..2**32-1")
         _require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
 
 
@@ -163,6 +181,10 @@ class Wandb:
         )
 
 
+OWN_FIELDS = ("data", "augment", "optim", "lanes", "epochs", "batch_size", "reshuffle", "compute_dtype")
+"""Fields of an experiment that each of its arms may have of its own."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One architecture with its static settings: one compiled program."""
@@ -177,8 +199,17 @@ class Arm:
     start: Connectivity | None = None
     """The reading that draws the initial weights, such as `conv` for a full net that starts as the convolution that the
     same seed draws. None: the arm's own."""
+    own: tuple[str, ...] = ()
+    """Fields of the experiment that are others for this arm, as overrides: `augment.shift=2`, `data.train=500`. On the
+    command line `arms.NAME.augment.shift=2`."""
 
     def __post_init__(self) -> None:
+        for assignment in self.own:
+            path = assignment.partition("=")[0]
+            _require(
+                path.split(".")[0] in OWN_FIELDS,
+                f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
+            )
         _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name) is not None,
             f"an arm's name is made of letters, digits, '_', '-' and '.', 100 at most, not {self.name!r}",
@@ -208,7 +239,9 @@ class Experiment:
     lanes: Lanes = Lanes()
     epochs: int = 10
     batch_size: int = 128
-    """Examples a step; an epoch drops the last, incomplete batch of its own random order."""
+    """Examples a step; an epoch drops the last, incomplete batch of its order."""
+    reshuffle: bool = True
+    """Draw the order of the examples anew each epoch; false: the order in which they are stored, each epoch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     compile_cache: bool = True
@@ -220,6 +253,23 @@ class Experiment:
         _check_arms(self.arms)
         _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        if self.lanes.combine == "zip":
+            lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
+            _require(
+                len(lengths) <= 1,
+                "lanes.combine=zip needs fields of one value or of equally many, not of "
+                f"{' and '.join(map(str, sorted(lengths)))}",
+            )
+        for arm in self.arms:
+            if arm.own:
+                self.of_arm(arm)
+
+    def of_arm(self, arm: Arm) -> Experiment:
+        """The experiment that an arm runs: with its own fields in place; raises UserError where they do not fit."""
+        try:
+            return override(dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),)), arm.own)
+        except UserError as error:
+            raise UserError(f"arm {arm.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -237,6 +287,8 @@ class Growth:
         _check_arms(self.arms)
         started = [arm.name for arm in self.arms if arm.start is not None]
         _require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
+        owning = [arm.name for arm in self.arms if arm.own]
+        _require(not owning, f"arm {', '.join(owning)}: fields of its own have no meaning where nothing is trained")
         _require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
         _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
         _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
@@ -257,6 +309,7 @@ class LaneNumbers(NamedTuple):
     """The traced numbers of one lane, or of all lanes of an arm as arrays."""
 
     seed: int
+    order_seed: int
     learning_rate: float
     momentum: float
     weight_decay: float
@@ -264,15 +317,32 @@ class LaneNumbers(NamedTuple):
 
     @property
     def setting(self) -> tuple[float, ...]:
-        """The numbers without the seed: lanes of one setting differ by chance only."""
-        return self[1:]
+        """The numbers without the seeds: lanes of one setting differ by chance only."""
+        return self[2:]
+
+
+SETTING_FIELDS = LaneNumbers._fields[2:]
+"""Of a lane, without its seeds."""
+
+
+def traced(optim: Optim) -> tuple[Traced, ...]:
+    """The values of each traced field, in the order of `SETTING_FIELDS`."""
+    return (optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
 
 
 def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
-    """Every lane of an arm: the product of the traced fields and the seeds, seeds running fastest."""
-    optim = experiment.optim
-    settings = itertools.product(optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
-    return tuple(LaneNumbers(seed, *setting) for setting in settings for seed in experiment.lanes.seed)
+    """Every lane of an arm: the traced fields, combined as `lanes.combine` says, times the seeds, which run fastest.
+
+    For the experiment of one arm: `experiment.of_arm(arm)`, where arms have fields of their own.
+    """
+    lanes, fields = experiment.lanes, traced(experiment.optim)
+    if lanes.combine == "zip":
+        longest = max(map(len, fields))
+        settings = list(zip(*(values * longest if len(values) == 1 else values for values in fields), strict=True))
+    else:
+        settings = list(itertools.product(*fields))
+    seeds = [(seed, order) for seed in lanes.seed for order in (lanes.order_seed or (seed,))]
+    return tuple(LaneNumbers(*pair, *setting) for setting in settings for pair in seeds)
 
 
 # Overrides: one `path=value` each, read by the type of the field that the path names.
@@ -297,9 +367,11 @@ def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     assert dataclasses.is_dataclass(node) and not isinstance(node, type)
     key, *rest = keys
     hints = typing.get_type_hints(type(node))
-    # An arm's name is its identity, so it is no field to set.
-    names = [field.name for field in dataclasses.fields(node) if not (isinstance(node, Arm) and field.name == "name")]
+    names = [field.name for field in dataclasses.fields(node)]
+    if isinstance(node, Arm):  # its name is its identity, and its own fields are set one by one
+        names = [name for name in names if name not in ("name", "own")]
     if key not in names:
+        names += OWN_FIELDS if isinstance(node, Arm) else ()
         raise UserError(f"no field {path!r}; {'there are' if len(names) > 1 else 'there is'}: {', '.join(names)}")
     current = getattr(node, key)
     if key == "arms":
@@ -325,8 +397,18 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
     if not keys:
         return tuple(_without_arms(by_name[name], by_name, wanted) for name in wanted)
     if len(keys) == 1:
-        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name != "name"]
-        raise UserError(f"{path!r} is an arm; set one of: {', '.join(fields)}")
+        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name not in ("name", "own")]
+        raise UserError(f"{path!r} is an arm; set one of: {', '.join((*fields, *OWN_FIELDS))}")
+    if keys[1] in OWN_FIELDS:
+        field = ".".join(keys[1:])
+        return tuple(
+            dataclasses.replace(
+                arm, own=(*(one for one in arm.own if one.partition("=")[0] != field), f"{field}={text}")
+            )
+            if arm.name == keys[0]
+            else arm
+            for arm in arms
+        )
     return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
 
 
@@ -405,6 +487,7 @@ def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
                     yield f"arms.{arm.name}.model={arm.model}"
                     optional = {name: getattr(arm, name) for name in ("connectivity", "match", "start")}
                     yield from (f"arms.{arm.name}.{name}={text}" for name, text in optional.items() if text)
+                    yield from (f"arms.{arm.name}.{assignment}" for assignment in arm.own)
             elif dataclasses.is_dataclass(value):
                 yield from of(value, f"{prefix}{field.name}.")
             else:

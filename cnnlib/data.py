@@ -15,7 +15,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +47,22 @@ class Description:
     num_classes: int
     counts: dict[str, int]
 
+    def with_training(self, count: int | None) -> Description:
+        """The same where no more than `count` examples are trained on (None: all); raises UserError for too many."""
+        known = self.counts.get("train")
+        if count is None or known is None:
+            return self
+        if count > known:
+            raise UserError(f"data.train={count} is more than {self.name} has to train on: {known}")
+        return replace(self, counts={**self.counts, "train": count})
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in memory; `mean` and `deviation` are by channel, over the training part only."""
+    """A data set in memory; `mean` and `deviation` are by channel, over the training part only.
+
+    `train` is all of it, also where lanes train on `data.train` of them, each on its own.
+    """
 
     description: Description
     train: Split
@@ -71,20 +83,21 @@ class _Source:
     """Examples of train and test; empty where a TFDS set is not prepared yet."""
     read: Callable[[], tuple[Split, Split]]
 
-    def description(self, counts: dict[str, int], validation: int) -> Description:
+    def description(self, counts: dict[str, int], data: Data) -> Description:
         if counts:
-            if validation >= counts["train"]:
+            left = counts["train"] - data.validation
+            if left <= 0:
                 raise UserError(
-                    f"data.validation={validation} leaves nothing to train on: {self.name} has {counts['train']}"
+                    f"data.validation={data.validation} leaves nothing to train on: {self.name} has {counts['train']}"
                 )
-            counts = {"train": counts["train"] - validation, "validation": validation, "test": counts["test"]}
-        return Description(self.name, self.input_shape, self.num_classes, counts)
+            counts = {"train": left, "validation": data.validation, "test": counts["test"]}
+        return Description(self.name, self.input_shape, self.num_classes, counts).with_training(data.train)
 
 
 def describe(data: Data) -> Description:
     """Shapes and counts of a data set, reading no example; raises UserError for a name that exists nowhere."""
     source = _source(data)
-    return source.description(source.counts, data.validation)
+    return source.description(source.counts, data)
 
 
 def load(data: Data) -> DataSet:
@@ -93,14 +106,22 @@ def load(data: Data) -> DataSet:
     Raises UserError where the data do not exist, cannot be prepared, or are fewer than `data.validation` asks for.
     """
     source = _source(data)
-    source.description(source.counts, data.validation)  # raises before anything is read, where the counts are known
+    source.description(source.counts, data)  # raises before anything is read, where the counts are known
     train, test = source.read()
-    description = source.description({"train": len(train.y), "test": len(test.y)}, data.validation)
+    description = source.description({"train": len(train.y), "test": len(test.y)}, data)
+    if data.shuffle_pixels is not None:
+        train, test = (Split(shuffled(split.x, data.shuffle_pixels), split.y) for split in (train, test))
     kept_aside = stratified(train.y, data.validation)
     validation = Split(train.x[kept_aside], train.y[kept_aside])
     train = Split(train.x[~kept_aside], train.y[~kept_aside])
     mean, deviation = channel_statistics(train.x)
     return DataSet(description, train, validation, test, mean, deviation)
+
+
+def shuffled(x: np.ndarray, seed: int) -> np.ndarray:
+    """Examples `(count, *spatial, channels)` with their places in another order, the same for all and all channels."""
+    places = np.random.RandomState(seed).permutation(int(np.prod(x.shape[1:-1])))
+    return np.ascontiguousarray(x.reshape(len(x), -1, x.shape[-1])[:, places].reshape(x.shape))
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:

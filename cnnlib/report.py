@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cnnlib.config import LaneNumbers
+from cnnlib.config import SETTING_FIELDS
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table, print_table
 from cnnlib.tracking import write_whole
@@ -57,8 +57,7 @@ def setting_text(results: dict[str, Any], arm: dict[str, Any], index: int) -> st
     """What tells a setting from the others of its arm, and whether validation chose it; nothing for an only setting."""
     if len(arm["settings"]) == 1:
         return ""
-    optim = results["config"]["optim"]
-    varied = [name for name, values in optim.items() if isinstance(values, list) and len(values) > 1]
+    varied = [name for name in SETTING_FIELDS if len({setting[name] for setting in arm["settings"]}) > 1]
     text = ", ".join(f"{name}={arm['settings'][index][name]:g}" for name in varied)
     return f" {text}" + (" (chosen)" if index == arm["chosen_setting"] else "")
 
@@ -116,9 +115,6 @@ class ReportWriter(Watcher):
         write_whole(self._folder / "accuracy.png", lambda path: accuracy_figure(results, path))
 
 
-LANE_NUMBERS = tuple(name for name in LaneNumbers._fields if name != "seed")
-
-
 def accuracy_figure(results: dict[str, Any], path: Path) -> None:
     """Test accuracy against parameters on a log axis: every lane a dot, the mean of each setting with its interval.
 
@@ -138,7 +134,7 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
             # Settings stand side by side within 8 % of the arm's true place, lanes a little to the left of their mean.
             place = index / (len(arm["settings"]) - 1) - 0.5 if len(arm["settings"]) > 1 else 0.0
             x = arm["parameters"] * 1.16**place
-            lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in LANE_NUMBERS)]
+            lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in SETTING_FIELDS)]
             fine = [100 * lane["test_accuracy"] for lane in lanes if lane["status"] == "ok"]
             axes.scatter(
                 [(0.95 if place == 0.0 else 0.99) * x] * len(fine),

@@ -58,6 +58,7 @@ class Keys(NamedTuple):
     init: Key[Array, ""]
     order: Key[Array, ""]
     augment: Key[Array, ""]
+    subset: Key[Array, ""]
 
 
 class Recipe(NamedTuple):
@@ -69,13 +70,23 @@ class Recipe(NamedTuple):
     augment: Augment
     batch_size: int
     epochs: int
+    examples: int | None = None
+    """That one model trains on, drawn by its order seed; None: all there are."""
+    reshuffle: bool = True
     start: Network | None = None
     """The reading of the network that draws the initial weights, where it is another one."""
 
 
-def keys_of(seed: int | Integer[Array, ""]) -> Keys:
-    """The keys of a seed. threefry by name: its bits do not change under vmap or with JAX's default generator."""
-    return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+def keys_of(numbers: LaneNumbers) -> Keys:
+    """The keys of a lane: the initial weights from its seed, what is drawn from the data from its order seed.
+
+    threefry by name: its bits do not change under vmap or with JAX's default generator.
+    """
+
+    def of(seed: int | Integer[Array, ""]) -> Keys:
+        return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+
+    return of(numbers.order_seed)._replace(init=of(numbers.seed).init)
 
 
 def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
@@ -85,7 +96,7 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
     def init(numbers: LaneNumbers) -> State:
         example = jnp.zeros((1, *recipe.input_shape), jnp.float32)
         drawn = recipe.start or recipe.network
-        parameters = drawn.init(keys_of(numbers.seed).init, example)["params"]
+        parameters = drawn.init(keys_of(numbers).init, example)["params"]
         if recipe.start:
             # Drawn once: a compiler that draws each copy of a weight anew may round some of them differently.
             parameters = jax.lax.optimization_barrier(parameters)  # type: ignore[no-untyped-call]
@@ -100,16 +111,21 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
 def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[State, Sums]]:
     """The function that trains a model for one epoch: `train(state, numbers, examples) -> (state, sums)`.
 
-    The order is drawn anew each epoch; the examples that do not fill a batch at its end are left out of it. `sums` are
-    those of the training loss and accuracy, on augmented examples, while the parameters change.
+    The order is drawn anew each epoch, or is that in which the examples are stored (`reshuffle`); those that do not
+    fill a batch at its end are left out of it. `sums` are those of the training loss and accuracy, on augmented
+    examples, while the parameters change.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
-        count = examples.y.shape[0]
+        count = examples.y.shape[0] if recipe.examples is None else recipe.examples
         steps = count // recipe.batch_size
         rule = optimizer(recipe.optim, numbers, total_steps=steps * recipe.epochs)
-        keys = keys_of(numbers.seed)
-        order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
+        keys = keys_of(numbers)
+        order = jnp.arange(count)
+        if recipe.reshuffle:
+            order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
+        if count < examples.y.shape[0]:
+            order = jnp.sort(jax.random.permutation(keys.subset, examples.y.shape[0])[:count])[order]
         batches = order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
 
         def loss(parameters: Parameters, x: Array, y: Array) -> tuple[Array, Array]:

@@ -113,7 +113,7 @@ class WandbCopy(Watcher):
 
     def training_begins(self, name: str, epoch: int) -> None:
         """Opens the runs of an arm."""
-        known, lanes = self._beginning.arms[name], self._beginning.lanes
+        known, lanes = self._beginning.arms[name], self._beginning.lanes[name]
         counts = {key: known[key] for key in ("parameters", "connections", "macs")}
         config = {
             **self._static,
@@ -237,7 +237,8 @@ class WandbCopy(Watcher):
 
 def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:
     """`lenet5 seed 3`, and whatever else tells the lane from others: `lenet5 seed 3 learning_rate 0.01`."""
-    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key != "seed"]
+    same = {"seed"} | ({"order_seed"} if all(other["order_seed"] == other["seed"] for other in lanes) else set())
+    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key not in same]
     return " ".join([arm, f"seed {lane['seed']}", *(f"{key} {lane[key]:g}" for key in varied)])
 
 

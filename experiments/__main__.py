@@ -23,10 +23,10 @@ from typing import Any, NoReturn
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
-from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, lane_numbers, override, to_dict
+from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override, to_dict
 from cnnlib.cost import BYTES
 from cnnlib.errors import Stopped, UserError
-from cnnlib.spec import FILTERS, shape_text
+from cnnlib.spec import FILTERS, Shape, shape_text
 
 COMMANDS = {
     "list": "list",
@@ -101,28 +101,20 @@ def command_show(name: str, experiment: Experiment | Growth) -> None:
         print(f"{told}\n")
         print_growth(found)
         return
-    from cnnlib.data import describe
+    from rich.console import Console
 
-    description = describe(experiment.data)
-    arms = resolve(experiment, description)
-    available = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
-    shape = shape_text(description.input_shape)
+    from cnnlib.plan import print_plan
+
+    arms = resolve(experiment)
     print(told)
-    print(f"\ndata: {description.name}, {shape}, {description.num_classes} classes; {available}")
-    print(
-        f"\narms, each with {len(lane_numbers(experiment))} lanes; counts for one example, taps on padding counted:\n"
-    )
-    header = ("arm", "connectivity", "parameters", "connections", "multiply-adds")
-    rows = [
-        (a.name, a.model.connectivity, *(f"{n:,}" for n in (a.count.parameters, a.count.connections, a.count.macs)))
-        for a in arms
-    ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  " + "  ".join(cells).rstrip())
+    print()
+    for known in dict.fromkeys((arm.data, arm.description.name) for arm in arms):
+        description = next(arm.description for arm in arms if (arm.data, arm.description.name) == known)
+        available = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
+        shape = shape_text(description.input_shape)
+        print(f"data: {description.name}, {shape}, {description.num_classes} classes; {available}")
+    print("\narms; counts are for one example, taps on padding counted:")
+    print_plan(arms, len({arm.program for arm in arms}), Console(highlight=False))
     matches = [f"{a.name}: {a.match}\n  {a.model}" for a in arms if a.match]
     if matches:
         print("\nmatched budgets:\n\n" + textwrap.indent("\n".join(matches), "  "))
@@ -142,15 +134,18 @@ def command_count(options: argparse.Namespace) -> None:
     input_shape = None if options.input is None else parse_shape(options.input)
     num_classes = options.classes or 10
     is_experiment = what in EXPERIMENTS
+    inputs: dict[str, tuple[Shape, int]] = {}
     if is_experiment:
         experiment = override(EXPERIMENTS.get(what), rest)
         arms = experiment.arms
         if isinstance(experiment, Experiment):
             from cnnlib.data import describe
 
-            description = describe(experiment.data)
-            input_shape = input_shape or experiment.augment.seen_shape(description.input_shape)
-            num_classes = options.classes or description.num_classes
+            for arm in arms:
+                one = experiment.of_arm(arm)
+                description = describe(one.data)
+                shape = input_shape or one.augment.seen_shape(description.input_shape)
+                inputs[arm.name] = (shape, options.classes or description.num_classes)
         else:
             num_classes = options.classes or experiment.num_classes
     elif what in ARCHITECTURES and not rest:
@@ -161,20 +156,24 @@ def command_count(options: argparse.Namespace) -> None:
         except UserError as error:
             names = ", ".join((*EXPERIMENTS, *ARCHITECTURES))
             raise UserError(f"{error}; or an experiment or architecture: {names}") from None
-    if input_shape is None:
+    if input_shape is not None:
+        inputs = inputs or {arm.name: (input_shape, num_classes) for arm in arms}
+    if not inputs:
         raise UserError(f"count {what} needs the shape of an example: --input HxWxC, such as --input 28x28x1")
     chosen = {"connectivity": options.connectivity, "match": options.match}
     arms = tuple(replace(arm, **{name: value for name, value in chosen.items() if value}) for arm in arms)
     summaries = []
-    for arm in resolve_arms(arms, input_shape, num_classes):
-        name = {"name": arm.name} if is_experiment else {}
-        match = {"match": arm.match.plain()} if arm.match else {}
-        summaries.append({**name, **match, **summary(arm.model, input_shape, options.batch_size, options.dtype)})
+    for resolved in resolve_arms(arms, inputs):
+        name = {"name": resolved.name} if is_experiment else {}
+        match = {"match": resolved.match.plain()} if resolved.match else {}
+        summaries.append(
+            {**name, **match, **summary(resolved.model, resolved.input_shape, options.batch_size, options.dtype)}
+        )
         if not options.json:
             console = Console(highlight=False)
-            console.print(f"{arm.name} on {shape_text(input_shape)}: {arm.model}", markup=False)
-            if arm.match:
-                console.print(f"matched: {arm.match}", markup=False)
+            console.print(f"{resolved.name} on {shape_text(resolved.input_shape)}: {resolved.model}", markup=False)
+            if resolved.match:
+                console.print(f"matched: {resolved.match}", markup=False)
             print_summary(summaries[-1], console)
             console.print()
     if options.json:
@@ -233,6 +232,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
         copy = None if mode is None else WandbCopy(experiment, mode)
 
         from cnnlib.folder import RUN_FILES
+        from cnnlib.plan import RateKeeper
         from cnnlib.report import ReportWriter, print_results
         from cnnlib.run import run
         from cnnlib.terminal import RunConsole, watcher_for
@@ -241,7 +241,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
         wish = stack.enter_context(stopping.by_signal())
         try:
             with watcher_for(console) as shown, contextlib.ExitStack() as ends:
-                watchers: list[Watcher] = [shown, ReportWriter(out)]
+                watchers: list[Watcher] = [shown, ReportWriter(out), RateKeeper()]
                 if hint is not None:
                     watchers.append(Notice(hint, shown.says))
                 if copy is not None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "wandb_worker"},
+    {"folder", "report", "terminal", "wandb_worker", "plan"},
     {"checkpoint"},
     {"programs"},
     {"resume", "growth", "wandb_copy", "overview"},
@@ -49,6 +49,7 @@ WITHOUT_JAX = {
     "wandb_worker",
     "counting",
     "growth",
+    "plan",
     "style",
     "tables",
 }

@@ -10,7 +10,7 @@ import pytest
 from cnnlib.config import LaneNumbers, Optim
 from cnnlib.optim import optimizer, schedule
 
-NUMBERS = LaneNumbers(seed=0, learning_rate=0.1, momentum=0.8, weight_decay=0.05, label_smoothing=0.0)
+NUMBERS = LaneNumbers(seed=0, order_seed=0, learning_rate=0.1, momentum=0.8, weight_decay=0.05, label_smoothing=0.0)
 START = np.asarray([1.0, -2.0, 0.5])
 
 

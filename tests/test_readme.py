@@ -12,7 +12,6 @@ import pytest
 import cnnlib
 from cnnlib import growth, report
 from cnnlib.config import EXPERIMENTS, Experiment, from_dict, override, to_dict
-from cnnlib.data import describe
 from cnnlib.resolve import resolve
 from experiments.__main__ import COMMANDS, main, parser_for
 
@@ -120,7 +119,7 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
     exec(compile(code, "strides.py", "exec"), names)
     experiment = EXPERIMENTS.get("strides")
     assert isinstance(experiment, Experiment)
-    pooled, strided = resolve(experiment, describe(experiment.data))
+    pooled, strided = resolve(experiment)
     assert pooled.count.parameters == 61_706 and strided.model.connectivity == "conv"
 
 

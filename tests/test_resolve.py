@@ -15,7 +15,7 @@ DIGITS = (28, 28, 1)
 
 
 def resolved(*arms):
-    return {arm.name: arm for arm in resolve_arms(arms, DIGITS, 10)}
+    return {arm.name: arm for arm in resolve_arms(arms, {arm.name: (DIGITS, 10) for arm in arms})}
 
 
 def test_an_arm_may_be_read_another_way():
@@ -70,7 +70,7 @@ def test_an_arm_that_is_kept_keeps_the_budget_of_one_that_goes():
         )
     )
     kept = override(experiment, ["arms=matched"])
-    (arm,) = resolve_arms(kept.arms, DIGITS, 10)
+    (arm,) = resolve_arms(kept.arms, {arm.name: (DIGITS, 10) for arm in kept.arms})
     assert arm.match.target == count(lenet5().full().with_num_classes(10), DIGITS).macs
     for each in (experiment, kept):
         assert from_dict(to_dict(each)) == each and override(each, assignments(each)) == each
@@ -96,7 +96,7 @@ def test_an_arm_that_is_kept_keeps_the_budget_of_one_that_goes():
 )
 def test_what_cannot_be_is_a_user_error_that_names_its_arm(arms, part):
     with pytest.raises(UserError) as error:
-        resolve_arms(arms, DIGITS, 10)
+        resolve_arms(arms, {arm.name: (DIGITS, 10) for arm in arms})
     assert part in str(error.value) and str(error.value).startswith("arm ")
 
 

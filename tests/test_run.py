@@ -14,11 +14,11 @@ import pytest
 
 from cnnlib import kernels, programs, report, tracking
 from cnnlib.arms import _headline, _settings
-from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict, lane_numbers
-from cnnlib.data import describe, load
+from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict
+from cnnlib.data import load
 from cnnlib.errors import UserError
 from cnnlib.folder import RunFolder
-from cnnlib.programs import compile_programs
+from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
 from cnnlib.run import first_device, kernels_for, on_device, run
 from cnnlib.spec import parse_model
@@ -37,11 +37,6 @@ EXPERIMENT = Experiment(
     compile_cache=False,
     checkpoint=Checkpoint(every=0),  # tests/test_resume.py has them
 )
-
-
-def numbers_of(experiment):
-    columns = zip(*lane_numbers(experiment), strict=True)
-    return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
 
 
 class Silent(Watcher):
@@ -88,7 +83,7 @@ def test_results_hold_what_is_promised(finished):
     assert results["wall_seconds"] > 0 and "commit" in results
     assert [arm["name"] for arm in results["arms"]] == ["full", "conv"]
     assert [arm["connectivity"] for arm in results["arms"]] == ["full", "conv"]
-    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT, describe(EXPERIMENT.data)), strict=True):
+    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT), strict=True):
         counts = resolved.count
         assert (arm["parameters"], arm["connections"], arm["macs"]) == (
             counts.parameters,
@@ -174,7 +169,7 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
 
 def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
     def lane(rate, accuracy):
-        numbers = LaneNumbers(0, rate, 0.9, 0.0, 0.0)._asdict()
+        numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0)._asdict()
         status = "diverged" if math.isnan(accuracy) else "ok"
         return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
 
@@ -233,9 +228,9 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = load(EXPERIMENT.data)
     splits = on_device(data)
-    for arm in resolve(EXPERIMENT, data.description):
-        numbers = numbers_of(EXPERIMENT)
-        made = compile_programs(EXPERIMENT, arm, numbers, splits, jax.devices()[0])
+    for arm in resolve(EXPERIMENT):
+        numbers = numbers_of(arm)
+        made = compile_programs(arm, splits, jax.devices()[0])
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
@@ -248,7 +243,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
 
 def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[1].name) or compile_programs(*a))
+    monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[0].name) or compile_programs(*a))
     model = EXPERIMENT.arms[0].model
     arms = (Arm("one", model), EXPERIMENT.arms[1], Arm("two", model))
     one, _, two = run(replace(EXPERIMENT, arms=arms, epochs=1), "tiny", tmp_path, Silent())["arms"]
@@ -283,9 +278,9 @@ def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
 def in_the_memory(experiment, monkeypatch, free):
     """The programs of an experiment's first arm with as many bytes free, beside its data."""
     description = load(experiment.data)
-    arm = resolve(experiment, description.description)[0]
+    arm = resolve(experiment)[0]
     monkeypatch.setattr(programs, "free_memory", lambda device: free)
-    return compile_programs(experiment, arm, numbers_of(experiment), on_device(description), jax.devices()[0])
+    return compile_programs(arm, on_device(description), jax.devices()[0])
 
 
 @pytest.mark.slow
@@ -295,7 +290,7 @@ def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     fewer = in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes - 1)
     assert fewer.at_a_time in (1, 2) and fewer.memory_bytes < all_four.memory_bytes
     assert in_the_memory(EXPERIMENT, monkeypatch, all_four.memory_bytes).at_a_time == 4
-    with pytest.raises(UserError, match=r"arm full: 4 lanes, 1 at a time, need .* MiB, 0.0 MiB are free; fewer"):
+    with pytest.raises(UserError, match=r"full: 4 lanes, 4 at a time, need .* nor does one at a time: fewer"):
         in_the_memory(EXPERIMENT, monkeypatch, 1000)
     asked = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
     with pytest.raises(UserError, match="4 lanes, 4 at a time, need"):  # what was asked for is not changed in silence
@@ -383,7 +378,7 @@ def test_lanes_at_a_time_can_be_asked_for(asked, lanes, monkeypatch):
 
 
 def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
-    arms = resolve(EXPERIMENT, describe(EXPERIMENT.data))
+    arms = resolve(EXPERIMENT)
     monkeypatch.setattr(kernels, "register", lambda: "there is no C++ compiler (c++)")
     monkeypatch.delenv("CNNLIB_KERNELS", raising=False)
     watcher = Silent()
