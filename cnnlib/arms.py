@@ -20,11 +20,12 @@ from cnnlib.checkpoint import Snapshot, layout, restored, sha256
 from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
+from cnnlib.predictions import answers_of, write_answers
 from cnnlib.programs import Programs, numbers_of, size_text
 from cnnlib.resolve import TrainedArm
 from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
-from cnnlib.train import Examples, Keys, State, Sums
+from cnnlib.train import Answers, Examples, Keys, State, Sums
 from cnnlib.watcher import EpochReport, Watcher
 from cnnlib.writer import Job, Writer
 
@@ -171,7 +172,11 @@ def run_arm(
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     if validation is None and programs.validate is not None:
         validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-    result = result_of(arm, programs, states, validation, splits["test"], so_far.train_seconds)
+    answers = jax.device_get(programs.predict(states.parameters, splits["test"]))
+    known = jax.device_get(programs.fit(states.parameters, numbers, splits["train"]))
+    sums = {"test": sums_of(answers, splits["test"]), "train": known, "validation": validation}
+    result = result_of(arm, programs, states, sums, so_far.train_seconds)
+    keep_answers(training, arm, answers, states, splits["test"])
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
 
@@ -186,7 +191,7 @@ def report_of(
     ]
     fine = [means for means in told if means["status"] == "ok"]
     over_lanes = {key: float(np.mean([means[key] for means in fine])) for key in told[0] if key != "status" and fine}
-    steps = len(told) * (arm.description.counts["train"] // experiment.batch_size)
+    steps = len(told) * arm.steps // experiment.epochs
     gone = len(told) - len(fine)
     return EpochReport(arm.name, epoch, experiment.epochs, len(told), gone, over_lanes, steps / seconds, lines)
 
@@ -236,14 +241,12 @@ def result_of(
     arm: TrainedArm,
     programs: Programs,
     states: State,
-    validation: Sums | None,
-    test_examples: Examples,
+    sums: dict[str, Sums | None],
     train_seconds: float,
 ) -> dict[str, Any]:
     """The arm's part of `results.json`."""
     lanes = arm.lanes
-    test = jax.device_get(programs.test(states.parameters, test_examples))
-    lane_results = _lane_results(lanes, test, validation, states)
+    lane_results = _lane_results(lanes, sums, states)
     if programs.distance is not None:
         distances = jax.device_get(programs.distance(states.parameters))
         for result, distance in zip(lane_results, distances, strict=True):
@@ -260,6 +263,19 @@ def result_of(
         "settings": settings,
         "lanes": lane_results,
     }
+
+
+def sums_of(answers: Answers, examples: Examples) -> Sums:
+    """The sums over all examples, lane by lane, in the precision of the host."""
+    correct = (answers.predicted == np.asarray(examples.y)).sum(axis=1)
+    return Sums(answers.loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), answers.loss.shape[1]))  # type: ignore[arg-type]
+
+
+def keep_answers(training: Training, arm: TrainedArm, answers: Answers, states: State, examples: Examples) -> None:
+    """Writes what the arm's models answer to the test examples."""
+    labels, x = (np.asarray(array) for array in (examples.y, examples.x))
+    kept = answers_of(labels, x, answers.predicted, answers.loss, np.asarray(states.diverged))  # type: ignore[arg-type]
+    write_answers(training.folder, arm.name, kept)
 
 
 def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
@@ -293,13 +309,11 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
     return {**means, "status": "diverged" if gone else "ok"}
 
 
-def _lane_results(
-    lanes: tuple[LaneNumbers, ...], test: Sums, validation: Sums | None, states: State
-) -> list[dict[str, Any]]:
+def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State) -> list[dict[str, Any]]:
     epochs, diverged, parameters = jax.device_get((states.epochs, states.diverged, states.parameters))
     results = []
     for lane, numbers in enumerate(lanes):
-        means = _metrics({"test": test, "validation": validation}, lane, bool(diverged[lane]))
+        means = _metrics(sums, lane, bool(diverged[lane]))
         fingerprint = sha256(jax.tree.map(itemgetter(lane), parameters))
         results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane]), "parameters_sha256": fingerprint})
     return results
@@ -314,11 +328,13 @@ def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for values, members in groups.items():
         fine = [lane for lane in members if lane["status"] == "ok"]
         test = mean_interval([lane["test_accuracy"] for lane in fine])
+        train = mean_interval([lane["train_accuracy"] for lane in fine])
         validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
         settings.append(
             {
                 **dict(zip(SETTING_FIELDS, values, strict=True)),
                 "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
+                "train_accuracy": train.mean,
                 "validation_accuracy": validation.mean,
                 "diverged": len(members) - len(fine),
             }

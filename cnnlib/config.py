@@ -181,7 +181,7 @@ class Wandb:
         )
 
 
-OWN_FIELDS = ("data", "augment", "optim", "lanes", "epochs", "batch_size", "reshuffle", "compute_dtype")
+OWN_FIELDS = ("data", "augment", "optim", "lanes", "epochs", "passes", "batch_size", "reshuffle", "compute_dtype")
 """Fields of an experiment that each of its arms may have of its own."""
 
 
@@ -238,10 +238,12 @@ class Experiment:
     optim: Optim = Optim()
     lanes: Lanes = Lanes()
     epochs: int = 10
+    passes: int = 1
+    """Times that an epoch goes through the examples: more than one where they are few, so that epochs are not."""
     batch_size: int = 128
-    """Examples a step; an epoch drops the last, incomplete batch of its order."""
+    """Examples a step; a pass drops the last, incomplete batch of its order."""
     reshuffle: bool = True
-    """Draw the order of the examples anew each epoch; false: the order in which they are stored, each epoch."""
+    """Draw the order of the examples anew for each pass; false: the order in which they are stored, each time."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     compile_cache: bool = True
@@ -252,6 +254,7 @@ class Experiment:
     def __post_init__(self) -> None:
         _check_arms(self.arms)
         _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        _require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         if self.lanes.combine == "zip":
             lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
@@ -524,7 +527,7 @@ def flat(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
-    """The inverse of `to_dict`; an unknown or missing field or a wrong type raises UserError with its path."""
+    """The inverse of `to_dict`; an unknown field, a missing one without default, or a wrong type raises UserError."""
     if hint is Model:
         _require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
         return parse_model(values)
@@ -533,10 +536,11 @@ def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
         _require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
         for name in values:
             _require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
-        for name in fields:
-            _require(name in values, f"{path}.{name} is missing")
+        for field in dataclasses.fields(hint):  # one that came after the file was written has its default
+            has_default = field.default is not dataclasses.MISSING
+            _require(field.name in values or has_default, f"{path}.{field.name} is missing")
         build: Any = hint
-        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in fields})
+        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         _require(isinstance(values, list), f"{path}: expected a list, not {values!r}")

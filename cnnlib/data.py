@@ -13,6 +13,7 @@ import importlib.util
 import io
 import logging
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -91,7 +92,8 @@ class _Source:
                     f"data.validation={data.validation} leaves nothing to train on: {self.name} has {counts['train']}"
                 )
             counts = {"train": left, "validation": data.validation, "test": counts["test"]}
-        return Description(self.name, self.input_shape, self.num_classes, counts).with_training(data.train)
+        name = self.name if data.shuffle_pixels is None else f"{self.name} shuffled"
+        return Description(name, self.input_shape, self.num_classes, counts).with_training(data.train)
 
 
 def describe(data: Data) -> Description:
@@ -235,14 +237,51 @@ def make_lines(generator: np.random.RandomState, count: int, side: int = 28) -> 
     return Split(np.clip(images, 0, 255).astype(np.uint8)[..., None], labels)
 
 
+MOST_DSD = 256
+"""Of patches, and of places of a patch."""
+
+
+def _dsd(data: Data, patches: int, size: int) -> _Source:
+    """Dynamic signal distribution (Lahoti et al. 2024, arXiv 2403.15707, section 3): which sign has the signal?
+
+    `patches` patches of `size` numbers of noise; one patch, a random one, has a fixed unit vector added, or taken away,
+    and the class is which. In their theory a convolution needs samples in proportion to patches + size, a local layer
+    patches * size, a full one patches**2 * size.
+    """
+    if not (1 <= patches <= MOST_DSD and 1 <= size <= MOST_DSD):
+        raise UserError(f"{data.name}: patches and their size must be in 1..{MOST_DSD}")
+
+    def read() -> tuple[Split, Split]:
+        generator = np.random.RandomState(0 if data.seed is None else data.seed)
+        signal = generator.normal(size=size)
+        signal /= np.linalg.norm(signal)
+        train = make_dsd(generator, 8192, patches, signal)
+        return train, make_dsd(generator, 4096, patches, signal)
+
+    return _Source(data.name, (patches * size, 1), 2, {"train": 8192, "test": 4096}, read)
+
+
+DSD_NOISE = 0.3
+"""Deviation of each number, where the signal has length 1."""
+
+
+def make_dsd(generator: np.random.RandomState, count: int, patches: int, signal: np.ndarray) -> Split:
+    """`count` signals `(patches * len(signal), 1)`, float32; class 1 has the signal in a patch, 0 minus it."""
+    labels = generator.randint(2, size=count).astype(np.int32)
+    x = generator.normal(0.0, DSD_NOISE, (count, patches, len(signal)))
+    x[np.arange(count), generator.randint(patches, size=count)] += (2 * labels - 1)[:, None] * signal
+    return Split(x.reshape(count, -1, 1).astype(np.float32), labels)
+
+
 SOURCES: dict[str, Callable[[Data], _Source]] = {"mnist5k": _mnist5k, "mnist1d": _mnist1d, "lines": _lines}
 
 
 def _source(data: Data) -> _Source:
-    if data.name in SOURCES:
+    dsd = re.fullmatch(r"dsd_(\d{1,4})x(\d{1,4})", data.name)
+    if data.name in SOURCES or dsd:
         if data.data_dir is not None:
             raise UserError(f"data.data_dir has no meaning for {data.name}: it is read from TFDS sets only")
-        return SOURCES[data.name](data)
+        return _dsd(data, int(dsd[1]), int(dsd[2])) if dsd else SOURCES[data.name](data)
     return _tfds(data)
 
 

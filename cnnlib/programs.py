@@ -96,7 +96,10 @@ class Programs(NamedTuple):
     initialize: Any
     """The states and the keys."""
     epoch: Any
-    test: Any
+    predict: Any
+    """The answers to the test examples."""
+    fit: Any
+    """On the examples that each lane has trained on."""
     validate: Any
     """None without validation examples."""
     distance: Any
@@ -144,13 +147,19 @@ def compile_programs(
     free = free_memory(device)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
+        predict = jax.jit(train.over_lanes(train.predict(recipe), at_a_time))
         evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
         compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
-        for split in ("test", "validation"):
-            if split in splits:
-                compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
+        compiled["test"] = predict.lower(states.parameters, splits["test"]).compile()
+        fit = jax.jit(train.over_lanes(train.fit(recipe), at_a_time, lane_arguments=2))
+        compiled["fit"] = fit.lower(states.parameters, numbers, splits["train"]).compile()
+        if "validation" in splits:
+            compiled["validation"] = evaluate.lower(states.parameters, splits["validation"]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not.
-        need = max(memory_of(program) - size_of(splits[split]) for split, program in compiled.items())
+        need = max(
+            memory_of(program) - size_of(splits["train" if name == "fit" else name])
+            for name, program in compiled.items()
+        )
         if has_freed_weights(arm.model):
             distance = jax.jit(train.over_lanes(train.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
@@ -173,6 +182,7 @@ def compile_programs(
         initial,
         compiled["train"],
         compiled["test"],
+        compiled["fit"],
         compiled.get("validation"),
         compiled.get("distance"),
         keep,
@@ -228,6 +238,7 @@ def recipe_of(arm: TrainedArm) -> Recipe:
         experiment.epochs,
         experiment.data.train,
         experiment.reshuffle,
+        experiment.passes,
         start=None if arm.start is None else network(arm.model.with_connectivity(arm.start), dtype),
     )
 

@@ -43,7 +43,8 @@ class TrainedArm(ResolvedArm):
     @property
     def steps(self) -> int:
         """Of each lane in all; 0 where the data set is not prepared yet."""
-        return self.description.counts.get("train", 0) // self.experiment.batch_size * self.experiment.epochs
+        one = self.experiment
+        return self.description.counts.get("train", 0) // one.batch_size * one.passes * one.epochs
 
     @property
     def data(self) -> Data:
@@ -65,6 +66,7 @@ class TrainedArm(ResolvedArm):
             rule,
             sizes,
             one.reshuffle,
+            one.passes,
             one.compute_dtype,
         )
 
@@ -101,7 +103,7 @@ def check_sizes(experiment: Experiment, description: Description) -> None:
         raise UserError(
             f"batch_size={experiment.batch_size} is larger than the training data: {description.name} has {available}"
         )
-    if available is not None and available // experiment.batch_size * experiment.epochs >= 2**31:
+    if available is not None and available // experiment.batch_size * experiment.passes * experiment.epochs >= 2**31:
         raise UserError(
             f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
         )

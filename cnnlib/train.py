@@ -1,9 +1,9 @@
 """The heart: one model's training as pure functions of keys and numbers, and the map that makes lanes of them.
 
 Read it top to bottom. What is static (network, training rule, sizes) is closed over; everything else is an argument.
-`initialize`, `epoch` and `evaluate` are written for one model; `over_lanes` maps any of them over a population, and the
-caller compiles the result. Examples are drawn, augmented and normalised inside the program: between two epochs nothing
-but a few sums leaves the device.
+`initialize`, `epoch`, `predict` and `evaluate` are written for one model; `over_lanes` maps any of them over a
+population, and the caller compiles the result. Examples are drawn, augmented and normalised inside the program:
+between two epochs nothing but a few sums leaves the device.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ class Sums(NamedTuple):
     examples: Int[Array, ""]
 
 
+class Answers(NamedTuple):
+    """What a model says of each example."""
+
+    predicted: Int[Array, " count"]
+    loss: Float[Array, " count"]
+
+
 class Keys(NamedTuple):
     """One key for each use of chance in a model's life."""
 
@@ -73,6 +80,7 @@ class Recipe(NamedTuple):
     examples: int | None = None
     """That one model trains on, drawn by its order seed; None: all there are."""
     reshuffle: bool = True
+    passes: int = 1
     start: Network | None = None
     """The reading of the network that draws the initial weights, where it is another one."""
 
@@ -111,22 +119,26 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
 def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[State, Sums]]:
     """The function that trains a model for one epoch: `train(state, numbers, examples) -> (state, sums)`.
 
-    The order is drawn anew each epoch, or is that in which the examples are stored (`reshuffle`); those that do not
+    The order is drawn anew for each pass, or is that in which the examples are stored (`reshuffle`); those that do not
     fill a batch at its end are left out of it. `sums` are those of the training loss and accuracy, on augmented
     examples, while the parameters change.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
-        count = examples.y.shape[0] if recipe.examples is None else recipe.examples
-        steps = count // recipe.batch_size
+        own = own_examples(recipe, numbers, examples)
+        count = own.shape[0]
+        per_pass = count // recipe.batch_size
+        steps = recipe.passes * per_pass
         rule = optimizer(recipe.optim, numbers, total_steps=steps * recipe.epochs)
         keys = keys_of(numbers)
-        order = jnp.arange(count)
-        if recipe.reshuffle:
-            order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
-        if count < examples.y.shape[0]:
-            order = jnp.sort(jax.random.permutation(keys.subset, examples.y.shape[0])[:count])[order]
-        batches = order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
+
+        def order(number: Int[Array, ""]) -> Int[Array, " count"]:
+            if not recipe.reshuffle:
+                return jnp.arange(count)
+            return jax.random.permutation(jax.random.fold_in(keys.order, number), count)
+
+        orders = jax.lax.map(order, state.epochs * recipe.passes + jnp.arange(recipe.passes))
+        batches = own[orders[:, : per_pass * recipe.batch_size]].reshape(steps, recipe.batch_size)
 
         def loss(parameters: Parameters, x: Array, y: Array) -> tuple[Array, Array]:
             output = logits(recipe.network, parameters, x)
@@ -156,32 +168,37 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
     return train
 
 
-def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Sums]:
-    """The function that tests a model on every example: `test(parameters, examples) -> sums`, without smoothing.
+def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Answers]:
+    """The function that has a model answer every example: `answer(parameters, examples) -> answers`.
 
-    The last batch is padded, and its padding masked out of the sums.
+    The last batch is filled up with copies of the last example, which are cut off again.
     """
 
-    def test(parameters: Parameters, examples: Examples) -> Sums:
+    def answer(parameters: Parameters, examples: Examples) -> Answers:
         count = examples.y.shape[0]
         size = min(batch_size, count)
-        steps = -(-count // size)
-        positions = jnp.arange(steps * size).reshape(steps, size)
+        positions = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
 
-        def step(sums: Sums, position: Int[Array, " batch"]) -> tuple[Sums, None]:
-            index, real = jnp.minimum(position, count - 1), position < count
+        def step(_: None, index: Int[Array, " batch"]) -> tuple[None, Answers]:
             x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
             output = logits(recipe.network, parameters, x)
             losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
-            correct = output.argmax(-1) == examples.y[index]
-            return Sums(
-                sums.loss + jnp.where(real, losses, 0.0).sum(),
-                sums.correct + jnp.where(real, correct, False).sum(),
-                sums.examples + real.sum(),
-            ), None
+            return None, Answers(output.argmax(-1), losses)
 
-        zero = jnp.zeros((), jnp.int32)
-        return jax.lax.scan(step, Sums(jnp.zeros((), jnp.float32), zero, zero), positions)[0]
+        _, batches = jax.lax.scan(step, None, positions)
+        return Answers(*(batch.reshape(-1)[:count] for batch in batches))
+
+    return answer
+
+
+def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Sums]:
+    """The function that tests a model on every example: `test(parameters, examples) -> sums`, without smoothing."""
+    answer = predict(recipe, batch_size)
+
+    def test(parameters: Parameters, examples: Examples) -> Sums:
+        answers = answer(parameters, examples)
+        correct = (answers.predicted == examples.y).sum()
+        return Sums(answers.loss.sum(), correct, jnp.asarray(examples.y.shape[0], jnp.int32))
 
     return test
 
@@ -194,6 +211,27 @@ def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""
     """
     model = Model(recipe.network.layers)
     return lambda parameters: project(model, parameters, recipe.input_shape, "conv").total
+
+
+def fit(recipe: Recipe) -> Callable[[Parameters, LaneNumbers, Examples], Sums]:
+    """The function that tests a model on what it was trained on: `fit(parameters, numbers, examples) -> sums`."""
+    test = evaluate(recipe)
+
+    def known(parameters: Parameters, numbers: LaneNumbers, examples: Examples) -> Sums:
+        if recipe.examples is not None:
+            own = own_examples(recipe, numbers, examples)
+            examples = examples._replace(x=examples.x[own], y=examples.y[own])
+        return test(parameters, examples)
+
+    return known
+
+
+def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"]:
+    """Which examples a lane trains on, in the order in which they are stored."""
+    count = examples.y.shape[0]
+    if recipe.examples is None or recipe.examples == count:
+        return jnp.arange(count)
+    return jnp.sort(jax.random.permutation(keys_of(numbers).subset, count)[: recipe.examples])
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

@@ -89,6 +89,10 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), a, b)
 
 
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 def differ(a, b):
     return any(not np.allclose(x, y, **TOLERANCE) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -240,3 +244,49 @@ def test_every_use_of_chance_has_a_key_of_its_own():
     keys = train.keys_of(LaneNumbers(0, 0, 0.1, 0.9, 0.0, 0.0))
     data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
     assert len(set(data)) == len(keys) == 4
+
+
+def test_a_lane_trains_on_as_many_examples_as_asked_drawn_by_its_order_seed():
+    part = recipe(FULL)._replace(examples=60)
+    own = [train.own_examples(part, lane(lanes(0, 0, 1, orders=[5, 6, 5]), i), examples()) for i in range(3)]
+    assert all(len(set(one.tolist())) == 60 for one in own)
+    assert (own[0] == own[2]).all() and not (own[0] == own[1]).all()
+    # Examples that are none of its own do not matter to a lane.
+    data = examples()
+    others = np.setdiff1d(np.arange(160), own[0])
+    spoilt = data._replace(y=data.y.at[others].set(0), x=data.x.at[others].set(255))
+    train_one = jax.jit(train.epoch(part))
+    numbers = lane(lanes(0, orders=[5]), 0)
+    state = train.initialize(part)(numbers)
+    alike, _ = train_one(state, numbers, data), train_one(state, numbers, spoilt)
+    assert_equal(train_one(state, numbers, data)[0].parameters, train_one(state, numbers, spoilt)[0].parameters)
+    assert alike[1].examples == 60
+    assert train.fit(part)(alike[0].parameters, numbers, data).examples == 60
+
+
+def test_seed_draws_the_weights_and_order_seed_the_rest():
+    draw = train.initialize(recipe(FULL))
+    one, two, three = (
+        draw(lane(lanes(seed, orders=[order]), 0)).parameters for seed, order in ((0, 0), (0, 9), (9, 0))
+    )
+    assert_equal(one, two)
+    assert differ(one, three)
+    keys = [train.keys_of(lane(lanes(seed, orders=[order]), 0)) for seed, order in ((0, 0), (0, 9), (9, 0))]
+    words = [tuple(np.asarray(jax.random.key_data(key)).tolist() for key in each) for each in keys]
+    assert words[0][0] == words[1][0] and words[0][1:] == words[2][1:] and words[0][1] != words[1][1]
+
+
+def test_passes_are_epochs_within_an_epoch():
+    twice = recipe(FULL)._replace(passes=2, epochs=2)
+    together, _ = trained(twice, lanes(0), epochs=1)
+    apart, _ = trained(recipe(FULL), lanes(0), epochs=2)
+    assert_equal(together.parameters, apart.parameters)
+
+
+def test_stored_order_is_the_same_each_epoch():
+    still = recipe(FULL)._replace(reshuffle=False, passes=1)
+    data, numbers = examples(), lane(lanes(0), 0)
+    other = lane(lanes(0, orders=[9]), 0)
+    state = train.initialize(still)(numbers)
+    step = jax.jit(train.epoch(still))
+    assert_equal(step(state, numbers, data)[0].parameters, step(state, other, data)[0].parameters)
