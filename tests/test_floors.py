@@ -51,6 +51,7 @@ WITHOUT_JAX = {
     "growth",
     "style",
     "tables",
+    "stats",
 }
 
 
