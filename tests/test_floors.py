@@ -18,7 +18,7 @@ FLOORS = [
     {"budget", "ops"},
     {"config"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
-    {"equivalence"},
+    {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
     {"folder", "report", "terminal", "wandb_worker"},
     {"checkpoint"},
@@ -52,6 +52,7 @@ WITHOUT_JAX = {
     "style",
     "tables",
     "stats",
+    "fits",
 }
 
 
