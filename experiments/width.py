@@ -17,4 +17,4 @@ from experiments._digits import on_digits
 @EXPERIMENTS.register
 def width() -> Experiment:
     net = parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")
-    return on_digits(*(Arm(f"width_x{m:g}", scaled(net, m)) for m in (0.25, 0.5, 1, 2, 4)))
+    return on_digits(*(Arm(f"width_x{m:g}", scaled(net, m)) for m in (0.25, 0.5, 1.0, 2.0, 4.0)))

@@ -19,7 +19,7 @@ FLOORS = [
     {"config"},
     {"sweep"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
-    {"equivalence"},
+    {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
     {"folder", "report", "terminal", "wandb_worker", "plan"},
     {"checkpoint", "predictions"},
@@ -54,6 +54,8 @@ WITHOUT_JAX = {
     "predictions",
     "style",
     "tables",
+    "stats",
+    "fits",
 }
 
 
