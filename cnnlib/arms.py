@@ -132,7 +132,7 @@ def run_arm(
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
         states, sums = programs.epoch(states, numbers, splits["train"])
-        validated = programs.validate and programs.validate(states.parameters, splits["validation"])
+        validated = programs.validate and programs.validate(states.parameters, states.statistics, splits["validation"])
         is_due = epoch == experiment.epochs or training.is_due(epoch)
         taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
         return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
@@ -171,7 +171,7 @@ def run_arm(
             how = "which is saved" if taken is not None else "of which nothing is saved: checkpoint.every=0"
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     if validation is None and programs.validate is not None:
-        validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
+        validation = jax.device_get(programs.validate(states.parameters, states.statistics, splits["validation"]))
     result = result_of(experiment, arm, programs, states, validation, splits["test"], so_far.train_seconds)
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
@@ -244,7 +244,7 @@ def result_of(
 ) -> dict[str, Any]:
     """The arm's part of `results.json`."""
     lanes = lane_numbers(experiment)
-    test = jax.device_get(programs.test(states.parameters, test_examples))
+    test = jax.device_get(programs.test(states.parameters, states.statistics, test_examples))
     lane_results = _lane_results(lanes, test, validation, states)
     if programs.distance is not None:
         distances = jax.device_get(programs.distance(states.parameters))
@@ -298,11 +298,11 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
 def _lane_results(
     lanes: tuple[LaneNumbers, ...], test: Sums, validation: Sums | None, states: State
 ) -> list[dict[str, Any]]:
-    epochs, diverged, parameters = jax.device_get((states.epochs, states.diverged, states.parameters))
+    epochs, diverged, *model = jax.device_get((states.epochs, states.diverged, states.parameters, states.statistics))
     results = []
     for lane, numbers in enumerate(lanes):
         means = _metrics({"test": test, "validation": validation}, lane, bool(diverged[lane]))
-        fingerprint = sha256(jax.tree.map(itemgetter(lane), parameters))
+        fingerprint = sha256(*jax.tree.map(itemgetter(lane), model))
         results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane]), "parameters_sha256": fingerprint})
     return results
 

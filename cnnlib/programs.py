@@ -146,11 +146,11 @@ def compile_programs(
     free = free_memory(device)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
-        evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
+        evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time, lane_arguments=2))
         compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
         for split in ("test", "validation"):
             if split in splits:
-                compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
+                compiled[split] = evaluate.lower(states.parameters, states.statistics, splits[split]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not.
         need = max(memory_of(program) - size_of(splits[split]) for split, program in compiled.items())
         if has_freed_weights(arm.model):

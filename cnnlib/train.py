@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 from cnnlib.augment import augmented, central, normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.equivalence import expand, project
-from cnnlib.models import Network, Parameters, logits
+from cnnlib.models import Network, Parameters, Statistics, initial, logits, training_logits
 from cnnlib.optim import optimizer
 from cnnlib.spec import Model, Shape
 
@@ -28,11 +28,13 @@ class State(NamedTuple):
     """Everything of one model that changes from epoch to epoch."""
 
     parameters: Parameters
+    statistics: Statistics
+    """What its norms have seen; empty without any."""
     optimizer_state: optax.OptState
     epochs: Int[Array, ""]
     """Epochs finished with a finite loss."""
     diverged: Bool[Array, ""]
-    """Once true, the model keeps the parameters of its last finite epoch."""
+    """Once true, the model keeps the parameters and statistics of its last finite epoch."""
 
 
 class Examples(NamedTuple):
@@ -83,16 +85,16 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
     model = Model(recipe.network.layers)
 
     def init(numbers: LaneNumbers) -> State:
-        example = jnp.zeros((1, *recipe.input_shape), jnp.float32)
         drawn = recipe.start or recipe.network
-        parameters = drawn.init(keys_of(numbers.seed).init, example)["params"]
+        # Statistics are a channel's in every reading: they need no map.
+        parameters, statistics = initial(drawn, keys_of(numbers.seed).init, recipe.input_shape)
         if recipe.start:
             # Drawn once: a compiler that draws each copy of a weight anew may round some of them differently.
             parameters = jax.lax.optimization_barrier(parameters)  # type: ignore[no-untyped-call]
             parameters = expand(Model(recipe.start.layers), parameters, recipe.input_shape, model.connectivity)
         # Neither the step count nor the numbers shape the optimiser's state.
         optimizer_state = optimizer(recipe.optim, numbers, total_steps=1).init(parameters)
-        return State(parameters, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        return State(parameters, statistics, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     return init
 
@@ -112,41 +114,47 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
         order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
         batches = order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
 
-        def loss(parameters: Parameters, x: Array, y: Array) -> tuple[Array, Array]:
-            output = logits(recipe.network, parameters, x)
+        def loss(
+            parameters: Parameters, statistics: Statistics, x: Array, y: Array
+        ) -> tuple[Array, tuple[Array, Statistics]]:
+            output, statistics = training_logits(recipe.network, parameters, statistics, x)
             targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
-            return optax.softmax_cross_entropy(output, targets).mean(), (output.argmax(-1) == y).sum()
+            return optax.softmax_cross_entropy(output, targets).mean(), ((output.argmax(-1) == y).sum(), statistics)
 
-        def step(carry: tuple[Any, Any], batch: tuple[Array, Array]) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
-            parameters, optimizer_state = carry
+        def step(carry: tuple[Any, ...], batch: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
+            parameters, statistics, optimizer_state = carry
             index, number = batch
             key = jax.random.fold_in(keys.augment, state.epochs * steps + number)
             x = augmented(key, examples.x[index], recipe.augment)
             x = normalize(x, examples.mean, examples.deviation)
-            (value, correct), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, x, examples.y[index])
+            (value, (correct, statistics)), gradient = jax.value_and_grad(loss, has_aux=True)(
+                parameters, statistics, x, examples.y[index]
+            )
             update, optimizer_state = rule.update(gradient, optimizer_state, parameters)
-            return (optax.apply_updates(parameters, update), optimizer_state), (value, correct)
+            return (optax.apply_updates(parameters, update), statistics, optimizer_state), (value, correct)
 
-        (parameters, optimizer_state), (values, corrects) = jax.lax.scan(
-            step, (state.parameters, state.optimizer_state), (batches, jnp.arange(steps))
+        model = (state.parameters, state.statistics, state.optimizer_state)
+        (parameters, statistics, optimizer_state), (values, corrects) = jax.lax.scan(
+            step, model, (batches, jnp.arange(steps))
         )
         sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size, jnp.int32))
         # The last step's loss is that of the parameters before it, so these are looked at as well.
-        finite = jnp.isfinite(sums.loss) & all_finite(parameters) & ~state.diverged
-        trained = State(parameters, optimizer_state, state.epochs + 1, state.diverged)
+        finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
+        trained = State(parameters, statistics, optimizer_state, state.epochs + 1, state.diverged)
         frozen = state._replace(diverged=jnp.ones((), bool))
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen), sums
 
     return train
 
 
-def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Sums]:
-    """The function that tests a model on every example: `test(parameters, examples) -> sums`, without smoothing.
+def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Sums]:
+    """The function that tests a model on every example: `test(parameters, statistics, examples) -> sums`.
 
-    The last batch is padded, and its padding masked out of the sums.
+    Without label smoothing, and with the running statistics of norms. The last batch is padded, and its padding masked
+    out of the sums.
     """
 
-    def test(parameters: Parameters, examples: Examples) -> Sums:
+    def test(parameters: Parameters, statistics: Statistics, examples: Examples) -> Sums:
         count = examples.y.shape[0]
         size = min(batch_size, count)
         steps = -(-count // size)
@@ -155,7 +163,7 @@ def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Exa
         def step(sums: Sums, position: Int[Array, " batch"]) -> tuple[Sums, None]:
             index, real = jnp.minimum(position, count - 1), position < count
             x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
-            output = logits(recipe.network, parameters, x)
+            output = logits(recipe.network, parameters, statistics, x)
             losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
             correct = output.argmax(-1) == examples.y[index]
             return Sums(

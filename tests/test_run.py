@@ -239,7 +239,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
-            validation = jax.device_get(made.validate(states.parameters, splits["validation"]))
+            validation = jax.device_get(made.validate(states.parameters, states.statistics, splits["validation"]))
             told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
             assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
             assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)

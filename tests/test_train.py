@@ -70,7 +70,8 @@ def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
     x = normalize(data.x[:20], data.mean, data.deviation)
     for index in range(2):
         expected, found = (
-            logits(each.network, lane(states.parameters, index), x) for each, states in ((conv, before), (freed, after))
+            logits(each.network, lane(states.parameters, index), {}, x)
+            for each, states in ((conv, before), (freed, after))
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
         assert float(train.distance_from_conv(freed)(lane(after.parameters, index))) == 0
@@ -137,7 +138,7 @@ def test_an_epoch_visits_each_example_at_most_once_in_an_order_of_its_own():
     frozen = lanes(0, learning_rate=0.0)
     all_seen = recipe(FULL, batch_size=16)
     states, sums = trained(all_seen, frozen, epochs=1)
-    whole = train.evaluate(all_seen)(lane(states.parameters, 0), examples())
+    whole = train.evaluate(all_seen)(lane(states.parameters, 0), {}, examples())
     np.testing.assert_allclose(sums.loss[0], whole.loss, rtol=1e-5)
     assert sums.examples[0] == 160
     # 160 examples in batches of 48: each epoch leaves out 16 of them, other ones each time.
@@ -186,7 +187,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch():
     logits = x[..., 0] / 255
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(103), y]
     for batch_size in (1, 10, 103, 500):
-        sums = train.evaluate(model, batch_size)(parameters, data)
+        sums = train.evaluate(model, batch_size)(parameters, {}, data)
         assert sums.examples == 103
         assert sums.correct == (logits.argmax(1) == y).sum()
         np.testing.assert_allclose(sums.loss, losses.sum(), rtol=1e-5)
@@ -199,7 +200,7 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     assert float(sums.loss[0]) != pytest.approx(float(plain_sums.loss[0]), rel=1e-3)
     assert_close(smoothed.parameters, plain.parameters)
     evaluate = train.evaluate(recipe(FULL))
-    a, b = (evaluate(lane(state.parameters, 0), examples()).loss for state in (smoothed, plain))
+    a, b = (evaluate(lane(state.parameters, 0), {}, examples()).loss for state in (smoothed, plain))
     assert a == b
 
 
@@ -225,7 +226,7 @@ def test_augmentation_and_crops_reach_training_and_evaluation():
     states, _ = trained(cropped, lanes(0), epochs=1)
     plain, _ = trained(cropped._replace(augment=Augment(crop=10)), lanes(0), epochs=1)
     assert differ(states.parameters, plain.parameters)
-    assert train.evaluate(cropped)(lane(states.parameters, 0), examples()).examples == 160
+    assert train.evaluate(cropped)(lane(states.parameters, 0), {}, examples()).examples == 160
 
 
 def test_bfloat16_trains_to_about_the_same_loss():
