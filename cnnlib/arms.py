@@ -20,6 +20,7 @@ from cnnlib.checkpoint import Snapshot, layout, restored, sha256
 from cnnlib.config import Experiment, LaneNumbers, lane_numbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
+from cnnlib.optim import sparsity
 from cnnlib.programs import Programs, size_text
 from cnnlib.resolve import ResolvedArm
 from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
@@ -250,6 +251,10 @@ def result_of(
         distances = jax.device_get(programs.distance(states.parameters))
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
+    if any(experiment.optim.l1):
+        parameters = jax.device_get(states.parameters)
+        for lane, result in enumerate(lane_results):
+            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), parameters))
     settings = _settings(lane_results)
     return {
         **described_arm(arm),

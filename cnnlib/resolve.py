@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.budget import Match, match
-from cnnlib.config import Arm, Experiment
-from cnnlib.cost import Count, count
+from cnnlib.config import Arm, Experiment, Optim
+from cnnlib.cost import Count, count, layers
 from cnnlib.data import Description
 from cnnlib.errors import UserError
-from cnnlib.spec import READINGS, Connectivity, Dense, Model, Shape, parse_model, shape_text
+from cnnlib.spec import READINGS, Connectivity, Dense, Model, Norm, Shape, parse_model, shape_text
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ResolvedArm:
 def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedArm, ...]:
     """The arms on a data set; raises UserError for a layer that does not fit, a budget out of reach, or a batch larger
     than the data."""
+    check_optim(experiment.optim)
     available = description.counts.get("train")
     if available is not None and experiment.batch_size > available:
         raise UserError(
@@ -41,6 +43,7 @@ def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedA
     input_shape = experiment.augment.seen_shape(description.input_shape)
     arms = resolve_arms(experiment.arms, input_shape, description.num_classes)
     for arm in arms:
+        check_norms(arm, experiment.batch_size)
         output_shape = arm.model.shapes(input_shape)[-1]
         if output_shape != (description.num_classes,):
             raise UserError(
@@ -48,6 +51,22 @@ def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedA
                 f"{description.name} has {description.num_classes} classes"
             )
     return arms
+
+
+def check_optim(optim: Optim) -> None:
+    """Raises UserError for a number that would do nothing."""
+    if any(optim.l1_threshold) and not any(optim.l1):
+        raise UserError("optim.l1_threshold is a multiple of optim.l1, which is 0: it would do nothing")
+
+
+def check_norms(arm: ResolvedArm, batch_size: int) -> None:
+    """Raises UserError for a norm whose mean would be over one value."""
+    for layer in layers(arm.model, arm.input_shape):
+        if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
+            raise UserError(
+                f"arm {arm.name}: batch_size=1 leaves the norm of {shape_text(layer.input_shape)} one value a channel, "
+                "which it makes zero; it needs at least 2"
+            )
 
 
 def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) -> tuple[ResolvedArm, ...]:

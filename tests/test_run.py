@@ -174,7 +174,7 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
 
 def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
     def lane(rate, accuracy):
-        numbers = LaneNumbers(0, rate, 0.9, 0.0, 0.0)._asdict()
+        numbers = LaneNumbers(0, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
         status = "diverged" if math.isnan(accuracy) else "ok"
         return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
 

@@ -36,7 +36,8 @@ def examples(count=160, seed=0):
 
 def lanes(*seeds, **numbers):
     """Lanes of the given seeds; a number may be one for all or a list."""
-    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, **numbers}
+    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    values |= {"l1": 0.0, "l1_threshold": 0.0, **numbers}
     columns = {name: jnp.broadcast_to(jnp.asarray(v, jnp.float32), (len(seeds),)) for name, v in values.items()}
     return LaneNumbers(seed=jnp.asarray(seeds, jnp.uint32), **columns)
 
