@@ -465,6 +465,21 @@ def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
 
 
+def test_results_say_how_sparse_lanes_with_an_l1_term_are(tmp_path):
+    optim = Optim("sgd", learning_rate=(0.05,), l1=(0.0, 1e-3), l1_threshold=(50.0,))
+    experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], optim=optim, lanes=Lanes(seed=(3,)), epochs=1)
+    (arm,) = run(experiment, "tiny", tmp_path / "out", Silent())["arms"]
+    free, sparse = arm["lanes"]
+    assert (free["l1"], sparse["l1"], sparse["l1_threshold"]) == (0.0, 1e-3, 50.0)
+    assert free["sparsity"] == 0 and 0.05 < sparse["sparsity"] < 1
+    # A share of the 36 + 588 kernel weights, biases left out.
+    assert sparse["sparsity"] * 624 == pytest.approx(round(sparse["sparsity"] * 624))
+
+
+def test_results_of_lanes_without_an_l1_term_say_nothing_of_it(finished):
+    assert not any("sparsity" in lane for arm in finished[0]["arms"] for lane in arm["lanes"])
+
+
 @pytest.mark.slow
 def test_the_three_readings_run_matched_and_freed(tmp_path):
     net = parse_model("avg:4 conv:4@3 relu max:2 dense:classes")
