@@ -81,7 +81,10 @@ def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransfor
 
 
 def sparsity(parameters: Any) -> float:
-    """The share of a model's kernel weights that are exactly zero, on the host."""
+    """The share of a model's kernel weights that are exactly zero, on the host.
+
+    Those of a local layer's taps on the padding count as well: nothing but an L1 term moves them.
+    """
     kernels = [np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parameters) if _is_kernel(path)]
     return sum(int((kernel == 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
