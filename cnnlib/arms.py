@@ -20,6 +20,7 @@ from cnnlib.checkpoint import Snapshot, layout, restored, sha256
 from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
+from cnnlib.optim import sparsity
 from cnnlib.predictions import answers_of, write_answers
 from cnnlib.programs import Programs, numbers_of, size_text
 from cnnlib.resolve import TrainedArm
@@ -132,7 +133,7 @@ def run_arm(
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
         states, sums = programs.epoch(states, numbers, splits["train"])
-        validated = programs.validate and programs.validate(states.parameters, splits["validation"])
+        validated = programs.validate and programs.validate(states.parameters, states.statistics, splits["validation"])
         is_due = epoch == experiment.epochs or training.is_due(epoch)
         taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
         return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
@@ -170,10 +171,11 @@ def run_arm(
                 write_finished(training)
             how = "which is saved" if taken is not None else "of which nothing is saved: checkpoint.every=0"
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
+    model = (states.parameters, states.statistics)
     if validation is None and programs.validate is not None:
-        validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-    answers = jax.device_get(programs.predict(states.parameters, splits["test"]))
-    known = jax.device_get(programs.fit(states.parameters, numbers, splits["train"]))
+        validation = jax.device_get(programs.validate(*model, splits["validation"]))
+    answers = jax.device_get(programs.predict(*model, splits["test"]))
+    known = jax.device_get(programs.fit(*model, numbers, splits["train"]))
     sums = {"test": sums_of(answers, splits["test"]), "train": known, "validation": validation}
     result = result_of(arm, programs, states, sums, so_far.train_seconds)
     keep_answers(training, arm, answers, states, splits["test"])
@@ -251,6 +253,10 @@ def result_of(
         distances = jax.device_get(programs.distance(states.parameters))
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
+    if any(arm.experiment.optim.l1):
+        parameters = jax.device_get(states.parameters)
+        for lane, result in enumerate(lane_results):
+            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), parameters))
     settings = _settings(lane_results)
     return {
         **described_arm(arm),
@@ -310,11 +316,11 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
 
 
 def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State) -> list[dict[str, Any]]:
-    epochs, diverged, parameters = jax.device_get((states.epochs, states.diverged, states.parameters))
+    epochs, diverged, *model = jax.device_get((states.epochs, states.diverged, states.parameters, states.statistics))
     results = []
     for lane, numbers in enumerate(lanes):
         means = _metrics(sums, lane, bool(diverged[lane]))
-        fingerprint = sha256(jax.tree.map(itemgetter(lane), parameters))
+        fingerprint = sha256(*jax.tree.map(itemgetter(lane), model))
         results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane]), "parameters_sha256": fingerprint})
     return results
 

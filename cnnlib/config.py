@@ -107,9 +107,15 @@ class Optim:
     """Times the parameter: added to the gradient (sgd, adam), or to the update before the learning rate (adamw)."""
     label_smoothing: Traced = (0.0,)
     """Share of the target spread evenly over the classes, in the training loss only."""
+    l1: Traced = (0.0,)
+    """Lambda of beta-LASSO (Neyshabur 2020): times the sign of a kernel's weight, added to its gradient. Biases and
+    norms are left alone."""
+    l1_threshold: Traced = (0.0,)
+    """Its beta: after each step a kernel's weights of less than this times `l1` are set to zero."""
 
     def __post_init__(self) -> None:
         bounds = {"learning_rate": 1e9, "momentum": 1.0, "weight_decay": 1e9, "label_smoothing": 1.0}
+        bounds |= {"l1": 1e9, "l1_threshold": 1e9}
         for name, upper in bounds.items():
             values = getattr(self, name)
             _require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
@@ -317,6 +323,8 @@ class LaneNumbers(NamedTuple):
     momentum: float
     weight_decay: float
     label_smoothing: float
+    l1: float
+    l1_threshold: float
 
     @property
     def setting(self) -> tuple[float, ...]:
@@ -330,7 +338,8 @@ SETTING_FIELDS = LaneNumbers._fields[2:]
 
 def traced(optim: Optim) -> tuple[Traced, ...]:
     """The values of each traced field, in the order of `SETTING_FIELDS`."""
-    return (optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
+    numbers = (optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
+    return (*numbers, optim.l1, optim.l1_threshold)
 
 
 def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:

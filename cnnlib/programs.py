@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnnlib import checkpoint, kernels, train
+from cnnlib import checkpoint, evaluation, kernels, train
 from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
@@ -145,23 +145,24 @@ def compile_programs(
     initial = initialize.lower(numbers).compile()
     keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if arm.experiment.checkpoint.every else None
     free = free_memory(device)
+    model = (states.parameters, states.statistics)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
-        predict = jax.jit(train.over_lanes(train.predict(recipe), at_a_time))
-        evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
+        predict = jax.jit(train.over_lanes(evaluation.predict(recipe), at_a_time, lane_arguments=2))
+        evaluate = jax.jit(train.over_lanes(evaluation.evaluate(recipe), at_a_time, lane_arguments=2))
         compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
-        compiled["test"] = predict.lower(states.parameters, splits["test"]).compile()
-        fit = jax.jit(train.over_lanes(train.fit(recipe), at_a_time, lane_arguments=2))
-        compiled["fit"] = fit.lower(states.parameters, numbers, splits["train"]).compile()
+        compiled["test"] = predict.lower(*model, splits["test"]).compile()
+        fit = jax.jit(train.over_lanes(evaluation.fit(recipe), at_a_time, lane_arguments=3))
+        compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
         if "validation" in splits:
-            compiled["validation"] = evaluate.lower(states.parameters, splits["validation"]).compile()
+            compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not.
         need = max(
             memory_of(program) - size_of(splits["train" if name == "fit" else name])
             for name, program in compiled.items()
         )
         if has_freed_weights(arm.model):
-            distance = jax.jit(train.over_lanes(train.distance_from_conv(recipe), at_a_time=1))
+            distance = jax.jit(train.over_lanes(evaluation.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
             need = max(need, memory_of(compiled["distance"]))
         # While an epoch runs, the state before it may wait to be written.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.budget import Match, match
-from cnnlib.config import Arm, Data, Experiment, LaneNumbers, lane_numbers
-from cnnlib.cost import Count, count
+from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Optim, lane_numbers
+from cnnlib.cost import Count, count, layers
 from cnnlib.data import Description, describe
 from cnnlib.errors import UserError
-from cnnlib.spec import READINGS, Connectivity, Dense, Model, Shape, parse_model, shape_text
+from cnnlib.spec import READINGS, Connectivity, Dense, Model, Norm, Shape, parse_model, shape_text
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TrainedArm(ResolvedArm):
     def program(self) -> Hashable:
         """What decides which program trains it: arms of one program differ in traced numbers only."""
         one, optim = self.experiment, self.experiment.optim
-        rule = (optim.name, optim.schedule)
+        rule = (optim.name, optim.schedule, any(optim.l1))
         sizes = (one.batch_size, one.epochs, one.data.train, len(self.lanes), one.lanes.at_a_time)
         return (
             self.model,
@@ -81,11 +82,13 @@ def resolve(experiment: Experiment, described: Callable[[Data], Description] = d
     inputs = {}
     for name, one in own.items():
         description = descriptions[one.data]
+        check_optim(one.optim)
         check_sizes(one, description)
         inputs[name] = (one.augment.seen_shape(description.input_shape), description.num_classes)
     arms = []
     for arm in resolve_arms(experiment.arms, inputs):
         one, description = own[arm.name], descriptions[own[arm.name].data]
+        check_norms(arm, one.batch_size)
         output_shape = arm.model.shapes(arm.input_shape)[-1]
         if output_shape != (description.num_classes,):
             raise UserError(
@@ -107,6 +110,22 @@ def check_sizes(experiment: Experiment, description: Description) -> None:
         raise UserError(
             f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
         )
+
+
+def check_optim(optim: Optim) -> None:
+    """Raises UserError for a number that would do nothing."""
+    if any(optim.l1_threshold) and not any(optim.l1):
+        raise UserError("optim.l1_threshold is a multiple of optim.l1, which is 0: it would do nothing")
+
+
+def check_norms(arm: ResolvedArm, batch_size: int) -> None:
+    """Raises UserError for a norm whose mean would be over one value."""
+    for layer in layers(arm.model, arm.input_shape):
+        if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
+            raise UserError(
+                f"arm {arm.name}: batch_size=1 leaves the norm of {shape_text(layer.input_shape)} one value a channel, "
+                "which it makes zero; it needs at least 2"
+            )
 
 
 def resolve_arms(arms: tuple[Arm, ...], inputs: Mapping[str, tuple[Shape, int]]) -> tuple[ResolvedArm, ...]:

@@ -173,7 +173,7 @@ class WandbCopy(Watcher):
             }
             summaries = [found | {"train_seconds_per_lane": result["train_seconds_per_lane"]}]
         else:
-            keys = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv")
+            keys = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv", "sparsity")
             summaries = [{key: lane[key] for key in keys if key in lane} for lane in result["lanes"]]
         self._tell()
         self._send("arm_ends", name=name, summaries=[finite(row) for row in summaries])

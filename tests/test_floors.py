@@ -21,7 +21,7 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "wandb_worker", "plan"},
+    {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation"},
     {"checkpoint", "predictions"},
     {"programs"},
     {"resume", "growth", "wandb_copy", "overview"},

@@ -169,7 +169,7 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
 
 def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
     def lane(rate, accuracy):
-        numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0)._asdict()
+        numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
         status = "diverged" if math.isnan(accuracy) else "ok"
         return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
 
@@ -234,7 +234,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
-            validation = jax.device_get(made.validate(states.parameters, splits["validation"]))
+            validation = jax.device_get(made.validate(states.parameters, states.statistics, splits["validation"]))
             told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
             assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
             assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)
@@ -458,6 +458,21 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_no_trace(tmp_path):
 
 def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
+
+
+def test_results_say_how_sparse_lanes_with_an_l1_term_are(tmp_path):
+    optim = Optim("sgd", learning_rate=(0.05,), l1=(0.0, 1e-3), l1_threshold=(50.0,))
+    experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], optim=optim, lanes=Lanes(seed=(3,)), epochs=1)
+    (arm,) = run(experiment, "tiny", tmp_path / "out", Silent())["arms"]
+    free, sparse = arm["lanes"]
+    assert (free["l1"], sparse["l1"], sparse["l1_threshold"]) == (0.0, 1e-3, 50.0)
+    assert free["sparsity"] == 0 and 0.05 < sparse["sparsity"] < 1
+    # A share of the 36 + 588 kernel weights, biases left out.
+    assert sparse["sparsity"] * 624 == pytest.approx(round(sparse["sparsity"] * 624))
+
+
+def test_results_of_lanes_without_an_l1_term_say_nothing_of_it(finished):
+    assert not any("sparsity" in lane for arm in finished[0]["arms"] for lane in arm["lanes"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib import train
+from cnnlib import evaluation, train
 from cnnlib.augment import normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.data import make_lines
@@ -36,7 +36,8 @@ def examples(count=160, seed=0):
 
 def lanes(*seeds, orders=None, **numbers):
     """Lanes of the given seeds; a number may be one for all or a list."""
-    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, **numbers}
+    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    values |= {"l1": 0.0, "l1_threshold": 0.0, **numbers}
     columns = {name: jnp.broadcast_to(jnp.asarray(v, jnp.float32), (len(seeds),)) for name, v in values.items()}
     seeds = jnp.asarray(seeds, jnp.uint32)
     return LaneNumbers(seeds, seeds if orders is None else jnp.asarray(orders, jnp.uint32), **columns)
@@ -71,13 +72,14 @@ def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
     x = normalize(data.x[:20], data.mean, data.deviation)
     for index in range(2):
         expected, found = (
-            logits(each.network, lane(states.parameters, index), x) for each, states in ((conv, before), (freed, after))
+            logits(each.network, lane(states.parameters, index), {}, x)
+            for each, states in ((conv, before), (freed, after))
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert float(train.distance_from_conv(freed)(lane(after.parameters, index))) == 0
+        assert float(evaluation.distance_from_conv(freed)(lane(after.parameters, index))) == 0
     # It is free to leave: training moves it away from every convolution.
     states, _ = trained(freed, numbers, epochs=1)
-    distances = [float(train.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
+    distances = [float(evaluation.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
     assert all(0.01 < distance < 1 for distance in distances)
 
 
@@ -142,7 +144,7 @@ def test_an_epoch_visits_each_example_at_most_once_in_an_order_of_its_own():
     frozen = lanes(0, learning_rate=0.0)
     all_seen = recipe(FULL, batch_size=16)
     states, sums = trained(all_seen, frozen, epochs=1)
-    whole = train.evaluate(all_seen)(lane(states.parameters, 0), examples())
+    whole = evaluation.evaluate(all_seen)(lane(states.parameters, 0), {}, examples())
     np.testing.assert_allclose(sums.loss[0], whole.loss, rtol=1e-5)
     assert sums.examples[0] == 160
     # 160 examples in batches of 48: each epoch leaves out 16 of them, other ones each time.
@@ -191,7 +193,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch():
     logits = x[..., 0] / 255
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(103), y]
     for batch_size in (1, 10, 103, 500):
-        sums = train.evaluate(model, batch_size)(parameters, data)
+        sums = evaluation.evaluate(model, batch_size)(parameters, {}, data)
         assert sums.examples == 103
         assert sums.correct == (logits.argmax(1) == y).sum()
         np.testing.assert_allclose(sums.loss, losses.sum(), rtol=1e-5)
@@ -203,8 +205,8 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     # At initialisation the cross-entropy and its mean over classes are both near log 3, but not equal.
     assert float(sums.loss[0]) != pytest.approx(float(plain_sums.loss[0]), rel=1e-3)
     assert_close(smoothed.parameters, plain.parameters)
-    evaluate = train.evaluate(recipe(FULL))
-    a, b = (evaluate(lane(state.parameters, 0), examples()).loss for state in (smoothed, plain))
+    evaluate = evaluation.evaluate(recipe(FULL))
+    a, b = (evaluate(lane(state.parameters, 0), {}, examples()).loss for state in (smoothed, plain))
     assert a == b
 
 
@@ -230,7 +232,7 @@ def test_augmentation_and_crops_reach_training_and_evaluation():
     states, _ = trained(cropped, lanes(0), epochs=1)
     plain, _ = trained(cropped._replace(augment=Augment(crop=10)), lanes(0), epochs=1)
     assert differ(states.parameters, plain.parameters)
-    assert train.evaluate(cropped)(lane(states.parameters, 0), examples()).examples == 160
+    assert evaluation.evaluate(cropped)(lane(states.parameters, 0), {}, examples()).examples == 160
 
 
 def test_bfloat16_trains_to_about_the_same_loss():
@@ -241,7 +243,7 @@ def test_bfloat16_trains_to_about_the_same_loss():
 
 
 def test_every_use_of_chance_has_a_key_of_its_own():
-    keys = train.keys_of(LaneNumbers(0, 0, 0.1, 0.9, 0.0, 0.0))
+    keys = train.keys_of(LaneNumbers(0, 0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0))
     data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
     assert len(set(data)) == len(keys) == 4
 
@@ -261,7 +263,7 @@ def test_a_lane_trains_on_as_many_examples_as_asked_drawn_by_its_order_seed():
     alike, _ = train_one(state, numbers, data), train_one(state, numbers, spoilt)
     assert_equal(train_one(state, numbers, data)[0].parameters, train_one(state, numbers, spoilt)[0].parameters)
     assert alike[1].examples == 60
-    assert train.fit(part)(alike[0].parameters, numbers, data).examples == 60
+    assert evaluation.fit(part)(alike[0].parameters, {}, numbers, data).examples == 60
 
 
 def test_seed_draws_the_weights_and_order_seed_the_rest():
