@@ -18,16 +18,16 @@ from cnnlib.spec import parse_model
 
 @EXPERIMENTS.register
 def fashion() -> Experiment:
-    small = parse_model("conv:24@5 relu max:2 conv:48@5 relu max:2 dense:24 relu dense:classes")
+    small = parse_model("conv:24@3:nobias norm relu max:2 conv:48@3:nobias norm relu max:2 dense:32 relu dense:classes")
     large = parse_model(
-        "conv:32@3 relu conv:32@3 relu max:2 conv:64@3 relu conv:64@3 relu max:2 dense:128 relu dense:classes"
+        "conv:32@3:nobias norm relu max:2 conv:64@3:nobias norm relu max:2 dense:140 relu dense:60 relu dense:classes"
     )
     return Experiment(
         data=Data("fashion_mnist", validation=5000),
         arms=(
             Arm("mlp_256_128_100", mlp(256, 128, 100)),
             Arm("two_conv", small),
-            Arm("larger_augmented", large, own=("augment.shift=2", "augment.flip=true")),
+            Arm("larger_augmented", large, own=("augment.shift=2", "augment.flip=true", "lanes.seed=0,1,2")),
         ),
         optim=Optim("adamw", schedule="one_cycle", learning_rate=(0.004,), weight_decay=(0.05,)),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),

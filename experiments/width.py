@@ -1,6 +1,6 @@
 """How much does width buy?
 
-Question: a two-layer convolutional net with a quarter to four times its filters in every layer.
+Question: a two-layer convolutional net with a quarter to twice its filters in every layer.
 Command: python -m experiments run width
 Expected: accuracy grows by less with each doubling, while parameters grow with the width and multiply-adds with its
     square.
@@ -17,4 +17,4 @@ from experiments._digits import on_digits
 @EXPERIMENTS.register
 def width() -> Experiment:
     net = parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")
-    return on_digits(*(Arm(f"width_x{m:g}", scaled(net, m)) for m in (0.25, 0.5, 1.0, 2.0, 4.0)))
+    return on_digits(*(Arm(f"width_x{m:g}", scaled(net, m)) for m in (0.25, 0.5, 1.0, 2.0)))
