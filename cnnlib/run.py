@@ -128,6 +128,8 @@ def run(
                     "count": jax.device_count(),
                     "kernels": cpu_kernels,
                 },
+                "machine": tracking.machine(),
+                "finished": tracking.now(),
                 "versions": tracking.versions(),
                 "commit": tracking.commit(),
                 "wall_seconds": training.seconds(),

@@ -7,7 +7,6 @@ import pytest
 from cnnlib.architectures import lenet5, lenet_300_100
 from cnnlib.config import Arm, Data, Experiment, Optim, assignments, from_dict, override, to_dict
 from cnnlib.cost import count
-from cnnlib.data import describe
 from cnnlib.errors import UserError
 from cnnlib.resolve import resolve, resolve_arms
 from cnnlib.spec import parse_model
@@ -108,19 +107,17 @@ def test_a_budget_needs_a_measure_and_a_reference(match):
 
 
 def test_a_threshold_without_a_penalty_is_refused():
-    description = describe(Data("lines"))
     with pytest.raises(UserError, match=r"optim\.l1_threshold is a multiple of optim\.l1, which is 0"):
-        resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=Optim(l1_threshold=(50.0,))), description)
+        resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=Optim(l1_threshold=(50.0,))))
     both = Optim(l1=(0.0, 1e-5), l1_threshold=(50.0,))
-    assert resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=both), description)
+    assert resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=both))
 
 
 def test_a_norm_over_one_value_is_refused():
-    description = describe(Data("lines"))
     for text, fits in (("dense:4 norm dense:classes", False), ("norm dense:classes", True)):
         experiment = Experiment((Arm("a", parse_model(text)),), Data("lines"), batch_size=1)
         if fits:
-            assert resolve(experiment, description)
+            assert resolve(experiment)
             continue
         with pytest.raises(UserError, match="batch_size=1 leaves the norm of 4 one value a channel"):
-            resolve(experiment, description)
+            resolve(experiment)

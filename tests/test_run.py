@@ -134,8 +134,8 @@ def test_metrics_have_a_line_an_epoch_and_lane(finished):
 
 
 def test_each_program_of_an_arm_compiles_once(finished):
-    # initialise, epoch, validate, test: two arms, two epochs, four lanes; and a copy of the flags.
-    assert finished[3] == 2 * 4 + 1
+    # initialise, epoch, validate, predict, fit: two arms, two epochs, four lanes; and a copy of the flags.
+    assert finished[3] == 2 * 5 + 1
 
 
 def test_the_watcher_is_told_in_order(finished):
@@ -171,7 +171,8 @@ def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not()
     def lane(rate, accuracy):
         numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
         status = "diverged" if math.isnan(accuracy) else "ok"
-        return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
+        accuracies = {f"{split}_accuracy": accuracy for split in ("test", "train", "validation")}
+        return {**numbers, **accuracies, "status": status}
 
     settings = _settings([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
     assert settings[1]["validation_accuracy"] == 0.9 and settings[1]["test_accuracy"]["n"] == 1
