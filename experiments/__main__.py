@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ COMMANDS = {
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]",
     "runs": "runs [DIR]",
     "compare": "compare DIR DIR [DIR ...]",
+    "all": "all [--out DIR]",
+    "results": "results [DIR]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
@@ -60,6 +63,10 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--json", action="store_true", help="layers and total, for programs")
     elif command == "runs":
         parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="where to look (runs)")
+    elif command == "all":
+        parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
+    elif command == "results":
+        parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
@@ -195,6 +202,30 @@ def command_look(options: argparse.Namespace) -> None:
         compare([Path(folder) for folder in options.folders], console)
 
 
+def command_all(out: str) -> int:
+    """Runs every experiment, or goes on with it, each in a process of its own; the status is that of the worst."""
+    worst = 0
+    for name in EXPERIMENTS:
+        place = Path(out) / name
+        resume = [] if isinstance(EXPERIMENTS.get(name), Growth) else ["--resume"]
+        command = ["run", name, "--out", str(place), *resume]
+        print(f"python -m experiments {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "experiments", *command], check=False).returncode
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return status
+        worst = max(worst, status)
+    return worst
+
+
+def command_results(folder: str) -> None:
+    """Writes RESULTS.md from stored results; without JAX."""
+    from cnnlib.results_page import write_page
+
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}")
+    print(f"written: {write_page(Path(folder), lambda name: lab_note(name).splitlines()[0])}")
+
+
 def print_growth(results: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -278,6 +309,11 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--force has no meaning without --resume")
         if command == "count":
             command_count(options)
+            return 0
+        if command == "all":
+            return command_all(options.out)
+        if command == "results":
+            command_results(options.folder)
             return 0
         if command in ("runs", "compare"):
             command_look(options)

@@ -21,12 +21,12 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation"},
+    {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
     {"programs"},
     {"resume", "growth", "wandb_copy", "overview"},
     {"arms"},
-    {"run"},
+    {"run", "results_page"},
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
@@ -52,6 +52,8 @@ WITHOUT_JAX = {
     "growth",
     "plan",
     "predictions",
+    "comparisons",
+    "results_page",
     "style",
     "tables",
     "stats",
