@@ -153,15 +153,15 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.9) -> str:
     theory = {"conv": "k + d", "local": "k d", "full": "k^2 d"}
     for reading, found in tasks.items():
         known = [(k, d, size) for k, d, size in found if size is not None]
-        design = {"k": [k for k, _, _ in known], "d": [d for _, d, _ in known]}
+        design = {"k": [float(k) for k, _, _ in known], "d": [float(d) for _, d, _ in known]}
         fitted = fits.log_linear(design, [size for _, _, size in known]).exponents
         cells = [f"{fitted[name].value:.2f} [{fitted[name].low:.2f}, {fitted[name].high:.2f}]" for name in ("k", "d")]
         lines.append((reading, theory[reading], *cells, f"{len(known)} of {len(found)}"))
         for task in dict.fromkeys((patches, length) for patches, length, _ in found):
-            sizes = [size for patches, length, size in found if (patches, length) == task]
-            reached = [size for size in sizes if size is not None]
-            missing = f"not reached by {len(sizes) - len(reached)} of {len(sizes)} seeds"
-            text = geometric(reached) if len(reached) == len(sizes) else missing
+            sizes_of_task = [size for patches, length, size in found if (patches, length) == task]
+            reached = [size for size in sizes_of_task if size is not None]
+            lost = len(sizes_of_task) - len(reached)
+            text = f"not reached by {lost} of {len(sizes_of_task)} seeds" if lost else geometric(reached)
             needed_lines.append((reading, str(task[0]), str(task[1]), text))
     columns = ("reading", "theory", "exponent of k", "exponent of d", "reached by")
     needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")

@@ -1,0 +1,56 @@
+"""Arms compared seed by seed, from what a run's results hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cnnlib.comparisons import MOST_ARMS, accuracies, differences
+from cnnlib.config import SETTING_FIELDS
+
+SETTING = dict.fromkeys(SETTING_FIELDS, 0.0)
+
+
+def arm(name, values, rates=(0.1,), chosen=0):
+    """An arm whose lanes have the values, by setting and seed; NaN for one that diverged."""
+    settings = [{**SETTING, "learning_rate": rate} for rate in rates]
+    lanes = [
+        {
+            **setting,
+            "seed": seed,
+            "order_seed": seed,
+            "test_accuracy": value,
+            "status": "diverged" if np.isnan(value) else "ok",
+        }
+        for setting, row in zip(settings, values, strict=True)
+        for seed, value in enumerate(row)
+    ]
+    return {"name": name, "chosen_setting": chosen, "settings": settings, "lanes": lanes}
+
+
+FIRST, SECOND = [0.91, 0.93, 0.90, 0.94], [0.90, 0.90, 0.89, 0.92]
+
+
+def test_the_chosen_setting_s_lanes_that_have_not_diverged_count():
+    results = {"arms": [arm("a", [[0.5, 0.5], [0.7, np.nan]], rates=(0.1, 0.2), chosen=1), arm("b", [[0.6, 0.8]])]}
+    assert accuracies(results) == {"a": {(0, 0): 0.7}, "b": {(0, 0): 0.6, (1, 1): 0.8}}
+    unchosen = {"arms": [arm("a", [[0.5], [0.7]], rates=(0.1, 0.2), chosen=None), arm("b", [[0.6]])]}
+    assert accuracies(unchosen) == {"b": {(0, 0): 0.6}} and differences(unchosen) == []
+
+
+def test_differences_are_those_of_the_paired_t_test():
+    (found,) = differences({"arms": [arm("a", [FIRST]), arm("b", [SECOND])]})
+    expected = stats.ttest_rel(FIRST, SECOND)
+    assert (found.first, found.second, found.n) == ("a", "b", 4)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert found.verdict == "first ahead"
+
+
+def test_few_arms_are_compared_each_with_each_and_many_with_the_first():
+    few = [arm(str(number), [FIRST]) for number in range(MOST_ARMS)]
+    assert len(differences({"arms": few})) == MOST_ARMS * (MOST_ARMS - 1) // 2
+    many = [*few, arm("more", [SECOND])]
+    assert {found.second for found in differences({"arms": many})} == {"0"}
+    assert len(differences({"arms": many})) == MOST_ARMS
