@@ -29,8 +29,11 @@ def fashion() -> Experiment:
             Arm("two_conv", small),
             Arm("larger_augmented", large, own=("augment.shift=2", "augment.flip=true", "lanes.seed=0,1,2")),
         ),
-        optim=Optim("adamw", schedule="one_cycle", learning_rate=(0.004,), weight_decay=(0.05,)),
+        # Label smoothing of 0.1 and not 0, and this peak: chosen for two_conv by validation accuracy with another seed.
+        optim=Optim(
+            "adamw", schedule="one_cycle", learning_rate=(0.005,), weight_decay=(0.05,), label_smoothing=(0.1,)
+        ),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),
-        epochs=10,
+        epochs=14,
         batch_size=128,
     )
