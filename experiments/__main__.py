@@ -35,6 +35,7 @@ COMMANDS = {
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]",
     "runs": "runs [DIR]",
     "compare": "compare DIR DIR [DIR ...]",
+    "report": "report DIR [DIR ...] [--out FILE]",
     "all": "all [--out DIR]",
     "results": "results [DIR]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
@@ -67,6 +68,9 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
     elif command == "results":
         parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
+    elif command == "report":
+        parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
+        parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (report.html)")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
@@ -217,6 +221,16 @@ def command_all(out: str) -> int:
     return worst
 
 
+def command_report(folders: Sequence[str], out: str) -> None:
+    """Writes the page about finished runs; without JAX."""
+    from cnnlib.page import write_report
+
+    write_report(
+        [Path(folder) for folder in folders], Path(out), lambda name: lab_note(name) if name in EXPERIMENTS else None
+    )
+    print(f"written: {out}")
+
+
 def command_results(folder: str) -> None:
     """Writes RESULTS.md from stored results; without JAX."""
     from cnnlib.results_page import write_page
@@ -312,6 +326,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if command == "all":
             return command_all(options.out)
+        if command == "report":
+            command_report(options.folders, options.out)
+            return 0
         if command == "results":
             command_results(options.folder)
             return 0

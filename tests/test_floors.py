@@ -24,9 +24,9 @@ FLOORS = [
     {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
     {"programs"},
-    {"resume", "growth", "wandb_copy", "overview"},
+    {"resume", "growth", "wandb_copy", "overview", "charts"},
     {"arms"},
-    {"run", "results_page"},
+    {"run", "results_page", "page"},
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
@@ -54,6 +54,8 @@ WITHOUT_JAX = {
     "predictions",
     "comparisons",
     "results_page",
+    "charts",
+    "page",
     "style",
     "tables",
     "stats",
