@@ -1,8 +1,8 @@
 """Seeds a minute on MNIST-1D: the experiment `mnist1d` beside the protocol of the paper's notebook in PyTorch.
 
 The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order, the loss
-of each step fetched, accuracy measured every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train the same
-nets for as many steps, and neither counts the making of the data; ours is timed compiled, with compilation beside it.
+of each step fetched, accuracy measured every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train the
+same nets for as many steps, and neither counts the making of the data. Ours is timed compiled, and with compilation.
 """
 
 from __future__ import annotations
