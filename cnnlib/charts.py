@@ -24,6 +24,8 @@ COSTS = {
 """What accuracy is plotted against: fields of an arm's results, in words."""
 MOST_EPOCHS = 40
 """That are drawn of a learning curve, evenly chosen and always the last."""
+MOST_NAMES = 12
+"""Of points that have their names beside them."""
 SHAPES = {"full": "circle", "local": "square", "conv": "triangle-up"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 
@@ -72,7 +74,7 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     shape = altair.Shape(
         "connectivity:N", scale=altair.Scale(domain=kinds, range=[SHAPES[kind] for kind in kinds]), title=None
     )
-    x = altair.X("cost:Q", scale=altair.Scale(type="log", nice=False, padding=20), title=COSTS[cost])
+    x = altair.X("cost:Q", scale=altair.Scale(type="log", nice=False, padding=40), title=COSTS[cost])
     x = x.axis(altair.Axis(format=".2~s" if cost != "train_seconds_per_lane" else "~g", tickCount=6))
     y = altair.Y("accuracy:Q", scale=altair.Scale(zero=False, padding=10), title="test accuracy, %")
     told = [altair.Tooltip("arm:N"), altair.Tooltip("cost:Q", title=COSTS[cost], format=",.6~g")]
@@ -86,7 +88,10 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     marks = base.mark_point(filled=True, size=110, opacity=1).encode(
         x=x, y=y, color=color, shape=shape, tooltip=mean_told
     )
-    chart = altair.layer(points, bars, marks).properties(width="container", height=300)
+    layers = [points, bars, marks]
+    if len(means) <= MOST_NAMES:
+        layers.append(base.mark_text(align="left", dx=9, dy=-1).encode(x=x, y=y, text="arm:N"))
+    chart = altair.layer(*layers).properties(width="container", height=300)
     return dict(chart.to_dict())
 
 
@@ -123,7 +128,7 @@ def curves_chart(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: s
     color = altair.Color("arm:N", scale=altair.Scale(domain=names, range=colors), title=None)
     title = metric.replace("_", " ") + ", %"
     x = altair.X("epoch:Q", title="epoch", axis=altair.Axis(tickMinStep=1))
-    y = altair.Y("value:Q", scale=altair.Scale(zero=False), title=title)
+    y = altair.Y("value:Q", scale=altair.Scale(zero=False, nice=False, padding=8), title=title)
     told = [altair.Tooltip("arm:N"), altair.Tooltip("epoch:Q")]
     number = altair.Tooltip("value:Q", title=title, format=".2f")
     base = altair.Chart(altair.InlineData(means)).encode(x=x, color=color)

@@ -7,7 +7,7 @@ function themed() {
   const style = getComputedStyle(root);
   const color = (name) => style.getPropertyValue(name).trim();
   const axis = { labelColor: color("--ink"), titleColor: color("--ink"), gridColor: color("--line"), domainColor: color("--quiet"), tickColor: color("--quiet"), labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" };
-  return { background: "transparent", view: { stroke: "transparent" }, axis, legend: { labelColor: color("--ink"), labelFontSize: 12, orient: "top", labelLimit: 240, columns: 3 } };
+  return { background: "transparent", view: { stroke: "transparent" }, axis, legend: { labelColor: color("--ink"), labelFontSize: 12, orient: "top", labelLimit: 240, columns: 3, symbolOpacity: 1, symbolStrokeWidth: 2 }, text: { color: color("--ink"), fontSize: 12 } };
 }
 
 function draw() {

@@ -184,8 +184,9 @@ def table(results: dict[str, Any]) -> str:
         "were trained on; n is the number of lanes that have not diverged. Headings sort."
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="Table of arms"><table class="sortable">'
-        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="quiet">{caption}</p><div class="wide" tabindex="0" role="region" aria-label="Table of arms">'
+        f'<table><caption class="unseen">Arms, with counts and accuracies</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
