@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
 from cnnlib.config import SETTING_FIELDS
+from cnnlib.fits import Spread, spread
 from cnnlib.stats import Difference, paired_differences
 
 MOST_ARMS = 6
@@ -39,3 +41,27 @@ def differences(results: dict[str, Any]) -> list[Difference]:
     if len(values) < 2:
         return []
     return paired_differences(values, reference=None if len(values) <= MOST_ARMS else next(iter(values)))
+
+
+def spreads(results: dict[str, Any]) -> dict[str, Spread]:
+    """The spread of each arm's accuracy split into initial weights and data order, where every one met every other."""
+    found = {}
+    for arm, values in accuracies(results).items():
+        seeds, orders = (list(dict.fromkeys(pair[place] for pair in values)) for place in (0, 1))  # type: ignore[index]
+        if len(seeds) > 1 and len(orders) > 1 and len(values) == len(seeds) * len(orders):
+            found[arm] = spread([[values[seed, order] for order in orders] for seed in seeds])
+    return found
+
+
+def spread_sentence(arm: str, found: Spread) -> str:
+    """A spread in words: deviations in percentage points, with their intervals."""
+    parts = (("initial weights", found.initialisation), ("data order", found.order), ("the rest", found.rest))
+    texts = []
+    for name, part in parts:
+        estimate, low, high = (100 * math.sqrt(value) for value in (part.variance, part.low, part.high))
+        negative = " (the variance is estimated below 0)" if part.is_negative else ""
+        texts.append(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]{negative}")
+    return (
+        f"{arm}, {found.rows} initialisations by {found.columns} orders: deviations in points with 95 % intervals, "
+        f"{', '.join(texts)}"
+    )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnlib import charts
-from cnnlib.comparisons import differences
+from cnnlib.comparisons import differences, spread_sentence, spreads
 from cnnlib.config import assignments, from_dict
 from cnnlib.errors import UserError
 from cnnlib.folder import read_json
@@ -138,6 +138,8 @@ def answer(results: dict[str, Any]) -> str:
         sentences = "".join(f"<li>{text_of(difference.sentence())}</li>" for difference in found)
         is_open = " open" if len(found) <= 10 else ""
         told.append(f"<details{is_open}><summary>Differences</summary><ul>{sentences}</ul></details>")
+    for arm, parts in spreads(results).items():
+        told.append(f"<p>Spread of {text_of(spread_sentence(arm, parts))}.</p>")
     gone = sum(setting["diverged"] for arm in results["arms"] for setting in arm["settings"])
     if gone:
         told.append(f"<p>{gone} lanes diverged; means are over the others.</p>")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cnnlib import fits
-from cnnlib.comparisons import accuracies, differences
+from cnnlib.comparisons import accuracies, differences, spread_sentence, spreads
 from cnnlib.config import from_dict
 from cnnlib.errors import UserError
 from cnnlib.folder import read_json
@@ -81,6 +81,7 @@ def section(folder: Path, question_of: Callable[[str], str], published: dict[str
         matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
         parts += [f"Matched: {'; '.join(matched)}."] if matched else []
     parts += [ANALYSES[name](results)] if name in ANALYSES else []
+    parts += [f"Spread of {spread_sentence(arm, found)}." for arm, found in spreads(results).items()]
     told = [f"- {difference.sentence()}" for difference in differences(results)]
     if told and len(results["arms"]) <= MOST_ROWS:
         parts.append("\n".join(told))

@@ -201,6 +201,8 @@ class WandbCopy(Watcher):
             late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
             self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
         self._reader.join(1.0)
+        if not self._reader.is_alive() and self._worker.stdout is not None:
+            self._worker.stdout.close()
         self._tell()
 
     def _run(self, part: str, name: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cnnlib.comparisons import MOST_ARMS, accuracies, differences
+from cnnlib.comparisons import MOST_ARMS, accuracies, differences, spread_sentence, spreads
 from cnnlib.config import SETTING_FIELDS
 
 SETTING = dict.fromkeys(SETTING_FIELDS, 0.0)
@@ -54,3 +54,19 @@ def test_few_arms_are_compared_each_with_each_and_many_with_the_first():
     many = [*few, arm("more", [SECOND])]
     assert {found.second for found in differences({"arms": many})} == {"0"}
     assert len(differences({"arms": many})) == MOST_ARMS
+
+
+def test_crossed_seeds_split_the_spread():
+    """Accuracies that are a sum of what the weights and what the order contribute leave nothing for the rest."""
+    crossed = arm("a", [[0.0] * 6])
+    for number, lane in enumerate(crossed["lanes"]):
+        lane["seed"], lane["order_seed"] = divmod(number, 3)
+        lane["test_accuracy"] = 0.9 + 0.02 * lane["seed"] + 0.001 * lane["order_seed"]
+    (found,) = spreads({"arms": [crossed, arm("b", [FIRST])]}).values()  # b's seeds are not crossed
+    assert found.initialisation.estimate == pytest.approx(np.var([0.0, 0.02], ddof=1))
+    assert found.order.estimate == pytest.approx(np.var([0.0, 0.001, 0.002], ddof=1))
+    assert found.rest.estimate == pytest.approx(0.0, abs=1e-12)
+    text = spread_sentence("a", found)
+    assert "2 initialisations by 3 orders" in text and "initial weights 1.41 [" in text and "data order 0.10 [" in text
+    del crossed["lanes"][4]  # incomplete: nothing is said
+    assert spreads({"arms": [crossed]}) == {}

@@ -44,7 +44,7 @@ def test_every_command_names_what_exists(command):
     assert verb in COMMANDS
     if verb == "count":
         assert main(["count", *arguments]) == 0
-    elif verb in ("runs", "compare"):
+    elif verb in ("runs", "compare", "report", "results", "all"):
         parser_for(verb).parse_intermixed_args(arguments)
     elif verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
         options = parser_for(verb).parse_intermixed_args(arguments)
