@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cnnlib.config import from_dict
 from cnnlib.errors import UserError
 from cnnlib.folder import read_json
 from cnnlib.overview import is_results
-from cnnlib.report import accuracy_text, match_text, setting_text
+from cnnlib.report import accuracy_figure, accuracy_text, match_text, setting_text
 from cnnlib.stats import mean_interval
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table
@@ -66,12 +67,15 @@ def facts(results: dict[str, Any], command: str | None) -> str:
 
 
 def section(folder: Path, question_of: Callable[[str], str], published: dict[str, str]) -> str:
-    """The section of one stored run; raises UserError for a folder without results or without a note."""
+    """The section of one stored run, or of an experiment that could not be run, of which there is a note alone.
+
+    Raises UserError for a folder without a note.
+    """
     results, note = read_json(folder / "results.json"), folder / "note.md"
-    if not is_results(results):
-        raise UserError(f"there are no results in {folder}")
     if not note.is_file():
         raise UserError(f"there is no {note}: what the results mean is for people to say")
+    if not is_results(results):
+        return f"## {folder.name}\n\n*{question_of(folder.name)}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
     name = results["experiment"]
     command = command_for(name, from_dict(results["config"]))
     words = note.read_text(encoding="utf-8").strip()
@@ -103,10 +107,16 @@ not what it could. All of it again, and resumable: `python -m experiments all`.
 def page(folders: Sequence[Path], question_of: Callable[[str], str], published: dict[str, dict[str, str]]) -> str:
     """All sections under a heading; `question_of` tells an experiment's, `published` has figures by folder and arm.
 
-    Raises UserError for a folder without results or without a note.
+    Raises UserError for a folder without a note.
     """
     sections = [section(folder, question_of, published.get(folder.name, {})) for folder in folders]
     return "\n".join((HEAD, *sections))
+
+
+def stored(folder: Path) -> list[Path]:
+    """The folders that have a section, by name: those with results of trained models, and those with a note alone."""
+    with_results = {path.parent for path in folder.glob("*/results.json") if is_results(read_json(path))}
+    return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
 
 
 def write_page(folder: Path, question_of: Callable[[str], str]) -> Path:
@@ -114,11 +124,15 @@ def write_page(folder: Path, question_of: Callable[[str], str]) -> Path:
     figures = read_json(folder / "published.json")
     if not isinstance(figures, dict):
         raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
-    runs = sorted(path.parent for path in folder.glob("*/results.json") if is_results(read_json(path)))
+    runs = stored(folder)
     for run in runs:
         results = read_json(run / "results.json")
+        if not is_results(results):
+            continue
         if results["experiment"] in ANALYSES:
-            write_whole(run / "curves.png", lambda path, results=results: curves_figure(results, path))  # type: ignore[misc]
+            write_whole(run / "curves.png", partial(curves_figure, results))
+        else:
+            write_whole(run / "accuracy.png", partial(accuracy_figure, results))
     text = page(runs, question_of, figures)
     write_whole(folder / "RESULTS.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "RESULTS.md"
