@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from cnnlib.config import SETTING_FIELDS
@@ -35,11 +35,18 @@ def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
     return found
 
 
-def differences(results: dict[str, Any]) -> list[Difference]:
-    """Every two arms compared; of more than `MOST_ARMS`, every arm with the first."""
+def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Difference]:
+    """The pairs FIRST:SECOND that were planned, by the caller or else in the run's configuration.
+
+    Without a plan every two arms; of more than `MOST_ARMS`, every arm with the first.
+    """
     values = accuracies(results)
     if len(values) < 2:
         return []
+    pairs = [tuple(pair.split(":")) for pair in planned or results.get("config", {}).get("comparisons", ())]
+    known = [(first, second) for first, second in pairs if first in values and second in values]
+    if known:
+        return paired_differences(values, pairs=known)
     return paired_differences(values, reference=None if len(values) <= MOST_ARMS else next(iter(values)))
 
 

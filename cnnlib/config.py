@@ -239,6 +239,9 @@ class Experiment:
     """A question as data: what is trained, on what, how long."""
 
     arms: tuple[Arm, ...]
+    comparisons: tuple[str, ...] = ()
+    """Pairs of arms, FIRST:SECOND, whose difference is the question: the fewer, the narrower their intervals can be.
+    None: each with each of few arms, each with the first of many."""
     data: Data = Data()
     augment: Augment = Augment()
     optim: Optim = Optim()
@@ -259,6 +262,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check_arms(self.arms)
+        names = [arm.name for arm in self.arms]
+        for pair in self.comparisons:
+            first, _, second = pair.partition(":")
+            known = first in names and second in names and first != second
+            _require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
         _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
         _require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
@@ -276,7 +284,9 @@ class Experiment:
     def of_arm(self, arm: Arm) -> Experiment:
         """The experiment that an arm runs: with its own fields in place; raises UserError where they do not fit."""
         try:
-            return override(dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),)), arm.own)
+            return override(
+                dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=()), arm.own
+            )
         except UserError as error:
             raise UserError(f"arm {arm.name}: {error}") from None
 
@@ -388,6 +398,8 @@ def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     current = getattr(node, key)
     if key == "arms":
         value: Any = _replaced_arms(current, rest, text, path)
+        if not rest and isinstance(node, Experiment):
+            return _with_arms(node, value)
     elif dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
         if not rest:
             inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]
@@ -422,6 +434,13 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
             for arm in arms
         )
     return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
+
+
+def _with_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> Experiment:
+    """The experiment with these of its arms, and what is left to compare."""
+    names = {arm.name for arm in arms}
+    left = tuple(pair for pair in experiment.comparisons if set(pair.split(":")) <= names)
+    return dataclasses.replace(experiment, arms=arms, comparisons=left)
 
 
 def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,15 @@ def facts(results: dict[str, Any], command: str | None) -> str:
     )
 
 
-def section(folder: Path, question_of: Callable[[str], str], published: dict[str, str]) -> str:
+class Asked(NamedTuple):
+    """What an experiment asks."""
+
+    question: str
+    comparisons: tuple[str, ...]
+    """The pairs of arms that it is about, FIRST:SECOND."""
+
+
+def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str, str]) -> str:
     """The section of one stored run, or of an experiment that could not be run, of which there is a note alone.
 
     Raises UserError for a folder without a note.
@@ -75,18 +83,18 @@ def section(folder: Path, question_of: Callable[[str], str], published: dict[str
     if not note.is_file():
         raise UserError(f"there is no {note}: what the results mean is for people to say")
     if not is_results(results):
-        return f"## {folder.name}\n\n*{question_of(folder.name)}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
+        return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
     name = results["experiment"]
     command = command_for(name, from_dict(results["config"]))
     words = note.read_text(encoding="utf-8").strip()
-    parts = [f"## {folder.name}", f"*{question_of(name)}*", words, facts(results, command)]
+    parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
     if len(results["arms"]) <= MOST_ROWS:
         parts.append(markdown_table(COLUMNS, rows(results, published), left=2).rstrip())
         matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
         parts += [f"Matched: {'; '.join(matched)}."] if matched else []
     parts += [ANALYSES[name](results)] if name in ANALYSES else []
     parts += [f"Spread of {spread_sentence(arm, found)}." for arm, found in spreads(results).items()]
-    told = [f"- {difference.sentence()}" for difference in differences(results)]
+    told = [f"- {difference.sentence()}" for difference in differences(results, asked_of(name).comparisons)]
     if told and len(results["arms"]) <= MOST_ROWS:
         parts.append("\n".join(told))
     picture = "curves.png" if name in ANALYSES else "accuracy.png"
@@ -104,12 +112,12 @@ not what it could. All of it again, and resumable: `python -m experiments all`.
 """
 
 
-def page(folders: Sequence[Path], question_of: Callable[[str], str], published: dict[str, dict[str, str]]) -> str:
-    """All sections under a heading; `question_of` tells an experiment's, `published` has figures by folder and arm.
+def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: dict[str, dict[str, str]]) -> str:
+    """All sections; `asked_of` tells what an experiment asks, `published` has figures by folder and arm.
 
     Raises UserError for a folder without a note.
     """
-    sections = [section(folder, question_of, published.get(folder.name, {})) for folder in folders]
+    sections = [section(folder, asked_of, published.get(folder.name, {})) for folder in folders]
     return "\n".join((HEAD, *sections))
 
 
@@ -119,7 +127,7 @@ def stored(folder: Path) -> list[Path]:
     return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
 
 
-def write_page(folder: Path, question_of: Callable[[str], str]) -> Path:
+def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
     """Writes RESULTS.md into a folder of folders with results, and the figures that it wants; returns its path."""
     figures = read_json(folder / "published.json")
     if not isinstance(figures, dict):
@@ -133,7 +141,7 @@ def write_page(folder: Path, question_of: Callable[[str], str]) -> Path:
             write_whole(run / "curves.png", partial(curves_figure, results))
         else:
             write_whole(run / "accuracy.png", partial(accuracy_figure, results))
-    text = page(runs, question_of, figures)
+    text = page(runs, asked_of, figures)
     write_whole(folder / "RESULTS.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "RESULTS.md"
 

@@ -24,7 +24,7 @@ from cnnlib.resolve import TrainedArm
 Says = Callable[[str], None]
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 """Of JAX, that change numbers."""
-NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir")
+NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir", "comparisons")
 """Fields that may change between sessions without a word."""
 
 

@@ -145,9 +145,12 @@ def _points(share: float, decimals: int = 2) -> str:
 
 
 def paired_differences(
-    values: Mapping[str, Mapping[Hashable, float]], level: float = 0.95, reference: str | None = None
+    values: Mapping[str, Mapping[Hashable, float]],
+    level: float = 0.95,
+    reference: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> list[Difference]:
-    """Compares every two arms, or every arm with `reference`, by the seeds that both have.
+    """Compares every two arms, every arm with `reference`, or the `pairs` that were planned, by the seeds of both.
 
     `values` maps an arm's name to its values by seed. A verdict wants a simultaneous interval that keeps clear of zero;
     comparisons with fewer than two seeds in common are undecided, and not counted. Differences that are all equal,
@@ -156,13 +159,16 @@ def paired_differences(
     on. The intervals speak of further seeds, not of further data sets, and take the seeds for independent and the
     differences for normal. Values that are not finite raise UserError: leave diverged lanes out, and say so.
     """
-    if reference is not None and reference not in values:
-        raise UserError(f"no arm {reference!r} to compare with: there are {', '.join(values)}")
+    for name in (*([reference] if reference is not None else []), *(name for pair in pairs for name in pair)):
+        if name not in values:
+            raise UserError(f"no arm {name!r} to compare with: there are {', '.join(values)}")
     for arm, by_seed in values.items():
         for seed, value in by_seed.items():
             if not math.isfinite(value):
                 raise UserError(f"{arm} has {value} for {seed!r}: differences want finite numbers")
-    pairs = list(combinations(values, 2)) if reference is None else [(a, reference) for a in values if a != reference]
+    if not pairs:
+        others = [(arm, reference) for arm in values if arm != reference and reference is not None]
+        pairs = list(combinations(values, 2)) if reference is None else others
     samples = [_paired(values[first], values[second]) for first, second in pairs]
     comparisons = sum(len(sample) > 1 for sample in samples)
     results = []

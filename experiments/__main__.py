@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import stopping
@@ -28,6 +28,9 @@ from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, ove
 from cnnlib.cost import BYTES
 from cnnlib.errors import Stopped, UserError
 from cnnlib.spec import FILTERS, Shape, shape_text
+
+if TYPE_CHECKING:
+    from cnnlib.results_page import Asked
 
 COMMANDS = {
     "list": "list",
@@ -237,7 +240,16 @@ def command_results(folder: str) -> None:
 
     if not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder}")
-    print(f"written: {write_page(Path(folder), lambda name: lab_note(name).splitlines()[0])}")
+    print(f"written: {write_page(Path(folder), asked)}")
+
+
+def asked(name: str) -> Asked:
+    """What a registered experiment asks."""
+    from cnnlib.results_page import Asked
+
+    experiment = EXPERIMENTS.get(name)
+    planned = experiment.comparisons if isinstance(experiment, Experiment) else ()
+    return Asked(lab_note(name).splitlines()[0], planned)
 
 
 def print_growth(results: dict[str, Any]) -> None:

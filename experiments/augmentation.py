@@ -9,6 +9,8 @@ Cost: about 2 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """
 
+from dataclasses import replace
+
 from cnnlib.architectures import lenet5, lenet_300_100
 from cnnlib.config import EXPERIMENTS, Arm, Experiment
 from cnnlib.sweep import points, product
@@ -21,9 +23,12 @@ CHANGES |= {"shift3": ("augment.shift=3",), "mirrored": ("augment.flip=true",)}
 @EXPERIMENTS.register
 def augmentation() -> Experiment:
     nets = {"conv": lenet5(), "full": lenet_300_100()}
-    return on_digits(
+    changed = [change for change in CHANGES if change != "plain"]
+    pairs = [f"{net}_{change}:{net}_plain" for net in nets for change in changed]
+    experiment = on_digits(
         *points(
             product(net=nets, change=CHANGES),
             lambda net, change: Arm(f"{net}_{change}", nets[net], own=CHANGES[change]),
         )
     )
+    return replace(experiment, comparisons=("conv_plain:full_plain", *pairs))

@@ -7,12 +7,23 @@ Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """
 
+from dataclasses import replace
+
 from cnnlib.config import EXPERIMENTS, Arm, Experiment
 from cnnlib.spec import parse_model
 from cnnlib.sweep import points, product
 from experiments._digits import on_digits
 
 LAYERS = ("conv:8@3 relu max:2", "conv:16@3 relu max:2", "conv:16@3 relu", "conv:16@3 relu")
+
+COMPARED = (
+    "2_layers:1_layers",
+    "3_layers:2_layers",
+    "4_layers:3_layers",
+    "2_layers:1_matched",
+    "3_matched:2_layers",
+    "4_matched:2_layers",
+)
 
 
 @EXPERIMENTS.register
@@ -24,4 +35,5 @@ def depth() -> Experiment:
         )
 
     depths = product(matched=(False, True), layers=(1, 2, 3, 4))
-    return on_digits(*points(depths, arm, where=lambda layers, matched: not (matched and layers == 2)))
+    experiment = on_digits(*points(depths, arm, where=lambda layers, matched: not (matched and layers == 2)))
+    return replace(experiment, comparisons=COMPARED)

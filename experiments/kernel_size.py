@@ -7,10 +7,14 @@ Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """
 
+from dataclasses import replace
+
 from cnnlib.config import EXPERIMENTS, Arm, Experiment
 from cnnlib.spec import parse_model
 from cnnlib.sweep import points, product
 from experiments._digits import on_digits
+
+COMPARED = ("3x3:1x1", "5x5:3x3", "7x7:5x5", "9x9:7x7", "5x5:3x3_matched", "7x7_matched:5x5", "9x9_matched:5x5")
 
 
 @EXPERIMENTS.register
@@ -22,4 +26,5 @@ def kernel_size() -> Experiment:
         )
 
     sizes = product(matched=(False, True), side=(1, 3, 5, 7, 9))
-    return on_digits(*points(sizes, arm, where=lambda side, matched: not (matched and side == 5)))
+    experiment = on_digits(*points(sizes, arm, where=lambda side, matched: not (matched and side == 5)))
+    return replace(experiment, comparisons=COMPARED)

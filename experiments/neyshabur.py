@@ -16,6 +16,9 @@ from cnnlib.architectures import neyshabur_d, neyshabur_s
 from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
 from cnnlib.spec import READINGS
 
+PAIRS = (("conv", "local"), ("local", "full"), ("conv", "full"))
+MEASURES = ("parameters", "macs")
+EQUAL = {by: (("conv", f"local_{by}"), ("local", "full"), ("conv", "full")) for by in MEASURES}
 LASSO = ("optim.l1=0.00001", "optim.l1_threshold=50")
 
 
@@ -24,7 +27,7 @@ def neyshabur() -> Experiment:
     arms = []
     for name, net in (("s", neyshabur_s(4)), ("d", neyshabur_d(1))):
         arms += [Arm(f"{name}_{reading}", net, reading) for reading in READINGS]
-        for measure in ("parameters", "macs"):
+        for measure in MEASURES:
             for reading in ("conv", "local"):
                 budget = f"{measure}:{name}_full"
                 arms.append(Arm(f"{name}_{reading}_{measure}", net, reading, match=budget))
@@ -32,6 +35,11 @@ def neyshabur() -> Experiment:
     return Experiment(
         data=Data("mnist5k", validation=500),
         arms=tuple(arms),
+        comparisons=(
+            *(f"{net}_{first}:{net}_{second}" for net in "sd" for first, second in PAIRS),
+            *(f"{net}_{first}_{by}:{net}_{second}" for net in "sd" for by in MEASURES for first, second in EQUAL[by]),
+            "s_full_lasso:s_full",
+        ),
         optim=Optim("sgd", schedule="cosine", learning_rate=(0.05,)),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),
         epochs=12,

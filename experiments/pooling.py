@@ -10,6 +10,8 @@ Cost: about 2 minutes on 2 CPU cores.
 Source: the article's claim that pooling makes the representation more abstract and reduces overfitting.
 """
 
+from dataclasses import replace
+
 from cnnlib.config import EXPERIMENTS, Arm, Experiment
 from cnnlib.spec import parse_model
 from experiments._digits import on_digits
@@ -18,10 +20,12 @@ from experiments._digits import on_digits
 @EXPERIMENTS.register
 def pooling() -> Experiment:
     none = parse_model("conv:8@3 relu conv:16@3 relu dense:classes")
-    return on_digits(
+    experiment = on_digits(
         Arm("max", parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")),
         Arm("mean", parse_model("conv:8@3 relu avg:2 conv:16@3 relu avg:2 dense:classes")),
         Arm("stride", parse_model("conv:8@3/2 relu conv:16@3/2 relu dense:classes")),
         Arm("none", none),
         Arm("none_matched", none, match="parameters:max"),
     )
+    pairs = ("max:mean", "max:stride", "max:none", "mean:stride", "stride:none", "none:none_matched")
+    return replace(experiment, comparisons=pairs)

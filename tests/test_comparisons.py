@@ -70,3 +70,10 @@ def test_crossed_seeds_split_the_spread():
     assert "2 initialisations by 3 orders" in text and "initial weights 1.41 [" in text and "data order 0.10 [" in text
     del crossed["lanes"][4]  # incomplete: nothing is said
     assert spreads({"arms": [crossed]}) == {}
+
+
+def test_planned_pairs_are_compared_those_of_the_caller_before_those_of_the_run():
+    results = {"arms": [arm(name, [FIRST]) for name in "abcd"], "config": {"comparisons": ["a:b", "c:gone"]}}
+    assert [(found.first, found.second) for found in differences(results)] == [("a", "b")]
+    planned = differences(results, ("c:d", "d:a"))
+    assert [(found.first, found.second, found.comparisons) for found in planned] == [("c", "d", 2), ("d", "a", 2)]

@@ -375,3 +375,11 @@ def test_what_has_no_detectable_difference_is_refused(arguments, message):
 def test_a_difference_that_no_number_of_seeds_shows_is_refused():
     with pytest.raises(UserError, match="needs more than 1,000,000 seeds"):
         seeds_needed(0.0, 1.0)
+
+
+def test_planned_pairs_are_compared_and_no_others():
+    table = np.array([[0.9, 0.92, 0.91], [0.8, 0.83, 0.83], [0.7, 0.72, 0.74], [0.6, 0.6, 0.7]])
+    found = paired_differences(arms(table), pairs=[("a", "b"), ("d", "c")])
+    assert [(one.first, one.second, one.comparisons) for one in found] == [("a", "b", 2), ("d", "c", 2)]
+    with pytest.raises(UserError, match="no arm 'z' to compare with"):
+        paired_differences(arms(table), pairs=[("a", "z")])

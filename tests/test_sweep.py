@@ -99,3 +99,13 @@ def test_what_an_arm_cannot_have_is_said(assignment, part):
 def test_more_examples_than_there_are_cannot_be_trained_on():
     with pytest.raises(UserError, match=r"data\.train=4001 is more than lines has to train on: 4000"):
         resolve(override(EXPERIMENT, ["arms.plain.data.train=4001"]))
+
+
+def test_what_is_compared_follows_the_arms():
+    compared = dataclasses.replace(EXPERIMENT, comparisons=("plain:own",))
+    assert override(compared, ["arms=plain"]).comparisons == ()
+    assert override(compared, ["arms=own,plain"]).comparisons == ("plain:own",)
+    assert override(EXPERIMENT, ["comparisons=own:plain"]).comparisons == ("own:plain",)
+    for wrong in ("own", "own:own", "own:other"):
+        with pytest.raises(UserError, match=f"{wrong} is no pair FIRST:SECOND of arms; there are: plain, own"):
+            override(EXPERIMENT, [f"comparisons={wrong}"])
