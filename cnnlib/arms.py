@@ -53,15 +53,16 @@ class Training(NamedTuple):
 
 
 def train_arm(
-    training: Training, arm: TrainedArm, programs: dict[str, Programs], left: Left, metrics: tracking.JsonLines
+    training: Training, arm: TrainedArm, programs: Programs | None, left: Left, metrics: tracking.JsonLines
 ) -> FinishedArm:
     """Trains an arm, or what is left of it, and keeps what it came to; of one that is finished, only says so."""
     if (before := left.finished.get(arm.name)) is not None:
         training.watcher.arm_ends(arm.name, before.result, arm.experiment.epochs)
         return before
-    own, in_flight = programs[arm.name], left.in_flight.get(arm.name)
-    with memory_errors(arm, own):
-        finished = run_arm(training, arm, own, in_flight, metrics)
+    in_flight = left.in_flight.get(arm.name)
+    assert programs is not None, "an arm that is not finished has programs"
+    with memory_errors(arm, programs):
+        finished = run_arm(training, arm, programs, in_flight, metrics)
     if in_flight is not None and in_flight.progress.epoch == arm.experiment.epochs:
         write_arm(training.folder, finished)  # its last checkpoint is there already
     else:

@@ -217,8 +217,8 @@ class Arm:
                 f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
             )
         _require(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name) is not None,
-            f"an arm's name is made of letters, digits, '_', '-' and '.', 100 at most, not {self.name!r}",
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", self.name) is not None,
+            f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {self.name!r}",
         )
         if self.match is not None:
             measure, colon, reference = self.match.partition(":")
@@ -377,12 +377,24 @@ def override(experiment: T, assignments: Iterable[str]) -> T:
     notation, `arms.NAME.connectivity=local` another reading. Raises UserError, with what exists, for an unknown path, a
     wrong type or a value out of range.
     """
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
-        experiment = _replaced(experiment, path.split("."), text, path)
+    for is_of_arm, group in itertools.groupby(assignments, lambda assignment: assignment.startswith("arms.")):
+        if is_of_arm and isinstance(experiment, Experiment | Growth):
+            # Fields of arms one after another, and only then the experiment, which looks at all of its arms.
+            arms = experiment.arms
+            for path, text in map(_path_and_text, group):
+                arms = _replaced_arms(arms, path.split(".")[1:], text, path)
+            experiment = dataclasses.replace(experiment, arms=arms)
+            continue
+        for path, text in map(_path_and_text, group):
+            experiment = _replaced(experiment, path.split("."), text, path)
     return experiment
+
+
+def _path_and_text(assignment: str) -> tuple[str, str]:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
+    return path, text
 
 
 def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
@@ -399,7 +411,7 @@ def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     if key == "arms":
         value: Any = _replaced_arms(current, rest, text, path)
         if not rest and isinstance(node, Experiment):
-            return _with_arms(node, value)
+            return _with_arms(node, value)  # type: ignore[return-value]  # T is Experiment here, mypy does not see it
     elif dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
         if not rest:
             inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]

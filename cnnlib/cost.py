@@ -152,7 +152,10 @@ class LayerCount:
 
 def count(model: Model, input_shape: Shape) -> Count:
     """Counts of a whole model; raises UserError where a layer does not fit its input."""
-    return sum((layer.count for layer in layers(model, input_shape)), Count())
+    model.shapes(input_shape)
+    counts: list[LayerCount] = []
+    _follow(model.layers, _Map(input_shape, (), ()), (), (), counts)  # without axes there are no fields to follow
+    return sum((layer.count for layer in counts), Count())
 
 
 def layers(model: Model, input_shape: Shape) -> tuple[LayerCount, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,8 @@ def run(
             known, count = data_set.description, len(data_set.train.y)
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
         left = Left({}, {}) if held is None else what_is_left(held, arms, watcher)
-        programs = programs_for(experiment, arms, splits, device, left, watcher)
+        programs = Compiled(experiment.compile_cache, splits, device, left, watcher)
+        programs.compile(arms[:MOST_AHEAD])
         if held is None:
             held = stack.enter_context(RunFolder(out))
             if (earlier := held.make_room()) is not None:
@@ -114,7 +115,11 @@ def run(
                 lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
                 names = "+".join(dict.fromkeys(arm.description.name for arm in arms))
                 watcher.run_begins(beginning._replace(data=names, arms=known_arms, lanes=lanes))
-                finished = [train_arm(training, arm, programs, left, metrics) for arm in arms]
+                finished = []
+                for index, arm in enumerate(arms):
+                    own = None if arm.name in left.finished else programs.of(arm)
+                    finished.append(train_arm(training, arm, own, left, metrics))
+                    programs.drop(arm, arms[index + 1 :])
             if writer is not None:
                 writer.wait()
                 write_finished(training)
@@ -195,33 +200,66 @@ def what_is_left(
     return left
 
 
-def programs_for(
-    experiment: Experiment,
-    arms: tuple[TrainedArm, ...],
-    splits: dict[Data, dict[str, Examples]],
-    device: jax.Device,
-    left: Left,
-    watcher: Watcher,
-) -> dict[str, Programs]:
-    """The compiled programs of each arm that is not finished; arms of equal recipes share them."""
-    compiled: dict[Hashable, Programs] = {}
-    found = {}
-    with compile_cache(experiment.compile_cache, watcher.says):
-        for arm in arms:
-            if arm.name in left.finished:
-                continue
-            watcher.arm_begins(arm.name, len(arm.lanes), arm.experiment.epochs)
-            before = left.in_flight[arm.name].progress.lanes_at_a_time if arm.name in left.in_flight else None
-            key = (arm.program, before)
-            if key not in compiled:
-                compiled[key] = compile_programs(arm, splits[arm.data], device, before)
-            found[arm.name] = compiled[key]
-            if before is not None and found[arm.name].at_a_time != before:
-                watcher.says(
-                    f"{arm.name}: {found[arm.name].at_a_time} lanes at a time, {before} before: "
-                    f"the results agree to rounding, not to the last bit"
-                )
-    return found
+MOST_AHEAD = 24
+"""Arms whose programs are compiled before the run begins, so that what does not fit is known before anything is
+written. The programs of hundreds would not fit in memory together: the others are compiled when their turn comes."""
+
+
+class Compiled:
+    """The compiled programs of arms that are not finished; arms of one program share it."""
+
+    def __init__(
+        self,
+        keep: bool,
+        splits: dict[Data, dict[str, Examples]],
+        device: jax.Device,
+        left: Left,
+        watcher: Watcher,
+    ) -> None:
+        self._keep, self._splits, self._device = keep, splits, device
+        self._left, self._watcher = left, watcher
+        self._made: dict[Hashable, Programs] = {}
+        self._told: set[str] = set()
+
+    def compile(self, arms: Sequence[TrainedArm]) -> None:
+        """Compiles what these arms need and is not there."""
+        with compile_cache(self._keep, self._watcher.says):
+            for arm in arms:
+                if arm.name not in self._left.finished and arm.name not in self._told:
+                    self._told.add(arm.name)
+                    self._watcher.arm_begins(arm.name, len(arm.lanes), arm.experiment.epochs)
+                    self._compile(arm)
+
+    def of(self, arm: TrainedArm) -> Programs:
+        """An arm's programs."""
+        if self._key(arm) not in self._made or arm.name not in self._told:
+            self.compile([arm])
+        return self._made[self._key(arm)]
+
+    def drop(self, arm: TrainedArm, coming: Sequence[TrainedArm]) -> None:
+        """Gives an arm's programs back, unless one that comes needs them."""
+        key = self._key(arm)
+        if all(self._key(other) != key for other in coming):
+            self._made.pop(key, None)
+
+    def _key(self, arm: TrainedArm) -> Hashable:
+        return (arm.program, self._before(arm))
+
+    def _before(self, arm: TrainedArm) -> int | None:
+        """How many of its lanes ran at a time in an earlier session."""
+        found = self._left.in_flight.get(arm.name)
+        return None if found is None else found.progress.lanes_at_a_time
+
+    def _compile(self, arm: TrainedArm) -> None:
+        key, before = self._key(arm), self._before(arm)
+        if key not in self._made:
+            self._made[key] = compile_programs(arm, self._splits[arm.data], self._device, before)
+        now = self._made[key].at_a_time
+        if before is not None and now != before:
+            self._watcher.says(
+                f"{arm.name}: {now} lanes at a time, {before} before: "
+                "the results agree to rounding, not to the last bit"
+            )
 
 
 def begin(

@@ -15,8 +15,8 @@ from cnnlib.spec import READINGS, parse_model
 from cnnlib.sweep import points, product
 
 STEPS, BATCH, EPOCHS = 512, 16, 4
-SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
-TASKS = ((2, 8), (4, 8), (8, 8), (16, 8), (4, 4), (4, 16), (4, 32))
+SIZES = (32, 64, 128, 256, 512, 1024, 2048)
+TASKS = ((2, 8), (4, 8), (8, 8), (4, 4), (4, 16))
 
 
 @EXPERIMENTS.register

@@ -34,6 +34,6 @@ def fashion() -> Experiment:
             "adamw", schedule="one_cycle", learning_rate=(0.005,), weight_decay=(0.05,), label_smoothing=(0.1,)
         ),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),
-        epochs=14,
+        epochs=10,
         batch_size=128,
     )

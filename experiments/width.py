@@ -13,8 +13,10 @@ from cnnlib.config import EXPERIMENTS, Arm, Experiment
 from cnnlib.spec import parse_model
 from experiments._digits import on_digits
 
+WIDTHS = {"quarter": 0.25, "half": 0.5, "full": 1.0, "double": 2.0}
+
 
 @EXPERIMENTS.register
 def width() -> Experiment:
     net = parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")
-    return on_digits(*(Arm(f"width_x{m:g}", scaled(net, m)) for m in (0.25, 0.5, 1.0, 2.0)))
+    return on_digits(*(Arm(f"{name}_width", scaled(net, multiplier)) for name, multiplier in WIDTHS.items()))
