@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,11 @@ def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str,
     if not is_results(results):
         return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
     name = results["experiment"]
-    command = command_for(name, from_dict(results["config"]))
+    stored = from_dict(results["config"])
+    names = {arm.name for arm in stored.arms}
+    if all(set(pair.split(":")) <= names for pair in asked_of(name).comparisons):
+        stored = replace(stored, comparisons=asked_of(name).comparisons)  # what is compared may be planned later
+    command = command_for(name, stored)
     words = note.read_text(encoding="utf-8").strip()
     parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
     if len(results["arms"]) <= MOST_ROWS:

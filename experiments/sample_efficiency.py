@@ -39,6 +39,7 @@ def sample_efficiency() -> Experiment:
                 ),
             ),
         ),
+        comparisons=tuple(f"conv_{size}:{other}_{size}" for other in ("local", "full") for size in SIZES),
         optim=Optim("adamw", schedule="one_cycle", weight_decay=(0.01,)),
         lanes=Lanes(seed=(0, 1, 2, 3, 4)),
         batch_size=BATCH,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def test_the_table_is_that_of_the_stored_results(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_stored_results_are_those_of_the_registered_experiment(name):
-    assert from_dict(RESULTS[name]["config"]) == EXPERIMENTS.get(name)
+    stored, registered = from_dict(RESULTS[name]["config"]), EXPERIMENTS.get(name)
+    assert replace(stored, comparisons=()) == replace(registered, comparisons=())  # what is compared may be added
     assert (ROOT / "docs" / name / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
