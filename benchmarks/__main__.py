@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | ops | memory | tracking`: speed and memory (`benchmarks/README.md`)."""
+"""`python -m benchmarks step | lanes | ops | memory | tracking | mnist1d`: speed and memory; `benchmarks/README.md`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import lanes, memory, operations, peers, step, tracking
+from benchmarks import lanes, memory, mnist1d, operations, peers, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
@@ -31,6 +31,8 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
             yield from (memory.measure(net, options.batch_size) for net in nets)
+        case "mnist1d":
+            yield mnist1d.measure(options.rounds, epochs=options.epochs, lanes=(options.lanes or [30])[0])
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 
@@ -38,17 +40,18 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory", "tracking"])
+    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory", "tracking", "mnist1d"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=150, help="for mnist1d: 40 steps each")
     parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    if min(options.batch_size, options.rounds, *(options.lanes or [1])) < 1:
-        parser.error("--batch-size, --rounds and --lanes must be at least 1")
+    if min(options.batch_size, options.rounds, options.epochs, *(options.lanes or [1])) < 1:
+        parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}
     if (missing := peers.torch_is_missing()) is None:

@@ -48,9 +48,8 @@ def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: 
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     data = Examples(jnp.tile(images, (steps, 1, 1, 1)), jnp.tile(labels, steps), jnp.zeros(1), jnp.ones(1))
     ones = np.ones(lanes, np.float32)
-    numbers = LaneNumbers(
-        np.arange(lanes, dtype=np.uint32), peers.LEARNING_RATE * ones, peers.MOMENTUM * ones, 0 * ones, 0 * ones
-    )
+    seeds = np.arange(lanes, dtype=np.uint32)
+    numbers = LaneNumbers(seeds, seeds, peers.LEARNING_RATE * ones, peers.MOMENTUM * ones, *[0 * ones] * 4)
     states = jax.jit(train.over_lanes(train.initialize(recipe), 1))(numbers)
     epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2))
     return epoch.lower(states, numbers, data).compile(), (states, numbers, data)

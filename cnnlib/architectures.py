@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from cnnlib.registry import Registry
-from cnnlib.spec import NUM_CLASSES, Activation, Conv, Dense, Layer, MaxPool, Model, Padding, PerAxis, Residual
+from cnnlib.spec import NUM_CLASSES, Activation, Conv, Dense, Layer, MaxPool, Model, Norm, Padding, PerAxis, Residual
 
 ARCHITECTURES: Registry[Model] = Registry("architecture")
 
@@ -141,20 +143,27 @@ def vgg_16() -> Model:
     return Model((*layers, Dense(4096), RELU, Dense(4096), RELU, Dense(NUM_CLASSES)))
 
 
-def neyshabur_s(alpha: int) -> Model:
+def norm_relu(layer: Conv | Dense) -> list[Layer]:
+    """A layer without biases, which the norm after it would take off again, the norm, and a ReLU."""
+    return [dataclasses.replace(layer, use_bias=False), Norm(), RELU]
+
+
+@ARCHITECTURES.register
+def neyshabur_s(alpha: int = 1) -> Model:
     """The shallow family of Neyshabur (2020, arXiv 2007.13657): conv 9x9 in steps of 2 (alpha), dense (24 alpha).
 
-    Without its batch normalisation, and with biases in its place.
+    Its tables have alpha = 150; the registered one, alpha = 1, has 6,687 parameters on 32x32x3.
     """
-    return Model((*conv_relu(alpha, 9, 2), Dense(24 * alpha), RELU, Dense(NUM_CLASSES)))
+    return Model((*norm_relu(Conv(alpha, 9, 2)), *norm_relu(Dense(24 * alpha)), Dense(NUM_CLASSES)))
 
 
-def neyshabur_d(alpha: int) -> Model:
+@ARCHITECTURES.register
+def neyshabur_d(alpha: int = 1) -> Model:
     """The deep family of Neyshabur (2020): eight 3x3 convolutions, every second in steps of 2, dense (64 alpha).
 
-    Without its batch normalisation, and with biases in its place.
+    The registered one, alpha = 1, has 7,277 parameters on 32x32x3.
     """
     layers: list[Layer] = []
     for index, width in enumerate((1, 2, 2, 4, 4, 8, 8, 16)):
-        layers += conv_relu(width * alpha, 3, 1 + index % 2)
-    return Model((*layers, Dense(64 * alpha), RELU, Dense(NUM_CLASSES)))
+        layers += norm_relu(Conv(width * alpha, 3, 1 + index % 2))
+    return Model((*layers, *norm_relu(Dense(64 * alpha)), Dense(NUM_CLASSES)))

@@ -17,14 +17,16 @@ import numpy as np
 
 from cnnlib import tracking
 from cnnlib.checkpoint import Snapshot, layout, restored, sha256
-from cnnlib.config import Experiment, LaneNumbers, lane_numbers
+from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
-from cnnlib.programs import Programs, size_text
-from cnnlib.resolve import ResolvedArm
+from cnnlib.optim import sparsity
+from cnnlib.predictions import answers_of, write_answers
+from cnnlib.programs import Programs, numbers_of, size_text
+from cnnlib.resolve import TrainedArm
 from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
-from cnnlib.train import Examples, Keys, State, Sums
+from cnnlib.train import Answers, Examples, Keys, State, Sums
 from cnnlib.watcher import EpochReport, Watcher
 from cnnlib.writer import Job, Writer
 
@@ -33,8 +35,7 @@ class Training(NamedTuple):
     """What every arm of a session trains with."""
 
     experiment: Experiment
-    numbers: LaneNumbers
-    splits: dict[str, Examples]
+    splits: dict[Data, dict[str, Examples]]
     folder: RunFolder
     watcher: Watcher
     stop: Callable[[], bool]
@@ -52,16 +53,17 @@ class Training(NamedTuple):
 
 
 def train_arm(
-    training: Training, arm: ResolvedArm, programs: dict[str, Programs], left: Left, metrics: tracking.JsonLines
+    training: Training, arm: TrainedArm, programs: Programs | None, left: Left, metrics: tracking.JsonLines
 ) -> FinishedArm:
     """Trains an arm, or what is left of it, and keeps what it came to; of one that is finished, only says so."""
     if (before := left.finished.get(arm.name)) is not None:
-        training.watcher.arm_ends(arm.name, before.result, training.experiment.epochs)
+        training.watcher.arm_ends(arm.name, before.result, arm.experiment.epochs)
         return before
-    own, in_flight = programs[arm.name], left.in_flight.get(arm.name)
-    with memory_errors(arm, own):
-        finished = run_arm(training, arm, own, in_flight, metrics)
-    if in_flight is not None and in_flight.progress.epoch == training.experiment.epochs:
+    in_flight = left.in_flight.get(arm.name)
+    assert programs is not None, "an arm that is not finished has programs"
+    with memory_errors(arm, programs):
+        finished = run_arm(training, arm, programs, in_flight, metrics)
+    if in_flight is not None and in_flight.progress.epoch == arm.experiment.epochs:
         write_arm(training.folder, finished)  # its last checkpoint is there already
     else:
         training.unwritten.append(finished)
@@ -72,15 +74,15 @@ def train_arm(
 
 def write_finished(training: Training) -> None:
     """Keeps what arms came to whose last checkpoint is on the disk, so that one is never there without the other."""
-    writer, epochs = training.writer, training.experiment.epochs
     for finished in list(training.unwritten):
-        if writer is None or writer.has_written(checkpoints_folder(training.folder, finished.result["name"]), epochs):
+        name, epochs = finished.result["name"], finished.result["epochs"]
+        if training.writer is None or training.writer.has_written(checkpoints_folder(training.folder, name), epochs):
             write_arm(training.folder, finished)
             training.unwritten.remove(finished)
 
 
 @contextlib.contextmanager
-def memory_errors(arm: ResolvedArm, programs: Programs) -> Iterator[None]:
+def memory_errors(arm: TrainedArm, programs: Programs) -> Iterator[None]:
     """Turns memory that runs out in spite of the compiler's account into a UserError that says what would take less."""
     try:
         yield
@@ -110,14 +112,14 @@ class SoFar:
 
 def run_arm(
     training: Training,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     in_flight: InFlight | None,
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
-    experiment, numbers, splits = training.experiment, training.numbers, training.splits
-    lanes, so_far = lane_numbers(experiment), SoFar()
+    experiment, numbers, splits = arm.experiment, numbers_of(arm), training.splits[arm.data]
+    so_far = SoFar()
     states, keys = programs.initialize(numbers)
     if in_flight is not None:
         states = put_back(arm, programs, keys, in_flight)
@@ -132,7 +134,7 @@ def run_arm(
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
         states, sums = programs.epoch(states, numbers, splits["train"])
-        validated = programs.validate and programs.validate(states.parameters, splits["validation"])
+        validated = programs.validate and programs.validate(states.parameters, states.statistics, splits["validation"])
         is_due = epoch == experiment.epochs or training.is_due(epoch)
         taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
         return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
@@ -151,7 +153,7 @@ def run_arm(
         idle_since = time.perf_counter()
         told = [
             _metrics({"train": sums, "validation": validation}, lane, bool(diverged[lane]))
-            for lane in range(len(lanes))
+            for lane in range(len(arm.lanes))
         ]
         report = report_of(training, arm, epoch, told, seconds)
         metrics.write(report.lines)
@@ -170,31 +172,36 @@ def run_arm(
                 write_finished(training)
             how = "which is saved" if taken is not None else "of which nothing is saved: checkpoint.every=0"
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
+    model = (states.parameters, states.statistics)
     if validation is None and programs.validate is not None:
-        validation = jax.device_get(programs.validate(states.parameters, splits["validation"]))
-    result = result_of(experiment, arm, programs, states, validation, splits["test"], so_far.train_seconds)
+        validation = jax.device_get(programs.validate(*model, splits["validation"]))
+    answers = jax.device_get(programs.predict(*model, splits["test"]))
+    known = jax.device_get(programs.fit(*model, numbers, splits["train"]))
+    sums = {"test": sums_of(answers, splits["test"]), "train": known, "validation": validation}
+    result = result_of(arm, programs, states, sums, so_far.train_seconds)
+    keep_answers(training, arm, answers, states, splits["test"])
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
 
 def report_of(
-    training: Training, arm: ResolvedArm, epoch: int, told: list[dict[str, Any]], seconds: float
+    training: Training, arm: TrainedArm, epoch: int, told: list[dict[str, Any]], seconds: float
 ) -> EpochReport:
     """What an epoch came to, from the means of each lane."""
-    experiment = training.experiment
+    experiment = arm.experiment
     lines = [
         {"arm": arm.name, "lane": lane, **numbers._asdict(), "epoch": epoch, **means, "seconds": seconds}
-        for lane, (numbers, means) in enumerate(zip(lane_numbers(experiment), told, strict=True))
+        for lane, (numbers, means) in enumerate(zip(arm.lanes, told, strict=True))
     ]
     fine = [means for means in told if means["status"] == "ok"]
     over_lanes = {key: float(np.mean([means[key] for means in fine])) for key in told[0] if key != "status" and fine}
-    steps = len(told) * (len(training.splits["train"].y) // experiment.batch_size)
+    steps = len(told) * arm.steps // experiment.epochs
     gone = len(told) - len(fine)
     return EpochReport(arm.name, epoch, experiment.epochs, len(told), gone, over_lanes, steps / seconds, lines)
 
 
 def save(
     training: Training,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     taken: Snapshot,
     so_far: SoFar,
@@ -208,7 +215,7 @@ def save(
         run=training.folder.record["id"],
         arm=arm.name,
         epoch=so_far.epoch,
-        lanes=[[float(number) for number in numbers] for numbers in lane_numbers(experiment)],
+        lanes=[[float(number) for number in numbers] for numbers in arm.lanes],
         layout=[list(leaf) for leaf in layout(programs.kept)],
         lanes_at_a_time=programs.at_a_time,
         lines=so_far.lines,
@@ -234,29 +241,30 @@ def save(
 
 
 def result_of(
-    experiment: Experiment,
-    arm: ResolvedArm,
+    arm: TrainedArm,
     programs: Programs,
     states: State,
-    validation: Sums | None,
-    test_examples: Examples,
+    sums: dict[str, Sums | None],
     train_seconds: float,
 ) -> dict[str, Any]:
     """The arm's part of `results.json`."""
-    lanes = lane_numbers(experiment)
-    test = jax.device_get(programs.test(states.parameters, test_examples))
-    lane_results = _lane_results(lanes, test, validation, states)
+    lanes = arm.lanes
+    lane_results = _lane_results(lanes, sums, states)
     if programs.distance is not None:
         distances = jax.device_get(programs.distance(states.parameters))
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
+    if any(arm.experiment.optim.l1):
+        parameters = jax.device_get(states.parameters)
+        for lane, result in enumerate(lane_results):
+            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), parameters))
     settings = _settings(lane_results)
     return {
         **described_arm(arm),
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
         "memory_bytes": programs.memory_bytes,
-        "epochs": experiment.epochs,
+        "epochs": arm.experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),
         **_headline(settings),
         "settings": settings,
@@ -264,7 +272,20 @@ def result_of(
     }
 
 
-def put_back(arm: ResolvedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
+def sums_of(answers: Answers, examples: Examples) -> Sums:
+    """The sums over all examples, lane by lane, in the precision of the host."""
+    correct = (answers.predicted == np.asarray(examples.y)).sum(axis=1)
+    return Sums(answers.loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), answers.loss.shape[1]))  # type: ignore[arg-type]
+
+
+def keep_answers(training: Training, arm: TrainedArm, answers: Answers, states: State, examples: Examples) -> None:
+    """Writes what the arm's models answer to the test examples."""
+    labels, x = (np.asarray(array) for array in (examples.y, examples.x))
+    kept = answers_of(labels, x, answers.predicted, answers.loss, np.asarray(states.diverged))  # type: ignore[arg-type]
+    write_answers(training.folder, arm.name, kept)
+
+
+def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
     """The states of a checkpoint on the device; raises UserError where this JAX draws other keys from the seeds."""
     states: State
     states, kept_keys = restored(in_flight.words, programs.kept)
@@ -295,14 +316,12 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
     return {**means, "status": "diverged" if gone else "ok"}
 
 
-def _lane_results(
-    lanes: tuple[LaneNumbers, ...], test: Sums, validation: Sums | None, states: State
-) -> list[dict[str, Any]]:
-    epochs, diverged, parameters = jax.device_get((states.epochs, states.diverged, states.parameters))
+def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State) -> list[dict[str, Any]]:
+    epochs, diverged, *model = jax.device_get((states.epochs, states.diverged, states.parameters, states.statistics))
     results = []
     for lane, numbers in enumerate(lanes):
-        means = _metrics({"test": test, "validation": validation}, lane, bool(diverged[lane]))
-        fingerprint = sha256(jax.tree.map(itemgetter(lane), parameters))
+        means = _metrics(sums, lane, bool(diverged[lane]))
+        fingerprint = sha256(*jax.tree.map(itemgetter(lane), model))
         results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane]), "parameters_sha256": fingerprint})
     return results
 
@@ -310,18 +329,19 @@ def _lane_results(
 def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lanes grouped by their traced numbers, seeds aside, with the test accuracy of the seeds that are ok."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    names = [name for name in LaneNumbers._fields if name != "seed"]
     for lane in lanes:
-        groups[tuple(lane[name] for name in names)].append(lane)
+        groups[tuple(lane[name] for name in SETTING_FIELDS)].append(lane)
     settings = []
     for values, members in groups.items():
         fine = [lane for lane in members if lane["status"] == "ok"]
         test = mean_interval([lane["test_accuracy"] for lane in fine])
+        train = mean_interval([lane["train_accuracy"] for lane in fine])
         validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
         settings.append(
             {
-                **dict(zip(names, values, strict=True)),
+                **dict(zip(SETTING_FIELDS, values, strict=True)),
                 "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
+                "train_accuracy": train.mean,
                 "validation_accuracy": validation.mean,
                 "diverged": len(members) - len(fine),
             }
@@ -347,7 +367,7 @@ def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
     return {"chosen_setting": chosen, "test_accuracy": nothing if chosen is None else settings[chosen]["test_accuracy"]}
 
 
-def described_arm(arm: ResolvedArm) -> dict[str, Any]:
+def described_arm(arm: TrainedArm) -> dict[str, Any]:
     """What is known of an arm before it trains."""
     return {
         "name": arm.name,
@@ -358,4 +378,7 @@ def described_arm(arm: ResolvedArm) -> dict[str, Any]:
         "macs": arm.count.macs,
         "match": arm.match and arm.match.plain(),
         "start": arm.start,
+        "data": {"name": arm.description.name, **arm.description.counts},
+        "batch_size": arm.experiment.batch_size,
+        "steps": arm.steps,
     }

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from cnnlib.cost import count
@@ -89,6 +89,7 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
         raise UserError(f"a budget must be at least 1, not {target}")
     bases = widths(model)
 
+    @cache  # neighbouring multipliers share most of their roundings
     def value(sizes: tuple[int, ...]) -> int:
         try:
             found: int = getattr(count(_with_widths(model, dict(zip(bases, sizes, strict=True))), input_shape), by)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,15 +112,15 @@ def restored(words: np.ndarray, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
-def sha256(parameters: Any) -> str:
-    """The fingerprint of a model's parameters.
+def sha256(*trees: Any) -> str:
+    """The fingerprint of a model: its parameters, and its running statistics where it has any.
 
     SHA-256 over all leaves in the alphabetical order of their paths (`layer_0/bias` before `layer_0/kernel`). Of each,
     a line in UTF-8, `PATH DTYPE SHAPE` with the shape as `5x5x1x6`, and its newline; then the numbers as they lie in
     memory, little endian, the last axis fastest.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(leaves(parameters)):
+    for path, leaf in sorted(itertools.chain(*map(leaves, trees)), key=itemgetter(0)):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path} {array.dtype.name} {'x'.join(map(str, array.shape))}\n".encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())

@@ -51,10 +51,17 @@ class Data:
     """Folder of prepared TFDS data sets; None: `TFDS_DATA_DIR`, else TFDS's own default."""
     validation: int = 0
     """Training examples set aside, in equal shares of the classes; every choice is made on them."""
+    train: int | None = None
+    """How many of the other training examples each lane trains on, drawn by its order seed; None: all of them."""
+    shuffle_pixels: int | None = None
+    """Seed of one fixed permutation of the places of every example, all channels alike; None: each stays in place."""
     seed: int | None = None
     """Seed of a generated data set; None: the one that the data set is known by."""
 
     def __post_init__(self) -> None:
+        _require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
+        within = self.shuffle_pixels is None or 0 <= self.shuffle_pixels < 2**32
+        _require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
         _require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
         _require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
 
@@ -100,9 +107,15 @@ class Optim:
     """Times the parameter: added to the gradient (sgd, adam), or to the update before the learning rate (adamw)."""
     label_smoothing: Traced = (0.0,)
     """Share of the target spread evenly over the classes, in the training loss only."""
+    l1: Traced = (0.0,)
+    """Lambda of beta-LASSO (Neyshabur 2020): times the sign of a kernel's weight, added to its gradient. Biases and
+    norms are left alone."""
+    l1_threshold: Traced = (0.0,)
+    """Its beta: after each step a kernel's weights of less than this times `l1` are set to zero."""
 
     def __post_init__(self) -> None:
         bounds = {"learning_rate": 1e9, "momentum": 1.0, "weight_decay": 1e9, "label_smoothing": 1.0}
+        bounds |= {"l1": 1e9, "l1_threshold": 1e9}
         for name, upper in bounds.items():
             values = getattr(self, name)
             _require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
@@ -118,6 +131,12 @@ class Lanes:
 
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One lane a seed (initial weights, order of the data, augmentation) for every combination of traced numbers."""
+    order_seed: tuple[int, ...] | None = None
+    """Seeds of what is drawn from the data (order, subset, augmentation), each with each of `seed`, which is left with
+    the initial weights. None: a lane's seed is both."""
+    combine: Literal["product", "zip"] = "product"
+    """How traced fields with several values make lanes: each value with each of the others, or the first of all fields,
+    the second, and so on."""
     at_a_time: int | None = None
     """Lanes that are vectorised together; 1: one after another. None: as many as are fast on the device and fit in its
     memory, which are one where a CPU convolves, up to eight of a full net there, and all on an accelerator."""
@@ -126,6 +145,11 @@ class Lanes:
         _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
         _require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {_value_text(self.seed)}")
         _require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
+        if self.order_seed is not None:
+            orders = self.order_seed
+            _require(len(orders) > 0, "lanes.order_seed is empty: an arm needs at least one lane; none: as the seed")
+            _require(len(set(orders)) == len(orders), f"lanes.order_seed repeats a seed: {_value_text(orders)}")
+            _require(all(0 <= s < 2**32 for s in orders), "lanes.order_seed must lie in 0..2**32-1")
         _require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
 
 
@@ -163,6 +187,10 @@ class Wandb:
         )
 
 
+OWN_FIELDS = ("data", "augment", "optim", "lanes", "epochs", "passes", "batch_size", "reshuffle", "compute_dtype")
+"""Fields of an experiment that each of its arms may have of its own."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One architecture with its static settings: one compiled program."""
@@ -177,11 +205,20 @@ class Arm:
     start: Connectivity | None = None
     """The reading that draws the initial weights, such as `conv` for a full net that starts as the convolution that the
     same seed draws. None: the arm's own."""
+    own: tuple[str, ...] = ()
+    """Fields of the experiment that are others for this arm, as overrides: `augment.shift=2`, `data.train=500`. On the
+    command line `arms.NAME.augment.shift=2`."""
 
     def __post_init__(self) -> None:
+        for assignment in self.own:
+            path = assignment.partition("=")[0]
+            _require(
+                path.split(".")[0] in OWN_FIELDS,
+                f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
+            )
         _require(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name) is not None,
-            f"an arm's name is made of letters, digits, '_', '-' and '.', 100 at most, not {self.name!r}",
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", self.name) is not None,
+            f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {self.name!r}",
         )
         if self.match is not None:
             measure, colon, reference = self.match.partition(":")
@@ -202,13 +239,20 @@ class Experiment:
     """A question as data: what is trained, on what, how long."""
 
     arms: tuple[Arm, ...]
+    comparisons: tuple[str, ...] = ()
+    """Pairs of arms, FIRST:SECOND, whose difference is the question: the fewer, the narrower their intervals can be.
+    None: each with each of few arms, each with the first of many."""
     data: Data = Data()
     augment: Augment = Augment()
     optim: Optim = Optim()
     lanes: Lanes = Lanes()
     epochs: int = 10
+    passes: int = 1
+    """Times that an epoch goes through the examples: more than one where they are few, so that epochs are not."""
     batch_size: int = 128
-    """Examples a step; an epoch drops the last, incomplete batch of its own random order."""
+    """Examples a step; a pass drops the last, incomplete batch of its order."""
+    reshuffle: bool = True
+    """Draw the order of the examples anew for each pass; false: the order in which they are stored, each time."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     compile_cache: bool = True
@@ -218,8 +262,33 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check_arms(self.arms)
+        names = [arm.name for arm in self.arms]
+        for pair in self.comparisons:
+            first, _, second = pair.partition(":")
+            known = first in names and second in names and first != second
+            _require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
         _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        _require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        if self.lanes.combine == "zip":
+            lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
+            _require(
+                len(lengths) <= 1,
+                "lanes.combine=zip needs fields of one value or of equally many, not of "
+                f"{' and '.join(map(str, sorted(lengths)))}",
+            )
+        for arm in self.arms:
+            if arm.own:
+                self.of_arm(arm)
+
+    def of_arm(self, arm: Arm) -> Experiment:
+        """The experiment that an arm runs: with its own fields in place; raises UserError where they do not fit."""
+        try:
+            return override(
+                dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=()), arm.own
+            )
+        except UserError as error:
+            raise UserError(f"arm {arm.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -237,6 +306,8 @@ class Growth:
         _check_arms(self.arms)
         started = [arm.name for arm in self.arms if arm.start is not None]
         _require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
+        owning = [arm.name for arm in self.arms if arm.own]
+        _require(not owning, f"arm {', '.join(owning)}: fields of its own have no meaning where nothing is trained")
         _require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
         _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
         _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
@@ -257,22 +328,43 @@ class LaneNumbers(NamedTuple):
     """The traced numbers of one lane, or of all lanes of an arm as arrays."""
 
     seed: int
+    order_seed: int
     learning_rate: float
     momentum: float
     weight_decay: float
     label_smoothing: float
+    l1: float
+    l1_threshold: float
 
     @property
     def setting(self) -> tuple[float, ...]:
-        """The numbers without the seed: lanes of one setting differ by chance only."""
-        return self[1:]
+        """The numbers without the seeds: lanes of one setting differ by chance only."""
+        return self[2:]
+
+
+SETTING_FIELDS = LaneNumbers._fields[2:]
+"""Of a lane, without its seeds."""
+
+
+def traced(optim: Optim) -> tuple[Traced, ...]:
+    """The values of each traced field, in the order of `SETTING_FIELDS`."""
+    numbers = (optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
+    return (*numbers, optim.l1, optim.l1_threshold)
 
 
 def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
-    """Every lane of an arm: the product of the traced fields and the seeds, seeds running fastest."""
-    optim = experiment.optim
-    settings = itertools.product(optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
-    return tuple(LaneNumbers(seed, *setting) for setting in settings for seed in experiment.lanes.seed)
+    """Every lane of an arm: the traced fields, combined as `lanes.combine` says, times the seeds, which run fastest.
+
+    For the experiment of one arm: `experiment.of_arm(arm)`, where arms have fields of their own.
+    """
+    lanes, fields = experiment.lanes, traced(experiment.optim)
+    if lanes.combine == "zip":
+        longest = max(map(len, fields))
+        settings = list(zip(*(values * longest if len(values) == 1 else values for values in fields), strict=True))
+    else:
+        settings = list(itertools.product(*fields))
+    seeds = [(seed, order) for seed in lanes.seed for order in (lanes.order_seed or (seed,))]
+    return tuple(LaneNumbers(*pair, *setting) for setting in settings for pair in seeds)
 
 
 # Overrides: one `path=value` each, read by the type of the field that the path names.
@@ -285,25 +377,41 @@ def override(experiment: T, assignments: Iterable[str]) -> T:
     notation, `arms.NAME.connectivity=local` another reading. Raises UserError, with what exists, for an unknown path, a
     wrong type or a value out of range.
     """
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
-        experiment = _replaced(experiment, path.split("."), text, path)
+    for is_of_arm, group in itertools.groupby(assignments, lambda assignment: assignment.startswith("arms.")):
+        if is_of_arm and isinstance(experiment, Experiment | Growth):
+            # Fields of arms one after another, and only then the experiment, which looks at all of its arms.
+            arms = experiment.arms
+            for path, text in map(_path_and_text, group):
+                arms = _replaced_arms(arms, path.split(".")[1:], text, path)
+            experiment = dataclasses.replace(experiment, arms=arms)
+            continue
+        for path, text in map(_path_and_text, group):
+            experiment = _replaced(experiment, path.split("."), text, path)
     return experiment
+
+
+def _path_and_text(assignment: str) -> tuple[str, str]:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
+    return path, text
 
 
 def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     assert dataclasses.is_dataclass(node) and not isinstance(node, type)
     key, *rest = keys
     hints = typing.get_type_hints(type(node))
-    # An arm's name is its identity, so it is no field to set.
-    names = [field.name for field in dataclasses.fields(node) if not (isinstance(node, Arm) and field.name == "name")]
+    names = [field.name for field in dataclasses.fields(node)]
+    if isinstance(node, Arm):  # its name is its identity, and its own fields are set one by one
+        names = [name for name in names if name not in ("name", "own")]
     if key not in names:
+        names += OWN_FIELDS if isinstance(node, Arm) else ()
         raise UserError(f"no field {path!r}; {'there are' if len(names) > 1 else 'there is'}: {', '.join(names)}")
     current = getattr(node, key)
     if key == "arms":
         value: Any = _replaced_arms(current, rest, text, path)
+        if not rest and isinstance(node, Experiment):
+            return _with_arms(node, value)  # type: ignore[return-value]  # T is Experiment here, mypy does not see it
     elif dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
         if not rest:
             inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]
@@ -325,9 +433,26 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
     if not keys:
         return tuple(_without_arms(by_name[name], by_name, wanted) for name in wanted)
     if len(keys) == 1:
-        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name != "name"]
-        raise UserError(f"{path!r} is an arm; set one of: {', '.join(fields)}")
+        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name not in ("name", "own")]
+        raise UserError(f"{path!r} is an arm; set one of: {', '.join((*fields, *OWN_FIELDS))}")
+    if keys[1] in OWN_FIELDS:
+        field = ".".join(keys[1:])
+        return tuple(
+            dataclasses.replace(
+                arm, own=(*(one for one in arm.own if one.partition("=")[0] != field), f"{field}={text}")
+            )
+            if arm.name == keys[0]
+            else arm
+            for arm in arms
+        )
     return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
+
+
+def _with_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> Experiment:
+    """The experiment with these of its arms, and what is left to compare."""
+    names = {arm.name for arm in arms}
+    left = tuple(pair for pair in experiment.comparisons if set(pair.split(":")) <= names)
+    return dataclasses.replace(experiment, arms=arms, comparisons=left)
 
 
 def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:
@@ -405,6 +530,7 @@ def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
                     yield f"arms.{arm.name}.model={arm.model}"
                     optional = {name: getattr(arm, name) for name in ("connectivity", "match", "start")}
                     yield from (f"arms.{arm.name}.{name}={text}" for name, text in optional.items() if text)
+                    yield from (f"arms.{arm.name}.{assignment}" for assignment in arm.own)
             elif dataclasses.is_dataclass(value):
                 yield from of(value, f"{prefix}{field.name}.")
             else:
@@ -441,7 +567,7 @@ def flat(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
-    """The inverse of `to_dict`; an unknown or missing field or a wrong type raises UserError with its path."""
+    """The inverse of `to_dict`; an unknown field, a missing one without default, or a wrong type raises UserError."""
     if hint is Model:
         _require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
         return parse_model(values)
@@ -450,10 +576,11 @@ def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
         _require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
         for name in values:
             _require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
-        for name in fields:
-            _require(name in values, f"{path}.{name} is missing")
+        for field in dataclasses.fields(hint):  # one that came after the file was written has its default
+            has_default = field.default is not dataclasses.MISSING
+            _require(field.name in values or has_default, f"{path}.{field.name} is missing")
         build: Any = hint
-        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in fields})
+        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         _require(isinstance(values, list), f"{path}: expected a list, not {values!r}")

@@ -5,14 +5,21 @@ A *multiply-add* (MAC) is one use of a weight for one example, two FLOPs; so eac
 come in two readings: taps that fall on zero padding counted (what a plain loop over the padded map does), and not
 counted (what XLA's cost analysis reports). An *activation* is an output node of a layer. A local layer has a weight for
 every tap of every position, so for those on the padding as well, which never see a value; a full layer has no padding.
+A norm has two parameters a channel, a scale and a bias. They are `norm_parameters`, neither weights nor biases, and
+parameters all the same. No edges are theirs, so a norm has no connections and no multiply-adds; its running statistics
+are not trained, and no parameters. That it lets positions and examples of a batch see one another through their mean,
+while it trains, is left out of the receptive field, which is that of evaluation.
 
 What a training step *keeps* for its backward pass is what derivatives need: the input of every layer with weights, the
-output of every tanh, input and output of max pooling, each counted once, and of every ReLU's output a sign, one byte.
-So JAX does with the layers in the order of the spec; a compiler may compute again what it could have kept.
+output of every tanh, input and output of max pooling, each counted once, the input of every norm once it is normalised
+(in float32 at least; a few numbers a channel as well, which do not grow with the batch and are not counted), and of
+every ReLU's output a sign, one byte. So JAX does with the layers in the order of the spec; a compiler may compute again
+what it could have kept.
 
 XLA's cost analysis of one forward pass counts two FLOPs a multiply-add, without taps on padding in its convolutions and
 with them in products of patches; one FLOP for each bias added, each ReLU, each sum of a residual, and each comparison
-of a max pooling, which are the window's size less one an output. tests/test_cost.py holds our counts against it.
+of a max pooling, which are the window's size less one an output; three for each output of a norm, beside a few for each
+of its channels. tests/test_cost.py holds our counts against it.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from cnnlib.spec import (
     Local,
     MaxPool,
     Model,
+    Norm,
     Residual,
     Shape,
     Window,
@@ -53,10 +61,14 @@ class Count:
     """Numbers that a training step keeps for its backward pass."""
     kept_signs: int = 0
     """Truth values that it keeps, each a byte."""
+    norm_parameters: int = 0
+    """Scales and biases of norms."""
+    kept_norms: int = 0
+    """Numbers that a training step keeps of norms, in float32 at least."""
 
     @property
     def parameters(self) -> int:
-        return self.weights + self.biases
+        return self.weights + self.biases + self.norm_parameters
 
     @property
     def macs(self) -> int:
@@ -72,7 +84,8 @@ class Count:
 
     def activation_bytes(self, batch_size: int, dtype: str = "float32") -> int:
         """Bytes of what a training step keeps of a batch for its backward pass."""
-        return batch_size * (self.kept_values * BYTES[dtype] + self.kept_signs)
+        wide = max(BYTES[dtype], BYTES["float32"])
+        return batch_size * (self.kept_values * BYTES[dtype] + self.kept_norms * wide + self.kept_signs)
 
     def __add__(self, other: Count) -> Count:
         return Count(
@@ -83,6 +96,8 @@ class Count:
             self.activations + other.activations,
             self.kept_values + other.kept_values,
             self.kept_signs + other.kept_signs,
+            self.norm_parameters + other.norm_parameters,
+            self.kept_norms + other.kept_norms,
         )
 
 
@@ -137,7 +152,10 @@ class LayerCount:
 
 def count(model: Model, input_shape: Shape) -> Count:
     """Counts of a whole model; raises UserError where a layer does not fit its input."""
-    return sum((layer.count for layer in layers(model, input_shape)), Count())
+    model.shapes(input_shape)
+    counts: list[LayerCount] = []
+    _follow(model.layers, _Map(input_shape, (), ()), (), (), counts)  # without axes there are no fields to follow
+    return sum((layer.count for layer in counts), Count())
 
 
 def layers(model: Model, input_shape: Shape) -> tuple[LayerCount, ...]:
@@ -199,7 +217,7 @@ def _follow(
 
 
 def _edges(layer: Layer, input_shape: Shape) -> Count:
-    """Weights, biases and connections of a layer that is not a branch."""
+    """Parameters and connections of a layer that is not a branch."""
     match layer:
         case Conv() | Local():
             window = layer.window(input_shape)
@@ -216,6 +234,8 @@ def _edges(layer: Layer, input_shape: Shape) -> Count:
             nodes = math.prod(layer.output_shape(input_shape))
             weights = math.prod(input_shape) * nodes
             return Count(weights, nodes * layer.use_bias, weights, weights)
+        case Norm():
+            return Count(norm_parameters=2 * input_shape[-1])
         case _:
             return Count()
 
@@ -224,6 +244,8 @@ def _kept(layer: Layer, x: _Map, y: _Map) -> Count:
     match layer:
         case Conv() | Local() | Full() | Dense():
             return Count(kept_values=x.keep())
+        case Norm():
+            return Count(kept_norms=math.prod(y.shape))
         case Activation(function="relu"):
             return Count(kept_signs=math.prod(y.shape))
         case Activation():

@@ -50,6 +50,7 @@ def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[s
         "parameters": count.parameters,
         "weights": count.weights,
         "biases": count.biases,
+        "norm_parameters": count.norm_parameters,
         "connections": count.connections,
         "connections_without_padding": count.connections_without_padding,
         "macs": count.macs,
@@ -113,8 +114,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         )
     )
     print_table(console, COLUMNS, rows, left=2, headers=HEADERS, padding=1)
+    norms = f"{total['norm_parameters']:,} scales and biases of norms, " if total["norm_parameters"] else ""
     said = [
-        f"{total['weights']:,} weights, {total['biases']:,} biases, {total['activations']:,} activations",
+        f"{total['weights']:,} weights, {total['biases']:,} biases, {norms}{total['activations']:,} activations",
         f"connections and multiply-adds of one example, taps on padding counted; without them "
         f"{total['connections_without_padding']:,}",
         f"parameters {bytes_text(total['parameter_bytes'])} in {summary['dtype']}; a training step of "

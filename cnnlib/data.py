@@ -13,9 +13,10 @@ import importlib.util
 import io
 import logging
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,22 @@ class Description:
     num_classes: int
     counts: dict[str, int]
 
+    def with_training(self, count: int | None) -> Description:
+        """The same where no more than `count` examples are trained on (None: all); raises UserError for too many."""
+        known = self.counts.get("train")
+        if count is None or known is None:
+            return self
+        if count > known:
+            raise UserError(f"data.train={count} is more than {self.name} has to train on: {known}")
+        return replace(self, counts={**self.counts, "train": count})
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in memory; `mean` and `deviation` are by channel, over the training part only."""
+    """A data set in memory; `mean` and `deviation` are by channel, over the training part only.
+
+    `train` is all of it, also where lanes train on `data.train` of them, each on its own.
+    """
 
     description: Description
     train: Split
@@ -71,20 +84,22 @@ class _Source:
     """Examples of train and test; empty where a TFDS set is not prepared yet."""
     read: Callable[[], tuple[Split, Split]]
 
-    def description(self, counts: dict[str, int], validation: int) -> Description:
+    def description(self, counts: dict[str, int], data: Data) -> Description:
         if counts:
-            if validation >= counts["train"]:
+            left = counts["train"] - data.validation
+            if left <= 0:
                 raise UserError(
-                    f"data.validation={validation} leaves nothing to train on: {self.name} has {counts['train']}"
+                    f"data.validation={data.validation} leaves nothing to train on: {self.name} has {counts['train']}"
                 )
-            counts = {"train": counts["train"] - validation, "validation": validation, "test": counts["test"]}
-        return Description(self.name, self.input_shape, self.num_classes, counts)
+            counts = {"train": left, "validation": data.validation, "test": counts["test"]}
+        name = self.name if data.shuffle_pixels is None else f"{self.name} shuffled"
+        return Description(name, self.input_shape, self.num_classes, counts).with_training(data.train)
 
 
 def describe(data: Data) -> Description:
     """Shapes and counts of a data set, reading no example; raises UserError for a name that exists nowhere."""
     source = _source(data)
-    return source.description(source.counts, data.validation)
+    return source.description(source.counts, data)
 
 
 def load(data: Data) -> DataSet:
@@ -93,14 +108,22 @@ def load(data: Data) -> DataSet:
     Raises UserError where the data do not exist, cannot be prepared, or are fewer than `data.validation` asks for.
     """
     source = _source(data)
-    source.description(source.counts, data.validation)  # raises before anything is read, where the counts are known
+    source.description(source.counts, data)  # raises before anything is read, where the counts are known
     train, test = source.read()
-    description = source.description({"train": len(train.y), "test": len(test.y)}, data.validation)
+    description = source.description({"train": len(train.y), "test": len(test.y)}, data)
+    if data.shuffle_pixels is not None:
+        train, test = (Split(shuffled(split.x, data.shuffle_pixels), split.y) for split in (train, test))
     kept_aside = stratified(train.y, data.validation)
     validation = Split(train.x[kept_aside], train.y[kept_aside])
     train = Split(train.x[~kept_aside], train.y[~kept_aside])
     mean, deviation = channel_statistics(train.x)
     return DataSet(description, train, validation, test, mean, deviation)
+
+
+def shuffled(x: np.ndarray, seed: int) -> np.ndarray:
+    """Examples `(count, *spatial, channels)` with their places in another order, the same for all and all channels."""
+    places = np.random.RandomState(seed).permutation(int(np.prod(x.shape[1:-1])))
+    return np.ascontiguousarray(x.reshape(len(x), -1, x.shape[-1])[:, places].reshape(x.shape))
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
@@ -214,14 +237,51 @@ def make_lines(generator: np.random.RandomState, count: int, side: int = 28) -> 
     return Split(np.clip(images, 0, 255).astype(np.uint8)[..., None], labels)
 
 
+MOST_DSD = 256
+"""Of patches, and of places of a patch."""
+
+
+def _dsd(data: Data, patches: int, size: int) -> _Source:
+    """Dynamic signal distribution (Lahoti et al. 2024, arXiv 2403.15707, section 3): which sign has the signal?
+
+    `patches` patches of `size` numbers of noise; one patch, a random one, has a fixed unit vector added, or taken away,
+    and the class is which. In their theory a convolution needs samples in proportion to patches + size, a local layer
+    patches * size, a full one patches**2 * size.
+    """
+    if not (1 <= patches <= MOST_DSD and 1 <= size <= MOST_DSD):
+        raise UserError(f"{data.name}: patches and their size must be in 1..{MOST_DSD}")
+
+    def read() -> tuple[Split, Split]:
+        generator = np.random.RandomState(0 if data.seed is None else data.seed)
+        signal = generator.normal(size=size)
+        signal /= np.linalg.norm(signal)
+        train = make_dsd(generator, 8192, patches, signal)
+        return train, make_dsd(generator, 4096, patches, signal)
+
+    return _Source(data.name, (patches * size, 1), 2, {"train": 8192, "test": 4096}, read)
+
+
+DSD_NOISE = 0.3
+"""Deviation of each number, where the signal has length 1."""
+
+
+def make_dsd(generator: np.random.RandomState, count: int, patches: int, signal: np.ndarray) -> Split:
+    """`count` signals `(patches * len(signal), 1)`, float32; class 1 has the signal in a patch, 0 minus it."""
+    labels = generator.randint(2, size=count).astype(np.int32)
+    x = generator.normal(0.0, DSD_NOISE, (count, patches, len(signal)))
+    x[np.arange(count), generator.randint(patches, size=count)] += (2 * labels - 1)[:, None] * signal
+    return Split(x.reshape(count, -1, 1).astype(np.float32), labels)
+
+
 SOURCES: dict[str, Callable[[Data], _Source]] = {"mnist5k": _mnist5k, "mnist1d": _mnist1d, "lines": _lines}
 
 
 def _source(data: Data) -> _Source:
-    if data.name in SOURCES:
+    dsd = re.fullmatch(r"dsd_(\d{1,4})x(\d{1,4})", data.name)
+    if data.name in SOURCES or dsd:
         if data.data_dir is not None:
             raise UserError(f"data.data_dir has no meaning for {data.name}: it is read from TFDS sets only")
-        return SOURCES[data.name](data)
+        return _dsd(data, int(dsd[1]), int(dsd[2])) if dsd else SOURCES[data.name](data)
     return _tfds(data)
 
 

@@ -4,6 +4,7 @@ A convolution is a local layer whose positions have equal weights, and a local l
 zero outside the windows. `expand` follows these inclusions, from one tree of parameters to another, and both nets
 compute the same function. `project` goes back: to the nearest point of the smaller set, in the least-squares sense
 over the weights of the larger, with the distance to it, which is zero where the larger net is one of the smaller.
+Dense layers and norms are the same in all readings, and so are the statistics of norms: they pass unchanged.
 
 Everything here is made of linear functions of arrays: it runs under jit, vmap and differentiation.
 """
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 from cnnlib import cost
 from cnnlib.errors import UserError
 from cnnlib.models import Parameters, bias_shape, kernel_shape
-from cnnlib.spec import FILTERS, READINGS, Connectivity, Filter, Model, Shape, Window
+from cnnlib.spec import FILTERS, READINGS, Connectivity, Filter, Model, Norm, Shape, Window
 
 
 class Projection(NamedTuple):
@@ -111,9 +112,12 @@ def parameter_shapes(model: Model, input_shape: Shape, dtype: Any = jnp.float32)
     for layer in cost.layers(model, input_shape):
         if layer.count.parameters:
             kind: Any = layer.layer
-            shapes = {"kernel": kernel_shape(kind, layer.input_shape)}
-            if kind.use_bias:
-                shapes["bias"] = bias_shape(kind, layer.input_shape)
+            if isinstance(kind, Norm):
+                shapes = dict.fromkeys(("scale", "bias"), layer.input_shape[-1:])
+            else:
+                shapes = {"kernel": kernel_shape(kind, layer.input_shape)}
+                if kind.use_bias:
+                    shapes["bias"] = bias_shape(kind, layer.input_shape)
             struct: Any = jax.ShapeDtypeStruct  # its constructor is not annotated
             entry = {name: struct(shape, dtype) for name, shape in shapes.items()}
             tree = _with_entry(tree, layer.path, entry)

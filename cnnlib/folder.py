@@ -24,8 +24,10 @@ from cnnlib.errors import UserError
 RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "results.json", "table.md", "accuracy.png")
 GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
 RECORD = "run.json"
-ARMS, CHECKPOINTS, UNREADABLE = "arms", "checkpoints", "unreadable"
-OURS = dict.fromkeys((*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, UNREADABLE, "wandb"))
+ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE = "arms", "checkpoints", "predictions", "unreadable"
+OURS = dict.fromkeys(
+    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE, "wandb")
+)
 """Everything that a run may leave in its folder, beside its lock and `earlier`."""
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"
 PATIENCE = 30.0

@@ -23,7 +23,11 @@ COUNTS = {
 
 def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
     """The arms on each side; raises UserError, with the side, for a layer that does not fit."""
-    return {side: resolve_arms(growth.arms, (side, side, growth.channels), growth.num_classes) for side in growth.sides}
+    shapes = {side: (side, side, growth.channels) for side in growth.sides}
+    return {
+        side: resolve_arms(growth.arms, {arm.name: (shape, growth.num_classes) for arm in growth.arms})
+        for side, shape in shapes.items()
+    }
 
 
 def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:

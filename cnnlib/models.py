@@ -8,14 +8,23 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from cnnlib import ops
-from cnnlib.spec import Activation, AvgPool, Conv, Dense, Full, Layer, Local, MaxPool, Model, Residual, Shape
+from cnnlib.spec import Activation, AvgPool, Conv, Dense, Full, Layer, Local, MaxPool, Model, Norm, Residual, Shape
 
 Parameters = dict[str, Any]
 """Layer by layer, by position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`; a residual's layers nest, those of its
-shortcut in `layer_0_shortcut`. `kernel_shape` and `bias_shape` say what is in an entry."""
+shortcut in `layer_0_shortcut`. `kernel_shape` and `bias_shape` say what is in an entry; a norm's is a `scale` and a
+`bias`, one each a channel."""
+
+Statistics = dict[str, Any]
+"""What norms have seen, by the same paths: the running `mean` and `variance` of each channel. Empty without norms."""
+
+EPSILON = 1e-5
+"""Added to a norm's variance."""
+DECAY = 0.9
+"""Of a norm's running statistics at each step: they become DECAY of what they were and 1 - DECAY of the batch's."""
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
 NON_DECREASING = {"relu", "tanh"}
@@ -77,6 +86,32 @@ class Affine(nn.Module):
         return x
 
 
+class Normalised(nn.Module):
+    """Batch normalisation with its running statistics (`spec.Norm`).
+
+    As Flax's `nn.BatchNorm` with momentum 0.9: training uses the batch's mean and biased variance, and moves towards
+    these the running ones, which start at 0 and 1; otherwise the running ones are used. (PyTorch moves its running
+    variance towards the unbiased one.) Computed in float32 whatever the type of its input (float64 in float64).
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."], training: bool) -> Float[Array, "batch ..."]:
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "variance", jnp.ones, channels, jnp.float32)
+        if training:
+            y, *batch = ops.batch_norm(x, scale, bias, EPSILON)
+            for running, seen in zip((mean, variance), batch, strict=True):
+                running.value = (DECAY * running.value + (1 - DECAY) * seen).astype(running.value.dtype)
+            return y
+        row = (1,) * (x.ndim - 1) + channels
+        gain = scale / jnp.sqrt(variance.value + EPSILON)
+        y = (x - mean.value.reshape(row)) * gain.reshape(row) + bias.reshape(row)
+        return y.astype(x.dtype)
+
+
 def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array) -> Array:
     """The layer's input `(batch, *spatial, channel)` joined to its kernel, without biases."""
     if isinstance(layer, Full | Dense):
@@ -91,7 +126,8 @@ def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array) -> Arra
 class Network(nn.Module):
     """A sequence of layers as a Flax module: `init(key, x)` gives variables, `apply(variables, x)` the output.
 
-    `x` is `(batch, *spatial, channel)`, float; the output is of `compute_dtype`.
+    `x` is `(batch, *spatial, channel)`, float; the output is of `compute_dtype`. With `training` norms use the
+    statistics of the batch, and move their running ones, the collection `batch_stats`, which must be mutable then.
 
     A bias, a rounding and a non-decreasing activation commute with a maximum: max pooling after them gives the same
     values as before them. So it comes first, and they run on what is left, a quarter for a window of 2x2. Gradients are
@@ -102,16 +138,16 @@ class Network(nn.Module):
     compute_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    def __call__(self, x: Float[Array, "batch ..."], training: bool = False) -> Float[Array, "batch ..."]:
         x = x.astype(self.compute_dtype)
         early = pools_before_bias(self.layers)
         for index, layer in enumerate(self.layers):
             if index not in early.values():
                 pool = early.get(index)
-                x = self.apply_layer(layer, x, f"layer_{index}", None if pool is None else self.layers[pool])
+                x = self.apply_layer(layer, x, training, f"layer_{index}", None if pool is None else self.layers[pool])
         return x
 
-    def apply_layer(self, layer: Layer, x: Array, name: str, pool: Layer | None) -> Array:
+    def apply_layer(self, layer: Layer, x: Array, training: bool, name: str, pool: Layer | None) -> Array:
         match layer:
             case Conv() | Local() | Full() | Dense():
                 return Affine(layer, self.compute_dtype, pool, name=name)(x)
@@ -121,9 +157,11 @@ class Network(nn.Module):
                 return ops.avg_pool(x, layer.window_shape, layer.strides, layer.padding)
             case Activation():
                 return ACTIVATIONS[layer.function](x)
+            case Norm():
+                return Normalised(name=name)(x, training)
             case Residual():
-                branch = Network(layer.layers, self.compute_dtype, name=name)(x)
-                shortcut = Network(layer.shortcut, self.compute_dtype, name=f"{name}_shortcut")(x)
+                branch = Network(layer.layers, self.compute_dtype, name=name)(x, training)
+                shortcut = Network(layer.shortcut, self.compute_dtype, name=f"{name}_shortcut")(x, training)
                 return shortcut + branch
 
 
@@ -135,7 +173,7 @@ def max_pool(x: Array, layer: MaxPool) -> Array:
 def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
     """Positions of convolutions, each with that of the max pooling that may move to before its bias.
 
-    Only of convolutions, whose bias is the same all over a window.
+    Only of convolutions, whose bias is the same all over a window, and not past a norm, whose scale may be negative.
     """
     pools = {}
     for index, layer in enumerate(layers):
@@ -149,9 +187,26 @@ def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
     return pools
 
 
-def logits(network: Network, parameters: Parameters, x: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
+def initial(network: Network, key: Key[Array, ""], input_shape: Shape) -> tuple[Parameters, Statistics]:
+    """A network's parameters, drawn from the key, and the statistics that its norms begin with."""
+    variables = network.init(key, jnp.zeros((1, *input_shape), jnp.float32))
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def logits(
+    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."]
+) -> Float[Array, "batch classes"]:
     """The network's output in float32, in which losses are computed whatever the network computes in."""
-    return jnp.asarray(network.apply({"params": parameters}, x), jnp.float32)
+    return jnp.asarray(network.apply({"params": parameters, "batch_stats": statistics}, x), jnp.float32)
+
+
+def training_logits(
+    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."]
+) -> tuple[Float[Array, "batch classes"], Statistics]:
+    """The same where norms use the statistics of the batch, and the running ones after it."""
+    variables = {"params": parameters, "batch_stats": statistics}
+    output, changed = network.apply(variables, x, training=True, mutable=["batch_stats"])
+    return jnp.asarray(output, jnp.float32), changed.get("batch_stats", {})
 
 
 def network(model: Model, compute_dtype: DTypeLike = jnp.float32) -> Network:

@@ -1,4 +1,4 @@
-"""Convolution, its unshared counterpart and pooling over channels-last maps, with the arguments of the field.
+"""Convolution, its unshared counterpart, pooling and normalisation of channels-last maps, with the field's arguments.
 
 Every operation is differentiable as often as needed, forward and reverse, and runs under jit, vmap (over inputs, over
 weights, over both), scan and remat, in float32, bfloat16 and float64. What does not fit raises UserError. Over several
@@ -8,8 +8,10 @@ CPU devices, divide the work with `jax.shard_map`: a compiled kernel is not divi
 from __future__ import annotations
 
 import functools
+import math
 import operator
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -119,6 +121,61 @@ def avg_pool(
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), (1, 1))
     taps = primitives.taps_of(_raised(x), _pair(window.size), correlation, fill=0.0)
     return _lowered(functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype), x.ndim)
+
+
+def batch_norm(
+    x: Float[Array, "batch *spatial channel"],
+    scale: Float[Array, " channel"],
+    bias: Float[Array, " channel"],
+    epsilon: float,
+) -> tuple[Float[Array, "batch *spatial channel"], Float[Array, " channel"], Float[Array, " channel"]]:
+    """Each channel less its mean, over its deviation, times scale, plus bias; and the mean and variance that it had.
+
+    Both are over batch and positions. The variance is biased (a mean of squares), and the deviation the root of it and
+    `epsilon`. All is computed in float32, or in the type of `x` where that is wider; the result has the type of `x`.
+    """
+    y, mean, variance = _batch_norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, bias, epsilon)
+    return y.astype(x.dtype), mean, variance
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    normal, mean, variance = _normal(x, epsilon)
+    return normal * _channels(scale, x) + _channels(bias, x), mean, variance
+
+
+@_batch_norm.defjvp
+def _batch_norm_derivative(
+    epsilon: float, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
+    """In a form whose transpose takes two sums over the map, those that are the gradients of bias and scale."""
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    normal, mean, variance = _normal(x, epsilon)
+    deviation = jnp.sqrt(variance + epsilon)
+    gain, dmean, along = scale / deviation, _mean(dx), _mean(normal * dx)
+    y = normal * _channels(scale, x) + _channels(bias, x)
+    dy = dx * _channels(gain, x) + normal * _channels(dscale - gain * along, x) + _channels(dbias - gain * dmean, x)
+    return (y, mean, variance), (dy, dmean, 2 * deviation * along)
+
+
+def _normal(x: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """Channels of mean 0 and deviation 1, with the mean and variance that they had.
+
+    The mean comes off before squares are taken: a difference of two large sums would be of rounding errors only.
+    """
+    mean = _mean(x)
+    centred = x - _channels(mean, x)
+    variance = _mean(jnp.square(centred))
+    return centred * _channels(1 / jnp.sqrt(variance + epsilon), x), mean, variance
+
+
+def _mean(x: Array) -> Array:
+    return x.sum(axis=tuple(range(x.ndim - 1))) / math.prod(x.shape[:-1])
+
+
+def _channels(values: Array, x: Array) -> Array:
+    """A value a channel, with the axes of x."""
+    return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
 def _check_operands(name: str, x: Array, kernel: Array, axes: int, shared: bool = True) -> None:

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnnlib import checkpoint, kernels, train
+from cnnlib import checkpoint, evaluation, kernels, train
 from cnnlib.cache import cache_folder, is_writable
-from cnnlib.config import Experiment, LaneNumbers, lane_numbers
+from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.models import network
-from cnnlib.resolve import ResolvedArm
+from cnnlib.resolve import TrainedArm
 from cnnlib.spec import Connectivity, Full, Local, Model, walk
 from cnnlib.train import Examples, Recipe, State
 
@@ -73,9 +74,9 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
     return int(found[1]) if found else otherwise
 
 
-def check_parameters_fit(experiment: Experiment, arm: ResolvedArm, device: jax.Device) -> None:
+def check_parameters_fit(arm: TrainedArm, device: jax.Device) -> None:
     """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
-    lanes = len(lane_numbers(experiment))
+    lanes = len(arm.lanes)
     need = 4 * arm.count.parameters * (lanes + 1)
     if need > (free := free_memory(device)):
         raise UserError(
@@ -95,7 +96,10 @@ class Programs(NamedTuple):
     initialize: Any
     """The states and the keys."""
     epoch: Any
-    test: Any
+    predict: Any
+    """The answers to the test examples."""
+    fit: Any
+    """On the examples that each lane has trained on."""
     validate: Any
     """None without validation examples."""
     distance: Any
@@ -120,9 +124,7 @@ def memory_of(compiled: Any) -> int:
 
 
 def compile_programs(
-    experiment: Experiment,
-    arm: ResolvedArm,
-    numbers: LaneNumbers,
+    arm: TrainedArm,
     splits: dict[str, Examples],
     device: jax.Device,
     before: int | None = None,
@@ -132,9 +134,8 @@ def compile_programs(
     `before` is how many there were in the session that this one goes on with. Raises UserError where one lane at a time
     does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
     """
-    recipe = recipe_of(experiment, arm)
-    lanes = len(numbers.seed)  # type: ignore[arg-type]  # an array here, one number a lane
-    wanted = experiment.lanes.at_a_time
+    recipe, numbers, lanes = recipe_of(arm), numbers_of(arm), len(arm.lanes)
+    wanted = arm.experiment.lanes.at_a_time
     at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, lanes, device.platform), lanes)
     too_many: str | None = None
     start = time.perf_counter()
@@ -142,19 +143,26 @@ def compile_programs(
     initialize = jax.jit(train.over_lanes(begin(recipe), at_a_time=1))
     states, keys = jax.eval_shape(initialize, numbers)
     initial = initialize.lower(numbers).compile()
-    keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if experiment.checkpoint.every else None
+    keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if arm.experiment.checkpoint.every else None
     free = free_memory(device)
+    model = (states.parameters, states.statistics)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
-        evaluate = jax.jit(train.over_lanes(train.evaluate(recipe), at_a_time))
+        predict = jax.jit(train.over_lanes(evaluation.predict(recipe), at_a_time, lane_arguments=2))
+        evaluate = jax.jit(train.over_lanes(evaluation.evaluate(recipe), at_a_time, lane_arguments=2))
         compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
-        for split in ("test", "validation"):
-            if split in splits:
-                compiled[split] = evaluate.lower(states.parameters, splits[split]).compile()
+        compiled["test"] = predict.lower(*model, splits["test"]).compile()
+        fit = jax.jit(train.over_lanes(evaluation.fit(recipe), at_a_time, lane_arguments=3))
+        compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
+        if "validation" in splits:
+            compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not.
-        need = max(memory_of(program) - size_of(splits[split]) for split, program in compiled.items())
+        need = max(
+            memory_of(program) - size_of(splits["train" if name == "fit" else name])
+            for name, program in compiled.items()
+        )
         if has_freed_weights(arm.model):
-            distance = jax.jit(train.over_lanes(train.distance_from_conv(recipe), at_a_time=1))
+            distance = jax.jit(train.over_lanes(evaluation.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
             need = max(need, memory_of(compiled["distance"]))
         # While an epoch runs, the state before it may wait to be written.
@@ -175,6 +183,7 @@ def compile_programs(
         initial,
         compiled["train"],
         compiled["test"],
+        compiled["fit"],
         compiled.get("validation"),
         compiled.get("distance"),
         keep,
@@ -189,13 +198,13 @@ def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, train.Keys]]:
     """The function that makes a model's state and its keys, as words: they follow from its seed, and are kept in
     checkpoints to be compared."""
     initialize = train.initialize(recipe)
-    return lambda numbers: (initialize(numbers), train.Keys(*map(jax.random.key_data, train.keys_of(numbers.seed))))
+    return lambda numbers: (initialize(numbers), train.Keys(*map(jax.random.key_data, train.keys_of(numbers))))
 
 
-def shapes_of(experiment: Experiment, arm: ResolvedArm, numbers: LaneNumbers) -> tuple[State, train.Keys]:
+def shapes_of(arm: TrainedArm) -> tuple[State, train.Keys]:
     """The shapes of what a checkpoint of an arm keeps; compiles nothing."""
     made: tuple[State, train.Keys]
-    made = jax.eval_shape(train.over_lanes(begin(recipe_of(experiment, arm)), at_a_time=1), numbers)
+    made = jax.eval_shape(train.over_lanes(begin(recipe_of(arm)), at_a_time=1), numbers_of(arm))
     return made
 
 
@@ -209,8 +218,17 @@ def size_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:
-    """What is static in training an arm's models. Arms of equal recipes share their programs."""
+def numbers_of(arm: TrainedArm) -> LaneNumbers:
+    """The numbers of all lanes of an arm, an array each."""
+    columns = zip(*arm.lanes, strict=True)
+    seeds = ("seed", "order_seed")
+    kinds = (np.uint32 if name in seeds else np.float32 for name in LaneNumbers._fields)
+    return LaneNumbers(*(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))  # type: ignore[arg-type]
+
+
+def recipe_of(arm: TrainedArm) -> Recipe:
+    """What is static in training an arm's models. Arms of equal recipes, data and lanes share their programs."""
+    experiment = arm.experiment
     dtype = jnp.dtype(experiment.compute_dtype)
     return Recipe(
         network(arm.model, dtype),
@@ -219,6 +237,9 @@ def recipe_of(experiment: Experiment, arm: ResolvedArm) -> Recipe:
         experiment.augment,
         experiment.batch_size,
         experiment.epochs,
+        experiment.data.train,
+        experiment.reshuffle,
+        experiment.passes,
         start=None if arm.start is None else network(arm.model.with_connectivity(arm.start), dtype),
     )
 

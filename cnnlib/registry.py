@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cnnlib.errors import UserError
 
 T = TypeVar("T")
+D = TypeVar("D", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
@@ -20,8 +21,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._declarations: dict[str, Callable[[], T]] = {}
 
-    def register(self, declaration: Callable[[], T]) -> Callable[[], T]:
-        """Adds a declaration under its function's name; a name that is taken raises ValueError."""
+    def register(self, declaration: D) -> D:
+        """Adds a declaration, which is called without arguments, under its name; a taken name raises ValueError."""
         name = declaration.__name__
         if name in self._declarations:
             raise ValueError(f"the {self.kind} {name!r} is declared twice")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cnnlib.config import LaneNumbers
+from cnnlib.config import SETTING_FIELDS
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table, print_table
 from cnnlib.tracking import write_whole
@@ -57,8 +57,7 @@ def setting_text(results: dict[str, Any], arm: dict[str, Any], index: int) -> st
     """What tells a setting from the others of its arm, and whether validation chose it; nothing for an only setting."""
     if len(arm["settings"]) == 1:
         return ""
-    optim = results["config"]["optim"]
-    varied = [name for name, values in optim.items() if isinstance(values, list) and len(values) > 1]
+    varied = [name for name in SETTING_FIELDS if len({setting[name] for setting in arm["settings"]}) > 1]
     text = ", ".join(f"{name}={arm['settings'][index][name]:g}" for name in varied)
     return f" {text}" + (" (chosen)" if index == arm["chosen_setting"] else "")
 
@@ -116,10 +115,58 @@ class ReportWriter(Watcher):
         write_whole(self._folder / "accuracy.png", lambda path: accuracy_figure(results, path))
 
 
-LANE_NUMBERS = tuple(name for name in LaneNumbers._fields if name != "seed")
+MOST_NAMED = 8
+"""Arms whose names find room beside their points."""
 
 
 def accuracy_figure(results: dict[str, Any], path: Path) -> None:
+    """Test accuracy: every lane a dot, the mean of each setting with its interval.
+
+    Against parameters on a log axis; of more than `MOST_NAMED` arms, a row an arm.
+    """
+    if len(results["arms"]) <= MOST_NAMED:
+        parameters_figure(results, path)
+    else:
+        rows_figure(results, path)
+
+
+def rows_figure(results: dict[str, Any], path: Path) -> None:
+    """A row for each setting of each arm, in their order from the top."""
+    pyplot, _ = pyplot_for_files()
+    points = [
+        (arm, setting, arm["name"] + setting_text(results, arm, index))
+        for arm in results["arms"]
+        for index, setting in enumerate(arm["settings"])
+    ]
+    figure, axes = pyplot.subplots(figsize=(7.0, 1.2 + 0.3 * len(points)), layout="constrained")
+    labelled: set[str] = set()
+    for row, (arm, setting, _) in enumerate(points):
+        color, marker = STYLE[arm["connectivity"]]
+        accuracy = setting["test_accuracy"]
+        if accuracy["mean"] is None:
+            continue
+        lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in SETTING_FIELDS)]
+        fine = [100 * lane["test_accuracy"] for lane in lanes if lane["status"] == "ok"]
+        axes.scatter(fine, [row] * len(fine), s=22, color=color, marker=marker, alpha=0.35, linewidths=0)
+        mean = 100 * accuracy["mean"]
+        low, high = (mean if end is None else 100 * end for end in accuracy["ci95"])
+        label = None if arm["connectivity"] in labelled else arm["connectivity"]
+        labelled.add(arm["connectivity"])
+        spread = [[mean - low], [high - mean]]
+        axes.errorbar(mean, row, xerr=spread, color=color, marker=marker, markersize=6, capsize=4, label=label)
+    axes.set_yticks(range(len(points)), [name for *_, name in points], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %")
+    axes.set_title(f"{results['experiment']} on {results['data']['name']}: every lane a dot, means with 95 % intervals")
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    if labelled:
+        axes.legend(title="connectivity", loc="best")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def parameters_figure(results: dict[str, Any], path: Path) -> None:
     """Test accuracy against parameters on a log axis: every lane a dot, the mean of each setting with its interval.
 
     Of several settings of an arm, the one that validation chose is filled, the others are hollow.
@@ -138,7 +185,7 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
             # Settings stand side by side within 8 % of the arm's true place, lanes a little to the left of their mean.
             place = index / (len(arm["settings"]) - 1) - 0.5 if len(arm["settings"]) > 1 else 0.0
             x = arm["parameters"] * 1.16**place
-            lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in LANE_NUMBERS)]
+            lanes = [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in SETTING_FIELDS)]
             fine = [100 * lane["test_accuracy"] for lane in lanes if lane["status"] == "ok"]
             axes.scatter(
                 [(0.95 if place == 0.0 else 0.99) * x] * len(fine),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.budget import Match, match
-from cnnlib.config import Arm, Experiment
-from cnnlib.cost import Count, count
-from cnnlib.data import Description
+from cnnlib.config import Arm, Data, Experiment, LaneNumbers, Optim, lane_numbers
+from cnnlib.cost import Count, count, layers
+from cnnlib.data import Description, describe
 from cnnlib.errors import UserError
-from cnnlib.spec import READINGS, Connectivity, Dense, Model, Shape, parse_model, shape_text
+from cnnlib.spec import READINGS, Connectivity, Dense, Model, Norm, Shape, parse_model, shape_text
 
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """An arm on the data at hand: its number of classes known, every layer known to fit, its counts exact."""
+    """An arm on inputs of a shape: its number of classes known, every layer known to fit, its counts exact."""
 
     name: str
     model: Model
@@ -26,32 +28,111 @@ class ResolvedArm:
     start: Connectivity | None = None
 
 
-def resolve(experiment: Experiment, description: Description) -> tuple[ResolvedArm, ...]:
-    """The arms on a data set; raises UserError for a layer that does not fit, a budget out of reach, or a batch larger
-    than the data."""
-    available = description.counts.get("train")
-    if available is not None and experiment.batch_size > available:
-        raise UserError(
-            f"batch_size={experiment.batch_size} is larger than the training data: {description.name} has {available}"
+@dataclass(frozen=True, kw_only=True)
+class TrainedArm(ResolvedArm):
+    """An arm on its data, with all that its training needs."""
+
+    experiment: Experiment
+    """With the arm's own fields in place, and no other arm."""
+    description: Description
+
+    @property
+    def lanes(self) -> tuple[LaneNumbers, ...]:
+        """The numbers of each of its lanes."""
+        return lane_numbers(self.experiment)
+
+    @property
+    def steps(self) -> int:
+        """Of each lane in all; 0 where the data set is not prepared yet."""
+        one = self.experiment
+        return self.description.counts.get("train", 0) // one.batch_size * one.passes * one.epochs
+
+    @property
+    def data(self) -> Data:
+        """What is loaded for it: arms that train on parts of a data set share the whole."""
+        return replace(self.experiment.data, train=None)
+
+    @property
+    def program(self) -> Hashable:
+        """What decides which program trains it: arms of one program differ in traced numbers only."""
+        one, optim = self.experiment, self.experiment.optim
+        rule = (optim.name, optim.schedule, any(optim.l1))
+        sizes = (one.batch_size, one.epochs, one.data.train, len(self.lanes), one.lanes.at_a_time)
+        return (
+            self.model,
+            self.start,
+            self.input_shape,
+            self.data,
+            one.augment,
+            rule,
+            sizes,
+            one.reshuffle,
+            one.passes,
+            one.compute_dtype,
         )
-    if available is not None and available // experiment.batch_size * experiment.epochs >= 2**31:
-        raise UserError(
-            f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
-        )
-    input_shape = experiment.augment.seen_shape(description.input_shape)
-    arms = resolve_arms(experiment.arms, input_shape, description.num_classes)
-    for arm in arms:
-        output_shape = arm.model.shapes(input_shape)[-1]
+
+
+def resolve(experiment: Experiment, described: Callable[[Data], Description] = describe) -> tuple[TrainedArm, ...]:
+    """The arms on their data sets, which `described` tells of.
+
+    Raises UserError for a layer that does not fit, a budget out of reach, or a batch larger than the data.
+    """
+    own = {arm.name: experiment.of_arm(arm) for arm in experiment.arms}
+    descriptions = {data: described(data) for data in dict.fromkeys(one.data for one in own.values())}
+    inputs = {}
+    for name, one in own.items():
+        description = descriptions[one.data]
+        check_optim(one.optim)
+        check_sizes(one, description)
+        inputs[name] = (one.augment.seen_shape(description.input_shape), description.num_classes)
+    arms = []
+    for arm in resolve_arms(experiment.arms, inputs):
+        one, description = own[arm.name], descriptions[own[arm.name].data]
+        check_norms(arm, one.batch_size)
+        output_shape = arm.model.shapes(arm.input_shape)[-1]
         if output_shape != (description.num_classes,):
             raise UserError(
                 f"arm {arm.name}: its output is {shape_text(output_shape)}, "
                 f"{description.name} has {description.num_classes} classes"
             )
-    return arms
+        arms.append(TrainedArm(**vars(arm), experiment=one, description=description))
+    return tuple(arms)
 
 
-def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) -> tuple[ResolvedArm, ...]:
-    """The arms on inputs of a shape, widths matched; raises UserError for what does not fit or cannot be matched."""
+def check_sizes(experiment: Experiment, description: Description) -> None:
+    """Raises UserError for a batch larger than the data, or for more steps than can be counted."""
+    available = description.counts.get("train")
+    if available is not None and experiment.batch_size > available:
+        raise UserError(
+            f"batch_size={experiment.batch_size} is larger than the training data: {description.name} has {available}"
+        )
+    if available is not None and available // experiment.batch_size * experiment.passes * experiment.epochs >= 2**31:
+        raise UserError(
+            f"epochs={experiment.epochs} are 2**31 steps or more: {description.name} has {available} examples"
+        )
+
+
+def check_optim(optim: Optim) -> None:
+    """Raises UserError for a number that would do nothing."""
+    if any(optim.l1_threshold) and not any(optim.l1):
+        raise UserError("optim.l1_threshold is a multiple of optim.l1, which is 0: it would do nothing")
+
+
+def check_norms(arm: ResolvedArm, batch_size: int) -> None:
+    """Raises UserError for a norm whose mean would be over one value."""
+    for layer in layers(arm.model, arm.input_shape):
+        if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
+            raise UserError(
+                f"arm {arm.name}: batch_size=1 leaves the norm of {shape_text(layer.input_shape)} one value a channel, "
+                "which it makes zero; it needs at least 2"
+            )
+
+
+def resolve_arms(arms: tuple[Arm, ...], inputs: Mapping[str, tuple[Shape, int]]) -> tuple[ResolvedArm, ...]:
+    """The arms, widths matched, on inputs of the shape and with the number of classes that `inputs` has for each name.
+
+    Raises UserError for what does not fit or cannot be matched.
+    """
     by_name = {arm.name: arm for arm in arms}
     done: dict[str, ResolvedArm] = {}
 
@@ -60,6 +141,7 @@ def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) ->
             return done[arm.name]
         if arm.name in waiting:
             raise UserError(f"arm {arm.name}: matched in a circle: {' to '.join((*waiting, arm.name))}")
+        input_shape, num_classes = inputs[arm.name]
         model, matched = arm.reading.with_num_classes(num_classes), None
         target = None if arm.match is None else budget(arm.match, (*waiting, arm.name))
         try:
@@ -78,6 +160,7 @@ def resolve_arms(arms: tuple[Arm, ...], input_shape: Shape, num_classes: int) ->
     def budget(wanted: str, waiting: tuple[str, ...]) -> int:
         """What there is of a measure in a reference: the number itself, or that of an arm, an architecture, layers."""
         by, _, reference = wanted.partition(":")
+        input_shape, num_classes = inputs[waiting[-1]]
         if reference.isascii() and reference.isdigit() and len(reference) <= 30:
             return int(reference)
         # An arm may be matched to the architecture whose name it has.

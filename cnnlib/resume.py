@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +15,16 @@ import numpy as np
 
 from cnnlib import checkpoint, kernels, tracking
 from cnnlib.checkpoint import Checkpoints, Unreadable
-from cnnlib.config import Experiment, LaneNumbers, flat, lane_numbers, to_dict
+from cnnlib.config import Experiment, LaneNumbers, flat, to_dict
 from cnnlib.data import DataSet
 from cnnlib.errors import UserError
 from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json
-from cnnlib.resolve import ResolvedArm
+from cnnlib.resolve import TrainedArm
 
 Says = Callable[[str], None]
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 """Of JAX, that change numbers."""
-NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir")
+NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir", "comparisons")
 """Fields that may change between sessions without a word."""
 
 
@@ -44,13 +44,13 @@ def identity(name: str, experiment: Experiment, device: jax.Device, cpu_kernels:
     }
 
 
-def fingerprint(data_set: DataSet) -> str:
+def fingerprint(data_sets: Iterable[DataSet]) -> str:
     """SHA-256 over all examples and classes of all splits."""
     digest = hashlib.sha256()
-    for split in (data_set.train, data_set.validation, data_set.test):
-        for array in split:
-            digest.update(f"{array.dtype} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data if array.size else b"")
+    arrays = (array for one in data_sets for split in (one.train, one.validation, one.test) for array in split)
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data if array.size else b"")
     return digest.hexdigest()
 
 
@@ -127,24 +127,24 @@ def write_arm(folder: RunFolder, finished: FinishedArm) -> None:
     tracking.write_whole(path, lambda beside: beside.write_text(tracking.to_json(content), encoding="utf-8"))
 
 
-def read_arm(folder: RunFolder, experiment: Experiment, arm: ResolvedArm) -> FinishedArm | None:
+def read_arm(folder: RunFolder, arm: TrainedArm) -> FinishedArm | None:
     """What an arm came to, if it finished and the file is whole."""
     found = read_json(inside(folder.path, folder / ARMS / f"{arm.name}.json"))
     if not isinstance(found, dict) or found.keys() != {*FinishedArm._fields, "sha256"}:
         return None
     finished = FinishedArm(found["result"], found["lines"], found["wall_seconds"])
     result = finished.result
-    numbers = [list(lane) for lane in lane_numbers(experiment)]
+    numbers = [list(lane) for lane in arm.lanes]
     is_ours = (
         isinstance(result, dict)
         and result.keys() >= ARM_KEYS
         and result["name"] == arm.name
         and result["model"] == str(arm.model)
         and isinstance(result["lanes"], list)
-        and len(result["lanes"]) == len(lane_numbers(experiment))
+        and len(result["lanes"]) == len(arm.lanes)
         and all(isinstance(lane, dict) and lane.keys() >= LANE_KEYS for lane in result["lanes"])
         and [[lane[name] for name in LaneNumbers._fields] for lane in result["lanes"]] == numbers
-        and result["epochs"] == experiment.epochs
+        and result["epochs"] == arm.experiment.epochs
         and isinstance(finished.lines, list)
         and all(isinstance(line, dict) for line in finished.lines)
         and tracking.is_number(finished.wall_seconds)
@@ -191,7 +191,7 @@ class Left(NamedTuple):
     finished: dict[str, FinishedArm]
     in_flight: dict[str, InFlight]
 
-    def lines(self, arms: tuple[ResolvedArm, ...]) -> list[dict[str, Any]]:
+    def lines(self, arms: tuple[TrainedArm, ...]) -> list[dict[str, Any]]:
         """Of `metrics.jsonl`, as far as they are not to be written again."""
         known = {name: arm.lines for name, arm in self.finished.items()}
         known |= {name: arm.progress.lines for name, arm in self.in_flight.items()}
@@ -210,13 +210,13 @@ def checkpoints_folder(folder: RunFolder, arm: str) -> Path:
     return inside(folder.path, folder / CHECKPOINTS / arm).absolute()
 
 
-def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: Any, says: Says) -> InFlight | None:
+def latest(folder: RunFolder, arm: TrainedArm, states: Any, says: Says) -> InFlight | None:
     """The newest checkpoint of an arm that can be read, or None; the user is told of those that cannot.
 
     Those are moved to `unreadable/`. `states` are the shapes of the arm's state, keys included.
     """
     wanted = checkpoint.layout(states)
-    shape = (len(lane_numbers(experiment)), sum(leaf.words for leaf in wanted))
+    shape = (len(arm.lanes), sum(leaf.words for leaf in wanted))
     place = checkpoints_folder(folder, arm.name)
     for path in place.rglob("*"):  # nobody writes there by now
         inside(folder.path, path)
@@ -224,7 +224,7 @@ def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: 
         for epoch in reversed(kept.epochs()):
             try:
                 of_run = {"run": folder.record.get("id"), "arm": arm.name, "epoch": epoch}
-                return read_checkpoint(experiment, kept, of_run, [list(leaf) for leaf in wanted], shape)
+                return read_checkpoint(arm, kept, of_run, [list(leaf) for leaf in wanted], shape)
             except Unreadable as error:
                 aside = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now()}"
                 says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {aside}")
@@ -235,7 +235,7 @@ def latest(folder: RunFolder, experiment: Experiment, arm: ResolvedArm, states: 
 
 
 def read_checkpoint(
-    experiment: Experiment,
+    arm: TrainedArm,
     kept: Checkpoints,
     of_run: dict[str, Any],
     wanted: list[list[Any]],
@@ -248,7 +248,7 @@ def read_checkpoint(
     if found.keys() != set(Progress._fields):
         raise Unreadable(f"it has the fields {', '.join(map(str, found))}")
     progress = Progress(**found)
-    lanes = [[float(number) for number in lane] for lane in lane_numbers(experiment)]
+    lanes = [[float(number) for number in lane] for lane in arm.lanes]
     # As JSON gives a layout back, tuples are lists.
     wanted = json.loads(json.dumps(wanted))
     expected = {**of_run, "lanes": lanes, "layout": wanted}

@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from cnnlib import folder, kernels, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
-from cnnlib.config import Experiment, LaneNumbers, lane_numbers, to_dict
-from cnnlib.data import DataSet, describe, load
+from cnnlib.config import Data, Experiment, to_dict
+from cnnlib.data import DataSet, load
 from cnnlib.errors import Stopped, UserError
 from cnnlib.folder import RunFolder
-from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, recipe_of, shapes_of
-from cnnlib.resolve import ResolvedArm, resolve
+from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of
+from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.resume import Left, differences, fingerprint, identity, latest, read_arm, refusal
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
-from cnnlib.train import Examples, Recipe
+from cnnlib.train import Examples
 from cnnlib.watcher import Beginning, Watcher, Watchers
 from cnnlib.writer import Writer
 
@@ -60,7 +60,7 @@ def run(
     """
     began = time.perf_counter()
     device = first_device()
-    resolve(experiment, describe(experiment.data))
+    asked = resolve(experiment)
     with contextlib.ExitStack() as stack:
         log = tracking.Log()
         stack.callback(log.close)
@@ -70,13 +70,16 @@ def run(
             folder.check(out)
         else:
             stack.enter_context(held)
-        data_set = load(experiment.data)
-        arms = resolve(experiment, data_set.description)
+        data_sets = {data: load(data) for data in dict.fromkeys(arm.data for arm in asked)}
+        arms = resolve(
+            experiment,
+            lambda data: data_sets[replace(data, train=None)].description.with_training(data.train),
+        )
         for arm in arms:
-            check_parameters_fit(experiment, arm, device)
+            check_parameters_fit(arm, device)
         changes: list[str] = []
         cpu_kernels = kernels_for(arms, device, watcher)
-        this = {**identity(name, experiment, device, cpu_kernels), "data_sha256": fingerprint(data_set)}
+        this = {**identity(name, experiment, device, cpu_kernels), "data_sha256": fingerprint(data_sets.values())}
         if held is not None:
             found = differences(held.record["identity"], this)
             if found.refused and not force:
@@ -87,12 +90,13 @@ def run(
             if not found.refused and (results := finished_results(held, arms)) is not None:
                 watcher.says(f"the run in {out} is finished: there is nothing left to do")
                 return results
-        splits = on_device(data_set)
-        shape = shape_text(data_set.description.input_shape)
-        watcher.says(f"{name} on {data_set.description.name}: {len(data_set.train.y):,} training examples of {shape}")
-        numbers = columns_of(lane_numbers(experiment))
-        left = Left({}, {}) if held is None else what_is_left(held, experiment, arms, numbers, watcher)
-        programs = programs_for(experiment, arms, numbers, splits, device, left, watcher)
+        splits = {data: on_device(data_set) for data, data_set in data_sets.items()}
+        for data_set in data_sets.values():
+            known, count = data_set.description, len(data_set.train.y)
+            watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
+        left = Left({}, {}) if held is None else what_is_left(held, arms, watcher)
+        programs = Compiled(experiment.compile_cache, splits, device, left, watcher)
+        programs.compile(arms[:MOST_AHEAD])
         if held is None:
             held = stack.enter_context(RunFolder(out))
             if (earlier := held.make_room()) is not None:
@@ -103,26 +107,34 @@ def run(
         elif writer is None:
             writer = stack.enter_context(contextlib.closing(Writer()))
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
-        training = Training(experiment, numbers, splits, held, watcher, stop, clock, writer, [])
+        training = Training(experiment, splits, held, watcher, stop, clock, writer, [])
         try:
             beginning = begin(held, name, experiment, this, left, changes, force)
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
-                described = {arm.name: described_arm(arm) for arm in arms}
-                watcher.run_begins(beginning._replace(data=data_set.description.name, arms=described))
-                finished = [train_arm(training, arm, programs, left, metrics) for arm in arms]
+                known_arms = {arm.name: described_arm(arm) for arm in arms}
+                lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
+                names = "+".join(dict.fromkeys(arm.description.name for arm in arms))
+                watcher.run_begins(beginning._replace(data=names, arms=known_arms, lanes=lanes))
+                finished = []
+                for index, arm in enumerate(arms):
+                    own = None if arm.name in left.finished else programs.of(arm)
+                    finished.append(train_arm(training, arm, own, left, metrics))
+                    programs.drop(arm, arms[index + 1 :])
             if writer is not None:
                 writer.wait()
                 write_finished(training)
             results = {
                 "experiment": name,
                 "config": to_dict(experiment),
-                "data": {"name": data_set.description.name, **data_set.description.counts},
+                "data": finished[0].result["data"],
                 "device": {
                     "platform": device.platform,
                     "kind": device.device_kind,
                     "count": jax.device_count(),
                     "kernels": cpu_kernels,
                 },
+                "machine": tracking.machine(),
+                "finished": tracking.now(),
                 "versions": tracking.versions(),
                 "commit": tracking.commit(),
                 "wall_seconds": training.seconds(),
@@ -154,7 +166,7 @@ def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
     return held
 
 
-def finished_results(held: RunFolder, arms: tuple[ResolvedArm, ...]) -> dict[str, Any] | None:
+def finished_results(held: RunFolder, arms: tuple[TrainedArm, ...]) -> dict[str, Any] | None:
     """What a finished run came to; None for one that has not finished, or not with these arms."""
     results = folder.read_json(held / "results.json")
     if not isinstance(results, dict) or held.record["sessions"][-1]["state"] != "finished":
@@ -166,58 +178,88 @@ def finished_results(held: RunFolder, arms: tuple[ResolvedArm, ...]) -> dict[str
 
 def what_is_left(
     held: RunFolder,
-    experiment: Experiment,
-    arms: tuple[ResolvedArm, ...],
-    numbers: LaneNumbers,
+    arms: tuple[TrainedArm, ...],
     watcher: Watcher,
 ) -> Left:
     """Reads what earlier sessions kept of each arm; the user is told from where it goes on."""
     left = Left({}, {})
     for arm in arms:
-        if (finished := read_arm(held, experiment, arm)) is not None:
+        if (finished := read_arm(held, arm)) is not None:
             left.finished[arm.name] = finished
             continue
         if not (held / folder.CHECKPOINTS / arm.name).exists():
             continue
-        found = latest(held, experiment, arm, shapes_of(experiment, arm, numbers), watcher.says)
+        found = latest(held, arm, shapes_of(arm), watcher.says)
         if found is None:
             watcher.says(f"{arm.name} has no checkpoint to go on from: it starts anew")
         else:
             left.in_flight[arm.name] = found
-            watcher.says(f"{arm.name} goes on after epoch {found.progress.epoch} of {experiment.epochs}")
+            watcher.says(f"{arm.name} goes on after epoch {found.progress.epoch} of {arm.experiment.epochs}")
     if left.finished:
         watcher.says(f"finished before: {', '.join(left.finished)}")
     return left
 
 
-def programs_for(
-    experiment: Experiment,
-    arms: tuple[ResolvedArm, ...],
-    numbers: LaneNumbers,
-    splits: dict[str, Examples],
-    device: jax.Device,
-    left: Left,
-    watcher: Watcher,
-) -> dict[str, Programs]:
-    """The compiled programs of each arm that is not finished; arms of equal recipes share them."""
-    compiled: dict[tuple[Recipe, int | None], Programs] = {}
-    found = {}
-    with compile_cache(experiment.compile_cache, watcher.says):
-        for arm in arms:
-            if arm.name in left.finished:
-                continue
-            watcher.arm_begins(arm.name, len(lane_numbers(experiment)), experiment.epochs)
-            before = left.in_flight[arm.name].progress.lanes_at_a_time if arm.name in left.in_flight else None
-            key = (recipe_of(experiment, arm), before)
-            if key not in compiled:
-                compiled[key] = compile_programs(experiment, arm, numbers, splits, device, before)
-            found[arm.name] = compiled[key]
-            if before is not None and found[arm.name].at_a_time != before:
-                watcher.says(
-                    f"{arm.name}: {found[arm.name].at_a_time} lanes at a time, {before} before: "
-                    f"the results agree to rounding, not to the last bit"
-                )
-    return found
+MOST_AHEAD = 24
+"""Arms whose programs are compiled before the run begins, so that what does not fit is known before anything is
+written. The programs of hundreds would not fit in memory together: the others are compiled when their turn comes."""
+
+
+class Compiled:
+    """The compiled programs of arms that are not finished; arms of one program share it."""
+
+    def __init__(
+        self,
+        keep: bool,
+        splits: dict[Data, dict[str, Examples]],
+        device: jax.Device,
+        left: Left,
+        watcher: Watcher,
+    ) -> None:
+        self._keep, self._splits, self._device = keep, splits, device
+        self._left, self._watcher = left, watcher
+        self._made: dict[Hashable, Programs] = {}
+        self._told: set[str] = set()
+
+    def compile(self, arms: Sequence[TrainedArm]) -> None:
+        """Compiles what these arms need and is not there."""
+        with compile_cache(self._keep, self._watcher.says):
+            for arm in arms:
+                if arm.name not in self._left.finished and arm.name not in self._told:
+                    self._told.add(arm.name)
+                    self._watcher.arm_begins(arm.name, len(arm.lanes), arm.experiment.epochs)
+                    self._compile(arm)
+
+    def of(self, arm: TrainedArm) -> Programs:
+        """An arm's programs."""
+        if self._key(arm) not in self._made or arm.name not in self._told:
+            self.compile([arm])
+        return self._made[self._key(arm)]
+
+    def drop(self, arm: TrainedArm, coming: Sequence[TrainedArm]) -> None:
+        """Gives an arm's programs back, unless one that comes needs them."""
+        key = self._key(arm)
+        if all(self._key(other) != key for other in coming):
+            self._made.pop(key, None)
+
+    def _key(self, arm: TrainedArm) -> Hashable:
+        return (arm.program, self._before(arm))
+
+    def _before(self, arm: TrainedArm) -> int | None:
+        """How many of its lanes ran at a time in an earlier session."""
+        found = self._left.in_flight.get(arm.name)
+        return None if found is None else found.progress.lanes_at_a_time
+
+    def _compile(self, arm: TrainedArm) -> None:
+        key, before = self._key(arm), self._before(arm)
+        if key not in self._made:
+            self._made[key] = compile_programs(arm, self._splits[arm.data], self._device, before)
+        now = self._made[key].at_a_time
+        if before is not None and now != before:
+            self._watcher.says(
+                f"{arm.name}: {now} lanes at a time, {before} before: "
+                "the results agree to rounding, not to the last bit"
+            )
 
 
 def begin(
@@ -245,22 +287,15 @@ def begin(
         tracking.write_whole(held / file, partial(_write_json, values))
     if where["diff"]:
         tracking.write_whole(held / where["diff"], lambda path: path.write_text(tracking.diff(), encoding="utf-8"))
-    lanes = [numbers._asdict() for numbers in lane_numbers(experiment)]
     platform = this["device"]["platform"]
-    return Beginning(held.record["id"], name, held.path, config, "", platform, {}, lanes, is_resumed, command)
+    return Beginning(held.record["id"], name, held.path, config, "", platform, {}, {}, is_resumed, command)
 
 
 def _write_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(tracking.to_json(values), encoding="utf-8")
 
 
-def columns_of(lanes: tuple[LaneNumbers, ...]) -> LaneNumbers:
-    """The numbers of all lanes, an array each."""
-    columns = zip(*lanes, strict=True)
-    return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))  # type: ignore[arg-type]
-
-
-def kernels_for(arms: tuple[ResolvedArm, ...], device: jax.Device, watcher: Watcher) -> str:
+def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watcher) -> str:
     """Which kernels convolve and pool: `native` (kernels.cc) or `xla`; the user is told what takes time or costs it.
 
     Raises UserError for a `CNNLIB_KERNELS` that cannot be followed.

@@ -284,6 +284,23 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Batch normalisation (Ioffe and Szegedy 2015): each channel of a map, or each unit of a vector, by itself.
+
+    A channel's mean and variance are taken over the batch and all positions, and it has one scale and one bias, in
+    every reading of a model: with statistics of every node a local or full reading would not be the same function of a
+    batch as the convolution that it comes from. The bias of a convolution or a dense layer right before it comes off
+    with the mean: `nobias` leaves it out.
+    """
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        return input_shape
+
+    def __str__(self) -> str:
+        return "norm"
+
+
+@dataclass(frozen=True)
 class Residual:
     """g(x) + f(x), two sequences of layers whose outputs have one shape; without `shortcut`, g(x) is x itself."""
 
@@ -306,7 +323,7 @@ class Residual:
         return f"residual({','.join(map(str, self.layers))}{shortcut})"
 
 
-Layer = Conv | Local | Full | Dense | MaxPool | AvgPool | Activation | Residual
+Layer = Conv | Local | Full | Dense | MaxPool | AvgPool | Activation | Norm | Residual
 FILTERS: dict[Connectivity, type[Conv] | type[Local] | type[Full]] = {"conv": Conv, "local": Local, "full": Full}
 _NAME_OF: dict[type, str] = {
     Conv: "conv",
@@ -370,7 +387,7 @@ class Model:
         return "conv" if Conv in kinds else "local" if Local in kinds else "full"
 
     def with_connectivity(self, connectivity: Connectivity) -> Model:
-        """The model read as `full`, `local` or `conv`: the same nodes in every layer, pooling and activations kept.
+        """The model read as `full`, `local` or `conv`: the same nodes in every layer, all else kept.
 
         Readings are of layers with a window (`Conv`, `Local`, `Full`) and can be exchanged any number of times; `Dense`
         layers are full in each of them.
@@ -417,7 +434,7 @@ def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:
 
 NOTATION = (
     "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:nobias], local:..., full:..., dense:UNITS[:nobias], "
-    "max:WINDOW[/STRIDES][:PADDING], avg:..., relu, tanh, residual(BRANCH[|SHORTCUT])"
+    "max:WINDOW[/STRIDES][:PADDING], avg:..., norm, relu, tanh, residual(BRANCH[|SHORTCUT])"
 )
 
 
@@ -485,6 +502,8 @@ def _parse_layer(token: str) -> Layer:
     try:
         if name in ("relu", "tanh") and not parts:
             return Activation(name)  # type: ignore[arg-type]  # the line above narrows it, mypy does not see it
+        if token == "norm":
+            return Norm()
         use_bias = "nobias" not in parts
         parts = [part for part in parts if part != "nobias"]
         if name == "dense":

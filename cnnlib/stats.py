@@ -1,28 +1,58 @@
-"""Means with intervals."""
+"""Means with intervals, arms compared seed by seed, and how many seeds a difference needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import special
 
+from cnnlib.errors import UserError
+
+Verdict = Literal["first ahead", "second ahead", "undecided"]
+MOST_SEEDS = 1_000_000
+
 
 class Interval(NamedTuple):
-    """A mean with its 95 % confidence interval; without values there is no mean, with one no interval (None)."""
+    """A mean with its confidence interval; without values there is no mean, with one no interval (None)."""
 
     mean: float | None
     low: float | None
     high: float | None
     n: int
 
+    @property
+    def kind(self) -> str:
+        """How the interval was made, in words for a caption."""
+        return "Student's t"
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of Student's t with n - 1 degrees of freedom: mean +- t_0.975 s / sqrt(n).
 
-    It covers the mean of a normal population in 95 % of samples (Student 1908); n is at least 2 for an interval.
+class BootstrapInterval(Interval):
+    """An interval that resampling made."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """How the interval was made, in words for a caption."""
+        return "BCa bootstrap"
+
+
+def t_quantile(freedom: int, level: float) -> float:
+    """The t that the size of a Student's t variable with `freedom` degrees of freedom exceeds with odds 1 - level."""
+    if not 0 < level < 1:
+        raise UserError(f"level={level}: a confidence level lies between 0 and 1, such as 0.95")
+    return float(special.stdtrit(freedom, 0.5 + level / 2))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Mean and interval of Student's t with n - 1 degrees of freedom: mean +- t s / sqrt(n).
+
+    It covers the mean of a normal population in a share `level` of samples (Student 1908); n is at least 2 for an
+    interval.
     """
     n = len(values)
     if n == 0:
@@ -30,5 +60,200 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean = float(np.mean(values))
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(special.stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = t_quantile(n - 1, level) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> BootstrapInterval:
+    """Mean and its bias-corrected, accelerated bootstrap interval (Efron 1987), which takes no shape for granted.
+
+    It needs values by the dozen. With fewer it promises too much: in simulations a 95 % interval covered the mean of
+    normal samples in 84 % for n = 5, 90 % for n = 10 and 93 % for n = 40, that of exponential ones in 78, 87 and 92 %,
+    where Student's covered it in 90 to 92 %. No interval (None) for n < 2, nor where all values are equal: resampling
+    them says nothing of what others would be.
+    """
+    t_quantile(1, level)  # refuses what is no level
+    n = len(values)
+    mean = float(np.mean(values)) if n else None
+    if n == 0 or np.ptp(values) == 0:
+        return BootstrapInterval(mean, None, None, n)
+    from scipy.stats import bootstrap  # takes a second to import, and few need it
+
+    found = bootstrap(
+        (np.asarray(values, np.float64),),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="BCa",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return BootstrapInterval(mean, float(found.low), float(found.high), n)
+
+
+class Difference(NamedTuple):
+    """Two arms compared by the seeds that both have: the first's values minus the second's, more being better.
+
+    first, second: the arms' names. n: seeds in common. mean: of the differences; None for n = 0. deviation: their
+    standard deviation; None for n < 2, as all that follows but `comparisons`, `level` and `verdict`. low, high: the
+    interval of Student's t for this difference alone. p: of the two-sided t test of no difference. holm: the p value
+    corrected over all comparisons (Holm 1979). simultaneous_low, simultaneous_high: the wider interval of Bonferroni;
+    those of all `comparisons` hold together in a share `level` of experiments. verdict: read off that wider interval.
+    """
+
+    first: str
+    second: str
+    n: int
+    mean: float | None
+    deviation: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    holm: float | None
+    simultaneous_low: float | None
+    simultaneous_high: float | None
+    comparisons: int
+    level: float
+    verdict: Verdict
+
+    def sentence(self) -> str:
+        """What was found, in words and percentage points, for values that are shares of 1 such as accuracies."""
+        seeds = f"{self.n} seed{'' if self.n == 1 else 's'}"
+        if self.mean is None:
+            return f"{self.first} and {self.second}: no seed in common, undecided"
+        if self.simultaneous_low is None or self.simultaneous_high is None:
+            return f"{self.first} and {self.second}: {_points(self.mean)} points, undecided (paired by {seeds})"
+        over = f" simultaneous over {self.comparisons} comparisons" if self.comparisons > 1 else " interval"
+        how = f"(paired by {seeds}, {100 * self.level:g} %{over}{'' if self.deviation else ', differences all equal'})"
+        numbers = (self.mean, self.simultaneous_low, self.simultaneous_high)
+        if self.verdict == "undecided":
+            mean, low, high = (_points(number) for number in numbers)
+            return f"{self.first} and {self.second}: {mean} points [{low}, {high}], undecided {how}"
+        ahead, behind = self.first, self.second
+        if self.verdict == "second ahead":
+            ahead, behind, numbers = behind, ahead, (-numbers[0], -numbers[2], -numbers[1])
+        decimals = 2
+        while decimals < 12 and round(100 * numbers[1], decimals) <= 0:  # a lead is never shown as [0.00, ...
+            decimals += 1
+        mean, low, high = (_points(number, decimals) for number in numbers)
+        return f"{ahead} is ahead of {behind} by {mean} points [{low}, {high}] {how}"
+
+
+def _points(share: float, decimals: int = 2) -> str:
+    return f"{round(100 * share, decimals) + 0.0:.{decimals}f}"  # + 0.0: no -0.00
+
+
+def paired_differences(
+    values: Mapping[str, Mapping[Hashable, float]],
+    level: float = 0.95,
+    reference: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> list[Difference]:
+    """Compares every two arms, every arm with `reference`, or the `pairs` that were planned, by the seeds of both.
+
+    `values` maps an arm's name to its values by seed. A verdict wants a simultaneous interval that keeps clear of zero;
+    comparisons with fewer than two seeds in common are undecided, and not counted. Differences that are all equal,
+    rounding aside, have no deviation to judge them by, as happens with accuracies of few examples: their intervals are
+    a point, and p is that of the test that gives each its sign by a fair coin, 2^(1-n), which the verdict then rests
+    on. The intervals speak of further seeds, not of further data sets, and take the seeds for independent and the
+    differences for normal. Values that are not finite raise UserError: leave diverged lanes out, and say so.
+    """
+    for name in (*([reference] if reference is not None else []), *(name for pair in pairs for name in pair)):
+        if name not in values:
+            raise UserError(f"no arm {name!r} to compare with: there are {', '.join(values)}")
+    for arm, by_seed in values.items():
+        for seed, value in by_seed.items():
+            if not math.isfinite(value):
+                raise UserError(f"{arm} has {value} for {seed!r}: differences want finite numbers")
+    if not pairs:
+        others = [(arm, reference) for arm in values if arm != reference and reference is not None]
+        pairs = list(combinations(values, 2)) if reference is None else others
+    samples = [_paired(values[first], values[second]) for first, second in pairs]
+    comparisons = sum(len(sample) > 1 for sample in samples)
+    results = []
+    for (first, second), sample in zip(pairs, samples, strict=True):
+        n = len(sample)
+        if n < 2:
+            rest = (None,) * 7
+            results.append(
+                Difference(first, second, n, sample[0] if n else None, *rest, comparisons, level, "undecided")
+            )
+            continue
+        equal = np.ptp(sample) == 0  # then np.mean and np.std would bring rounding back in
+        mean, deviation = (float(sample[0]), 0.0) if equal else (float(np.mean(sample)), float(np.std(sample, ddof=1)))
+        error = deviation / math.sqrt(n)
+        half = t_quantile(n - 1, level) * error
+        wide = t_quantile(n - 1, 1 - (1 - level) / comparisons) * error
+        p = 2 * float(special.stdtr(n - 1, -abs(mean) / error)) if error else 2.0 ** (1 - n) if mean else 1.0
+        verdict: Verdict = "undecided"
+        if error or comparisons * p < 1 - level:
+            verdict = "first ahead" if mean - wide > 0 else "second ahead" if mean + wide < 0 else "undecided"
+        ends = (mean - half, mean + half, p, None, mean - wide, mean + wide)
+        results.append(Difference(first, second, n, mean, deviation, *ends, comparisons, level, verdict))
+    corrected = iter(holm([result.p for result in results if result.p is not None]))
+    return [result if result.p is None else result._replace(holm=next(corrected)) for result in results]
+
+
+def _paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> list[float]:
+    pairs = [(float(value), float(second[seed])) for seed, value in first.items() if seed in second]
+    differences = [one - other for one, other in pairs]
+    # 0.05 - 0.03 is not 0.31 - 0.29 in binary: what rounding alone tells apart is equal, or its t would be huge.
+    noise = 4 * float(np.finfo(np.float64).eps) * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    if differences and max(differences) - min(differences) <= noise:
+        return [differences[0] if abs(differences[0]) > noise else 0.0] * len(differences)
+    return differences
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values corrected by Holm's step-down method, in the order given: they keep the family-wise error rate.
+
+    Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * np.asarray(p, np.float64)[order])
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in corrected]
+
+
+def detectable_difference(
+    deviation: float, n: int, level: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> float:
+    """The least true mean difference that n seeds show, in a share `power` of experiments, to be on its side of zero.
+
+    `deviation` is the standard deviation of paired differences, and the result has its unit; over several `comparisons`
+    the interval is that of Bonferroni. The noncentral t distribution, to about 1e-6 of power; a deviation guessed from
+    a few seeds makes the result as rough a guess.
+    """
+    if not (math.isfinite(deviation) and deviation > 0):
+        raise UserError(f"deviation={deviation}: the deviation of the differences is a positive number")
+    if n < 2 or comparisons < 1:
+        raise UserError(f"n={n}, comparisons={comparisons}: it takes two seeds and one comparison at least")
+    threshold = t_quantile(n - 1, 1 - (1 - level) / comparisons)
+    if not (1 - level) / comparisons < power < 1:
+        raise UserError(f"power={power}: a power lies between 1 - level and 1, such as 0.8")
+    return deviation * float(special.nctdtrinc(n - 1, 1 - power, threshold)) / math.sqrt(n)
+
+
+def seeds_needed(
+    difference: float, deviation: float, level: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> int:
+    """The least number of seeds that detects a true mean difference: see `detectable_difference`.
+
+    UserError where a million do not.
+    """
+
+    def enough(n: int) -> bool:
+        return detectable_difference(deviation, n, level, power, comparisons) <= abs(difference)
+
+    most = 2
+    while not enough(most):
+        if most > MOST_SEEDS:
+            raise UserError(f"a difference of {difference} needs more than {MOST_SEEDS:,} seeds")
+        most *= 2
+    fewest = most // 2  # too few, or one
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if enough(middle) else (middle, most)
+    return most

@@ -221,6 +221,19 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
     return None
 
 
+def machine() -> dict[str, Any]:
+    """The processor by its name and its number of cores, whatever device the models run on."""
+    import platform
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # no Linux: the name above
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return {"processor": name, "cores": os.cpu_count()}
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, of cnnlib and of the libraries that a result depends on."""
     import platform

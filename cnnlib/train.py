@@ -1,9 +1,9 @@
 """The heart: one model's training as pure functions of keys and numbers, and the map that makes lanes of them.
 
 Read it top to bottom. What is static (network, training rule, sizes) is closed over; everything else is an argument.
-`initialize`, `epoch` and `evaluate` are written for one model; `over_lanes` maps any of them over a population, and the
-caller compiles the result. Examples are drawn, augmented and normalised inside the program: between two epochs nothing
-but a few sums leaves the device.
+`initialize` and `epoch` are written for one model, as what evaluation.py tests it with; `over_lanes` maps any of them
+over a population, and the caller compiles the result. Examples are drawn, augmented and normalised inside the program:
+between two epochs nothing but a few sums leaves the device.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
-from cnnlib.augment import augmented, central, normalize
+from cnnlib.augment import augmented, normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
-from cnnlib.equivalence import expand, project
-from cnnlib.models import Network, Parameters, logits
+from cnnlib.equivalence import expand
+from cnnlib.models import Network, Parameters, Statistics, initial, training_logits
 from cnnlib.optim import optimizer
 from cnnlib.spec import Model, Shape
 
@@ -28,11 +28,13 @@ class State(NamedTuple):
     """Everything of one model that changes from epoch to epoch."""
 
     parameters: Parameters
+    statistics: Statistics
+    """What its norms have seen; empty without any."""
     optimizer_state: optax.OptState
     epochs: Int[Array, ""]
     """Epochs finished with a finite loss."""
     diverged: Bool[Array, ""]
-    """Once true, the model keeps the parameters of its last finite epoch."""
+    """Once true, the model keeps the parameters and statistics of its last finite epoch."""
 
 
 class Examples(NamedTuple):
@@ -52,12 +54,20 @@ class Sums(NamedTuple):
     examples: Int[Array, ""]
 
 
+class Answers(NamedTuple):
+    """What a model says of each example."""
+
+    predicted: Int[Array, " count"]
+    loss: Float[Array, " count"]
+
+
 class Keys(NamedTuple):
     """One key for each use of chance in a model's life."""
 
     init: Key[Array, ""]
     order: Key[Array, ""]
     augment: Key[Array, ""]
+    subset: Key[Array, ""]
 
 
 class Recipe(NamedTuple):
@@ -69,13 +79,24 @@ class Recipe(NamedTuple):
     augment: Augment
     batch_size: int
     epochs: int
+    examples: int | None = None
+    """That one model trains on, drawn by its order seed; None: all there are."""
+    reshuffle: bool = True
+    passes: int = 1
     start: Network | None = None
     """The reading of the network that draws the initial weights, where it is another one."""
 
 
-def keys_of(seed: int | Integer[Array, ""]) -> Keys:
-    """The keys of a seed. threefry by name: its bits do not change under vmap or with JAX's default generator."""
-    return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+def keys_of(numbers: LaneNumbers) -> Keys:
+    """The keys of a lane: the initial weights from its seed, what is drawn from the data from its order seed.
+
+    threefry by name: its bits do not change under vmap or with JAX's default generator.
+    """
+
+    def of(seed: int | Integer[Array, ""]) -> Keys:
+        return Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+
+    return of(numbers.order_seed)._replace(init=of(numbers.seed).init)
 
 
 def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
@@ -83,16 +104,16 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
     model = Model(recipe.network.layers)
 
     def init(numbers: LaneNumbers) -> State:
-        example = jnp.zeros((1, *recipe.input_shape), jnp.float32)
         drawn = recipe.start or recipe.network
-        parameters = drawn.init(keys_of(numbers.seed).init, example)["params"]
+        # Statistics are a channel's in every reading: they need no map.
+        parameters, statistics = initial(drawn, keys_of(numbers).init, recipe.input_shape)
         if recipe.start:
             # Drawn once: a compiler that draws each copy of a weight anew may round some of them differently.
             parameters = jax.lax.optimization_barrier(parameters)  # type: ignore[no-untyped-call]
             parameters = expand(Model(recipe.start.layers), parameters, recipe.input_shape, model.connectivity)
         # Neither the step count nor the numbers shape the optimiser's state.
         optimizer_state = optimizer(recipe.optim, numbers, total_steps=1).init(parameters)
-        return State(parameters, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        return State(parameters, statistics, optimizer_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     return init
 
@@ -100,84 +121,66 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
 def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[State, Sums]]:
     """The function that trains a model for one epoch: `train(state, numbers, examples) -> (state, sums)`.
 
-    The order is drawn anew each epoch; the examples that do not fill a batch at its end are left out of it. `sums` are
-    those of the training loss and accuracy, on augmented examples, while the parameters change.
+    The order is drawn anew for each pass, or is that in which the examples are stored (`reshuffle`); those that do not
+    fill a batch at its end are left out of it. `sums` are those of the training loss and accuracy, on augmented
+    examples, while the parameters change.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
-        count = examples.y.shape[0]
-        steps = count // recipe.batch_size
+        own = own_examples(recipe, numbers, examples)
+        count = own.shape[0]
+        per_pass = count // recipe.batch_size
+        steps = recipe.passes * per_pass
         rule = optimizer(recipe.optim, numbers, total_steps=steps * recipe.epochs)
-        keys = keys_of(numbers.seed)
-        order = jax.random.permutation(jax.random.fold_in(keys.order, state.epochs), count)
-        batches = order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
+        keys = keys_of(numbers)
 
-        def loss(parameters: Parameters, x: Array, y: Array) -> tuple[Array, Array]:
-            output = logits(recipe.network, parameters, x)
+        def order(number: Int[Array, ""]) -> Int[Array, " count"]:
+            if not recipe.reshuffle:
+                return jnp.arange(count)
+            return jax.random.permutation(jax.random.fold_in(keys.order, number), count)
+
+        orders = jax.lax.map(order, state.epochs * recipe.passes + jnp.arange(recipe.passes))
+        batches = own[orders[:, : per_pass * recipe.batch_size]].reshape(steps, recipe.batch_size)
+
+        def loss(
+            parameters: Parameters, statistics: Statistics, x: Array, y: Array
+        ) -> tuple[Array, tuple[Array, Statistics]]:
+            output, statistics = training_logits(recipe.network, parameters, statistics, x)
             targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
-            return optax.softmax_cross_entropy(output, targets).mean(), (output.argmax(-1) == y).sum()
+            return optax.softmax_cross_entropy(output, targets).mean(), ((output.argmax(-1) == y).sum(), statistics)
 
-        def step(carry: tuple[Any, Any], batch: tuple[Array, Array]) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
-            parameters, optimizer_state = carry
+        def step(carry: tuple[Any, ...], batch: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
+            parameters, statistics, optimizer_state = carry
             index, number = batch
             key = jax.random.fold_in(keys.augment, state.epochs * steps + number)
             x = augmented(key, examples.x[index], recipe.augment)
             x = normalize(x, examples.mean, examples.deviation)
-            (value, correct), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, x, examples.y[index])
+            (value, (correct, statistics)), gradient = jax.value_and_grad(loss, has_aux=True)(
+                parameters, statistics, x, examples.y[index]
+            )
             update, optimizer_state = rule.update(gradient, optimizer_state, parameters)
-            return (optax.apply_updates(parameters, update), optimizer_state), (value, correct)
+            return (optax.apply_updates(parameters, update), statistics, optimizer_state), (value, correct)
 
-        (parameters, optimizer_state), (values, corrects) = jax.lax.scan(
-            step, (state.parameters, state.optimizer_state), (batches, jnp.arange(steps))
+        model = (state.parameters, state.statistics, state.optimizer_state)
+        (parameters, statistics, optimizer_state), (values, corrects) = jax.lax.scan(
+            step, model, (batches, jnp.arange(steps))
         )
         sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size, jnp.int32))
         # The last step's loss is that of the parameters before it, so these are looked at as well.
-        finite = jnp.isfinite(sums.loss) & all_finite(parameters) & ~state.diverged
-        trained = State(parameters, optimizer_state, state.epochs + 1, state.diverged)
+        finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
+        trained = State(parameters, statistics, optimizer_state, state.epochs + 1, state.diverged)
         frozen = state._replace(diverged=jnp.ones((), bool))
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen), sums
 
     return train
 
 
-def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Examples], Sums]:
-    """The function that tests a model on every example: `test(parameters, examples) -> sums`, without smoothing.
-
-    The last batch is padded, and its padding masked out of the sums.
-    """
-
-    def test(parameters: Parameters, examples: Examples) -> Sums:
-        count = examples.y.shape[0]
-        size = min(batch_size, count)
-        steps = -(-count // size)
-        positions = jnp.arange(steps * size).reshape(steps, size)
-
-        def step(sums: Sums, position: Int[Array, " batch"]) -> tuple[Sums, None]:
-            index, real = jnp.minimum(position, count - 1), position < count
-            x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
-            output = logits(recipe.network, parameters, x)
-            losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
-            correct = output.argmax(-1) == examples.y[index]
-            return Sums(
-                sums.loss + jnp.where(real, losses, 0.0).sum(),
-                sums.correct + jnp.where(real, correct, False).sum(),
-                sums.examples + real.sum(),
-            ), None
-
-        zero = jnp.zeros((), jnp.int32)
-        return jax.lax.scan(step, Sums(jnp.zeros((), jnp.float32), zero, zero), positions)[0]
-
-    return test
-
-
-def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""]]:
-    """The function that measures how far a local or full net is from a convolution: `distance(parameters)`.
-
-    The norm of what the nearest convolution lacks of the weights, over their norm: 0 for a net that is one, 1 for one
-    that has nothing of any (`equivalence.project`).
-    """
-    model = Model(recipe.network.layers)
-    return lambda parameters: project(model, parameters, recipe.input_shape, "conv").total
+def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"]:
+    """Which examples a lane trains on, in the order in which they are stored."""
+    count = examples.y.shape[0]
+    if recipe.examples is None or recipe.examples == count:
+        return jnp.arange(count)
+    return jnp.sort(jax.random.permutation(keys_of(numbers).subset, count)[: recipe.examples])
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

@@ -113,7 +113,7 @@ class WandbCopy(Watcher):
 
     def training_begins(self, name: str, epoch: int) -> None:
         """Opens the runs of an arm."""
-        known, lanes = self._beginning.arms[name], self._beginning.lanes
+        known, lanes = self._beginning.arms[name], self._beginning.lanes[name]
         counts = {key: known[key] for key in ("parameters", "connections", "macs")}
         config = {
             **self._static,
@@ -173,7 +173,7 @@ class WandbCopy(Watcher):
             }
             summaries = [found | {"train_seconds_per_lane": result["train_seconds_per_lane"]}]
         else:
-            keys = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv")
+            keys = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv", "sparsity")
             summaries = [{key: lane[key] for key in keys if key in lane} for lane in result["lanes"]]
         self._tell()
         self._send("arm_ends", name=name, summaries=[finite(row) for row in summaries])
@@ -201,6 +201,8 @@ class WandbCopy(Watcher):
             late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
             self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
         self._reader.join(1.0)
+        if not self._reader.is_alive() and self._worker.stdout is not None:
+            self._worker.stdout.close()
         self._tell()
 
     def _run(self, part: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +239,8 @@ class WandbCopy(Watcher):
 
 def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:
     """`lenet5 seed 3`, and whatever else tells the lane from others: `lenet5 seed 3 learning_rate 0.01`."""
-    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key != "seed"]
+    same = {"seed"} | ({"order_seed"} if all(other["order_seed"] == other["seed"] for other in lanes) else set())
+    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key not in same]
     return " ".join([arm, f"seed {lane['seed']}", *(f"{key} {lane[key]:g}" for key in varied)])
 
 

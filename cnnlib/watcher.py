@@ -20,8 +20,8 @@ class Beginning(NamedTuple):
     platform: str
     arms: dict[str, dict[str, Any]]
     """Connectivity and counts by the name of the arm."""
-    lanes: list[dict[str, Any]]
-    """The numbers of each lane: its seed, learning rate and so on."""
+    lanes: dict[str, list[dict[str, Any]]]
+    """The numbers of each lane, its seed, learning rate and so on, by the name of the arm."""
     is_resumed: bool
     command: str | None
 

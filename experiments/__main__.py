@@ -13,20 +13,24 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
-from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, lane_numbers, override, to_dict
+from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override, to_dict
 from cnnlib.cost import BYTES
 from cnnlib.errors import Stopped, UserError
-from cnnlib.spec import FILTERS, shape_text
+from cnnlib.spec import FILTERS, Shape, shape_text
+
+if TYPE_CHECKING:
+    from cnnlib.results_page import Asked
 
 COMMANDS = {
     "list": "list",
@@ -34,6 +38,9 @@ COMMANDS = {
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]",
     "runs": "runs [DIR]",
     "compare": "compare DIR DIR [DIR ...]",
+    "report": "report DIR [DIR ...] [--out FILE]",
+    "all": "all [--out DIR]",
+    "results": "results [DIR]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
@@ -60,6 +67,13 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--json", action="store_true", help="layers and total, for programs")
     elif command == "runs":
         parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="where to look (runs)")
+    elif command == "all":
+        parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
+    elif command == "results":
+        parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
+    elif command == "report":
+        parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
+        parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (report.html)")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
@@ -101,28 +115,20 @@ def command_show(name: str, experiment: Experiment | Growth) -> None:
         print(f"{told}\n")
         print_growth(found)
         return
-    from cnnlib.data import describe
+    from rich.console import Console
 
-    description = describe(experiment.data)
-    arms = resolve(experiment, description)
-    available = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
-    shape = shape_text(description.input_shape)
+    from cnnlib.plan import print_plan
+
+    arms = resolve(experiment)
     print(told)
-    print(f"\ndata: {description.name}, {shape}, {description.num_classes} classes; {available}")
-    print(
-        f"\narms, each with {len(lane_numbers(experiment))} lanes; counts for one example, taps on padding counted:\n"
-    )
-    header = ("arm", "connectivity", "parameters", "connections", "multiply-adds")
-    rows = [
-        (a.name, a.model.connectivity, *(f"{n:,}" for n in (a.count.parameters, a.count.connections, a.count.macs)))
-        for a in arms
-    ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  " + "  ".join(cells).rstrip())
+    print()
+    for known in dict.fromkeys((arm.data, arm.description.name) for arm in arms):
+        description = next(arm.description for arm in arms if (arm.data, arm.description.name) == known)
+        available = ", ".join(f"{count:,} {split}" for split, count in description.counts.items()) or "not prepared yet"
+        shape = shape_text(description.input_shape)
+        print(f"data: {description.name}, {shape}, {description.num_classes} classes; {available}")
+    print("\narms; counts are for one example, taps on padding counted:")
+    print_plan(arms, len({arm.program for arm in arms}), Console(highlight=False))
     matches = [f"{a.name}: {a.match}\n  {a.model}" for a in arms if a.match]
     if matches:
         print("\nmatched budgets:\n\n" + textwrap.indent("\n".join(matches), "  "))
@@ -142,15 +148,18 @@ def command_count(options: argparse.Namespace) -> None:
     input_shape = None if options.input is None else parse_shape(options.input)
     num_classes = options.classes or 10
     is_experiment = what in EXPERIMENTS
+    inputs: dict[str, tuple[Shape, int]] = {}
     if is_experiment:
         experiment = override(EXPERIMENTS.get(what), rest)
         arms = experiment.arms
         if isinstance(experiment, Experiment):
             from cnnlib.data import describe
 
-            description = describe(experiment.data)
-            input_shape = input_shape or experiment.augment.seen_shape(description.input_shape)
-            num_classes = options.classes or description.num_classes
+            for arm in arms:
+                one = experiment.of_arm(arm)
+                description = describe(one.data)
+                shape = input_shape or one.augment.seen_shape(description.input_shape)
+                inputs[arm.name] = (shape, options.classes or description.num_classes)
         else:
             num_classes = options.classes or experiment.num_classes
     elif what in ARCHITECTURES and not rest:
@@ -161,20 +170,24 @@ def command_count(options: argparse.Namespace) -> None:
         except UserError as error:
             names = ", ".join((*EXPERIMENTS, *ARCHITECTURES))
             raise UserError(f"{error}; or an experiment or architecture: {names}") from None
-    if input_shape is None:
+    if input_shape is not None:
+        inputs = inputs or {arm.name: (input_shape, num_classes) for arm in arms}
+    if not inputs:
         raise UserError(f"count {what} needs the shape of an example: --input HxWxC, such as --input 28x28x1")
     chosen = {"connectivity": options.connectivity, "match": options.match}
     arms = tuple(replace(arm, **{name: value for name, value in chosen.items() if value}) for arm in arms)
     summaries = []
-    for arm in resolve_arms(arms, input_shape, num_classes):
-        name = {"name": arm.name} if is_experiment else {}
-        match = {"match": arm.match.plain()} if arm.match else {}
-        summaries.append({**name, **match, **summary(arm.model, input_shape, options.batch_size, options.dtype)})
+    for resolved in resolve_arms(arms, inputs):
+        name = {"name": resolved.name} if is_experiment else {}
+        match = {"match": resolved.match.plain()} if resolved.match else {}
+        summaries.append(
+            {**name, **match, **summary(resolved.model, resolved.input_shape, options.batch_size, options.dtype)}
+        )
         if not options.json:
             console = Console(highlight=False)
-            console.print(f"{arm.name} on {shape_text(input_shape)}: {arm.model}", markup=False)
-            if arm.match:
-                console.print(f"matched: {arm.match}", markup=False)
+            console.print(f"{resolved.name} on {shape_text(resolved.input_shape)}: {resolved.model}", markup=False)
+            if resolved.match:
+                console.print(f"matched: {resolved.match}", markup=False)
             print_summary(summaries[-1], console)
             console.print()
     if options.json:
@@ -194,6 +207,49 @@ def command_look(options: argparse.Namespace) -> None:
         raise UserError(f"compare needs two runs or more; usage: python -m experiments {COMMANDS['compare']}")
     else:
         compare([Path(folder) for folder in options.folders], console)
+
+
+def command_all(out: str) -> int:
+    """Runs every experiment, or goes on with it, each in a process of its own; the status is that of the worst."""
+    worst = 0
+    for name in EXPERIMENTS:
+        place = Path(out) / name
+        resume = [] if isinstance(EXPERIMENTS.get(name), Growth) else ["--resume"]
+        command = ["run", name, "--out", str(place), *resume]
+        print(f"python -m experiments {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "experiments", *command], check=False).returncode
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return status
+        worst = max(worst, status)
+    return worst
+
+
+def command_report(folders: Sequence[str], out: str) -> None:
+    """Writes the page about finished runs; without JAX."""
+    from cnnlib.page import write_report
+
+    write_report(
+        [Path(folder) for folder in folders], Path(out), lambda name: lab_note(name) if name in EXPERIMENTS else None
+    )
+    print(f"written: {out}")
+
+
+def command_results(folder: str) -> None:
+    """Writes RESULTS.md from stored results; without JAX."""
+    from cnnlib.results_page import write_page
+
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}")
+    print(f"written: {write_page(Path(folder), asked)}")
+
+
+def asked(name: str) -> Asked:
+    """What a registered experiment asks."""
+    from cnnlib.results_page import Asked
+
+    experiment = EXPERIMENTS.get(name)
+    planned = experiment.comparisons if isinstance(experiment, Experiment) else ()
+    return Asked(lab_note(name).splitlines()[0], planned)
 
 
 def print_growth(results: dict[str, Any]) -> None:
@@ -233,6 +289,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
         copy = None if mode is None else WandbCopy(experiment, mode)
 
         from cnnlib.folder import RUN_FILES
+        from cnnlib.plan import RateKeeper
         from cnnlib.report import ReportWriter, print_results
         from cnnlib.run import run
         from cnnlib.terminal import RunConsole, watcher_for
@@ -241,7 +298,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
         wish = stack.enter_context(stopping.by_signal())
         try:
             with watcher_for(console) as shown, contextlib.ExitStack() as ends:
-                watchers: list[Watcher] = [shown, ReportWriter(out)]
+                watchers: list[Watcher] = [shown, ReportWriter(out), RateKeeper()]
                 if hint is not None:
                     watchers.append(Notice(hint, shown.says))
                 if copy is not None:
@@ -278,6 +335,14 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--force has no meaning without --resume")
         if command == "count":
             command_count(options)
+            return 0
+        if command == "all":
+            return command_all(options.out)
+        if command == "report":
+            command_report(options.folders, options.out)
+            return 0
+        if command == "results":
+            command_results(options.folder)
             return 0
         if command in ("runs", "compare"):
             command_look(options)

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from cnnlib.config import EXPERIMENTS
+from experiments import __main__ as cli
 from experiments.__main__ import main
 
 TINY = ["data.name=lines", "data.validation=0", "epochs=1", "batch_size=500", "lanes.seed=0,1"]
@@ -292,3 +294,20 @@ def test_what_nobody_foresaw_is_one_line_too_and_no_success(tmp_path):
 def test_help_is_there(tmp_path):
     assert "run NAME" in experiments("--help", cwd=tmp_path).stdout
     assert "FIELD=VALUE" in experiments("run", "--help", cwd=tmp_path).stdout
+
+
+def test_all_runs_every_experiment_goes_on_and_ends_with_the_worst_status(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, check):
+        asked.append(command[3:])
+        return subprocess.CompletedProcess(command, 2 if "fashion" in command else 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert main(["all", "--out", str(tmp_path)]) == 2  # such as where a data set is missing
+    assert [command[1] for command in asked] == list(EXPERIMENTS)
+    for _, name, *rest in asked:
+        assert rest == ["--out", str(tmp_path / name), *([] if name == "explosion" else ["--resume"])]
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 143))
+    asked.clear()
+    assert main(["all"]) == 143 and asked == []  # who stops one run stops all

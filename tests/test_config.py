@@ -117,9 +117,15 @@ def test_a_stranger_s_json_is_checked(change, part):
 
 def test_a_missing_field_is_named():
     values = to_dict(EXPERIMENT)
-    del values["optim"]["momentum"]
-    with pytest.raises(UserError, match=r"config\.optim\.momentum is missing"):
+    del values["arms"]
+    with pytest.raises(UserError, match=r"config\.arms is missing"):
         from_dict(values)
+
+
+def test_a_field_that_came_later_has_its_default():
+    values = to_dict(EXPERIMENT)
+    del values["optim"]["label_smoothing"], values["reshuffle"], values["arms"][0]["own"]
+    assert from_dict(values) == EXPERIMENT
 
 
 def test_lanes_are_the_product_of_traced_numbers_and_seeds():

@@ -16,9 +16,10 @@ from jax import lax
 from cnnlib import models
 from cnnlib.architectures import ARCHITECTURES, neyshabur_d, neyshabur_s
 from cnnlib.cost import Field, count, layers
+from cnnlib.equivalence import parameter_shapes
 from cnnlib.errors import UserError
 from cnnlib.models import network
-from cnnlib.spec import AvgPool, Conv, Dense, Full, MaxPool, Model, Residual, parse_model
+from cnnlib.spec import AvgPool, Conv, Dense, Full, MaxPool, Model, Norm, Residual, parse_model
 
 # name: (input shape, classes, parameters, connections): every registered architecture, or the test below fails.
 # VGG-16's are the figures that are published with its weights, AlexNet's layer by layer a calculation by hand.
@@ -31,6 +32,8 @@ TABLE = {
     "mnist1d_mlp": ((40, 1), 10, 15_210, 15_000),
     "mnist1d_cnn": ((40, 1), 10, 5_210, 31_750),
     "alexnet_v2": ((224, 224, 3), 1000, 50_303_912, 736_555_776),
+    "neyshabur_s": ((32, 32, 3), 10, 6_687, 68_592),
+    "neyshabur_d": ((32, 32, 3), 10, 7_277, 78_464),
     "vgg_16": ((224, 224, 3), 1000, 138_357_544, 15_470_264_320),
 }
 READINGS = ("conv", "local", "full")
@@ -60,9 +63,14 @@ def test_counts_equal_the_initialised_arrays(name, connectivity):
     # Shapes only: nobody has room for VGG-16's full reading.
     variables = jax.eval_shape(network(model).init, jax.random.key(0), jnp.zeros((1, *shape)))
     total = count(model, shape)
-    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
     assert total.parameters == sum(math.prod(leaf.shape) for _, leaf in leaves)
-    assert total.biases == sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "bias")
+    assert total.weights == sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key == "kernel")
+    # A scale and a bias for each running mean.
+    norms = [leaf for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0] if path[-1].key == "mean"]
+    assert total.norm_parameters == 2 * sum(math.prod(leaf.shape) for leaf in norms)
+    assert total.parameters == total.weights + total.biases + total.norm_parameters
+    assert parameter_shapes(model, shape) == variables["params"]
 
 
 def test_the_three_readings_of_lenet5_are_those_of_a_calculation_by_hand():
@@ -315,6 +323,7 @@ def test_fields_through_branches_are_those_that_taps_reach(parts, size):
         "dense:7 relu residual(dense:7 relu) dense:3",
         "conv:4@3 relu residual(conv:4@3 relu|conv:4@1) relu dense:3",
         "conv:4@3 relu max:2 dense:3",
+        "conv:4@3:nobias norm relu dense:6:nobias norm relu residual(norm relu dense:6) dense:3",
     ],
 )
 def test_what_is_kept_is_what_jax_keeps(text, monkeypatch):
@@ -322,19 +331,21 @@ def test_what_is_kept_is_what_jax_keeps(text, monkeypatch):
     monkeypatch.setattr(models, "pools_before_bias", lambda layers: {})
     model, shape, batch = parse_model(text), (8, 8, 2), 5
     net, x = network(model), jnp.asarray(np.random.RandomState(0).normal(size=(batch, *shape)), jnp.float32)
-    parameters = net.init(jax.random.key(0), x)["params"]
-    _, pull = jax.vjp(lambda p: net.apply({"params": p}, x), parameters)
+    parameters, statistics = models.initial(net, jax.random.key(0), shape)
+    _, pull = jax.vjp(lambda p: models.training_logits(net, p, statistics, x)[0], parameters)
     # Beside the values JAX keeps the weights, zeros and signs for ReLUs, some values twice in two shapes or orders, and
-    # x as a constant.
+    # x as a constant. Of a norm it keeps a few numbers a channel, which are fewer than those of any map of the batch.
     weights = {tuple(np.sort(np.asarray(leaf), axis=None)) for leaf in jax.tree.leaves(parameters)}
     kept = {tuple(np.sort(np.asarray(leaf), axis=None)) for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32}
     kept |= {tuple(np.sort(np.asarray(x), axis=None))}
-    values = sum(len(values) for values in kept - weights if any(values) and len(values) > 1)
+    values = sum(len(values) for values in kept - weights if any(values) and len(values) > 6)
     signs = sum(leaf.size for leaf in jax.tree.leaves(pull) if leaf.dtype == bool)
     total = count(model, shape)
-    assert (total.kept_values * batch, total.kept_signs * batch) == (values, signs)
+    norms = total.kept_norms * batch
+    assert (total.kept_values * batch + norms, total.kept_signs * batch) == (values, signs)
     assert total.activation_bytes(batch) == 4 * values + signs
-    assert total.activation_bytes(batch, "bfloat16") == 2 * values + signs
+    assert total.activation_bytes(batch, "bfloat16") == 2 * values + 2 * norms + signs
+    assert norms == sum(batch * math.prod(each.output_shape) for each in layers(model, shape) if each.layer == Norm())
 
 
 # Multiply-adds beside XLA's own account of a forward pass on a CPU. Its rule: two FLOPs a multiply-add, and taps on
@@ -342,7 +353,7 @@ def test_what_is_kept_is_what_jax_keeps(text, monkeypatch):
 
 
 def stock_forward(model, parameters, x):
-    """The forward pass in JAX's own operations."""
+    """The forward pass in JAX's own operations; norms as after training, when all that they do is folded."""
     for index, layer in enumerate(model.layers):
         entry = parameters.get(f"layer_{index}")
         match layer:
@@ -358,6 +369,8 @@ def stock_forward(model, parameters, x):
             case MaxPool():
                 window, strides = layer.window(x.shape[1:]), (1, *layer.window(x.shape[1:]).strides, 1)
                 x = lax.reduce_window(x, -jnp.inf, lax.max, (1, *window.size, 1), strides, "VALID")
+            case Norm():
+                x = (x - jnp.ones_like(x)) * jnp.broadcast_to(entry["scale"], x.shape)
             case Residual():
                 x = x + stock_forward(Model(layer.layers), entry, x)
             case _:
@@ -378,6 +391,8 @@ def xla_flops(model, shape):
                 flops += outputs * layer.layer.use_bias
             case MaxPool():
                 flops += outputs * (math.prod(layer.layer.window(layer.input_shape).size) - 1)
+            case Norm():
+                flops += 3 * outputs
             case _:  # a ReLU, or the sum of a residual
                 flops += outputs
     return flops

@@ -10,7 +10,16 @@ import pytest
 
 from cnnlib import data as data_module
 from cnnlib.config import Data
-from cnnlib.data import LINE_CLASSES, channel_statistics, describe, load, make_lines, stratified
+from cnnlib.data import (
+    LINE_CLASSES,
+    channel_statistics,
+    describe,
+    load,
+    make_dsd,
+    make_lines,
+    shuffled,
+    stratified,
+)
 from cnnlib.errors import UserError
 
 
@@ -242,3 +251,34 @@ def test_a_damaged_data_set_is_said_in_one_line(damage, tiny):
     with pytest.raises(UserError) as error:
         load(Data(name, data_dir=str(folder)))
     assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_places_are_shuffled_alike_in_all_splits_and_channels_stay_together():
+    plain, mixed = (load(Data("lines", validation=10, shuffle_pixels=seed)) for seed in (None, 3))
+    places = np.random.RandomState(3).permutation(28 * 28)
+    for one, other in ((plain.train, mixed.train), (plain.validation, mixed.validation), (plain.test, mixed.test)):
+        np.testing.assert_array_equal(other.x.reshape(-1, 784), one.x.reshape(-1, 784)[:, places])
+        np.testing.assert_array_equal(other.y, one.y)
+    assert mixed.description.name == "lines shuffled"
+    colours = np.arange(2 * 6 * 3).reshape(2, 2, 3, 3)
+    np.testing.assert_array_equal(shuffled(colours, 1) % 3, colours % 3)
+
+
+def test_dsd_has_the_signal_in_one_patch():
+    generator = np.random.RandomState(0)
+    signal = np.array([0.6, 0.0, -0.8])
+    x, y = make_dsd(generator, 20_000, 4, signal)
+    patches = x.reshape(-1, 4, 3) @ signal  # 0 without signal, 1 or -1 with it, and noise of a known deviation
+    where = np.abs(patches).argmax(axis=1)
+    strongest = patches[np.arange(len(y)), where]
+    assert np.mean(np.sign(strongest) == 2 * y - 1) > 0.97
+    assert np.bincount(where) == pytest.approx(np.full(4, 5000), abs=300)
+    assert patches.mean() == pytest.approx((2 * y.mean() - 1) / 4, abs=0.02)
+    # Of the four patches' variances three are the noise's, one the noise's and the signal's.
+    assert patches.var() == pytest.approx(0.3**2 + 1 / 4 - ((2 * y.mean() - 1) / 4) ** 2, rel=0.03)
+    description = describe(Data("dsd_4x3"))
+    assert (description.input_shape, description.num_classes) == ((12, 1), 2)
+    assert description.counts == {"train": 8192, "validation": 0, "test": 4096}
+    for name in ("dsd_0x3", "dsd_4x999"):
+        with pytest.raises(UserError, match=r"must be in 1\.\.256"):
+            describe(Data(name))

@@ -7,7 +7,6 @@ import pytest
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib.config import EXPERIMENTS, Growth, assignments, from_dict, override, to_dict
-from cnnlib.data import describe
 from cnnlib.growth import resolve_growth
 from cnnlib.resolve import resolve
 from experiments.__main__ import lab_note
@@ -21,7 +20,7 @@ def test_every_experiment_builds_on_its_data(name):
     if isinstance(experiment, Growth):
         assert set(resolve_growth(experiment)) == set(experiment.sides)
     else:
-        assert len(resolve(experiment, describe(experiment.data))) == len(experiment.arms)
+        assert len(resolve(experiment)) == len(experiment.arms)
     assert from_dict(to_dict(experiment), type(experiment)) == experiment
     assert override(experiment, assignments(experiment)) == experiment
 

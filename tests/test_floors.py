@@ -17,15 +17,16 @@ FLOORS = [
     {"architectures", "cost", "primitives"},
     {"budget", "ops"},
     {"config"},
+    {"sweep"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
-    {"equivalence"},
+    {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "wandb_worker"},
-    {"checkpoint"},
+    {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation", "comparisons"},
+    {"checkpoint", "predictions"},
     {"programs"},
-    {"resume", "growth", "wandb_copy", "overview"},
+    {"resume", "growth", "wandb_copy", "overview", "charts"},
     {"arms"},
-    {"run"},
+    {"run", "results_page", "page"},
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
@@ -49,8 +50,16 @@ WITHOUT_JAX = {
     "wandb_worker",
     "counting",
     "growth",
+    "plan",
+    "predictions",
+    "comparisons",
+    "results_page",
+    "charts",
+    "page",
     "style",
     "tables",
+    "stats",
+    "fits",
 }
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from cnnlib.checkpoint import Checkpoints, Unreadable
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes
-from cnnlib.data import describe
 from cnnlib.errors import UserError
 from cnnlib.folder import RunFolder
 from cnnlib.resolve import resolve
@@ -152,9 +151,9 @@ def malformed_arms(finished, tmp_path, data):
     name = "arms/full.json"
     text = data.draw(damaged((finished / name).read_text()))
     put(finished, tmp_path / "run", name, text)
-    (arm,) = resolve(EXPERIMENT, describe(EXPERIMENT.data))
+    (arm,) = resolve(EXPERIMENT)
     with RunFolder(tmp_path / "run") as held:
-        found = read_arm(held, EXPERIMENT, arm)
+        found = read_arm(held, arm)
     assert found is None or found._asdict() == {
         key: value for key, value in json.loads((finished / name).read_text()).items() if key != "sha256"
     }

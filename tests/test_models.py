@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnnlib.architectures import ARCHITECTURES, lenet5, mlp
-from cnnlib.models import logits, network
+from cnnlib.models import initial, logits, network, training_logits
 from cnnlib.spec import parse_model
 
 
@@ -24,7 +24,7 @@ def test_a_full_net_is_products_biases_and_relus():
     for name in ("layer_0", "layer_2"):
         h = np.maximum(h @ layers[name]["kernel"] + layers[name]["bias"], 0)
     expected = h @ layers["layer_4"]["kernel"] + layers["layer_4"]["bias"]
-    np.testing.assert_allclose(logits(net, parameters, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits(net, parameters, {}, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_residual_adds_its_input():
@@ -90,19 +90,20 @@ def test_every_layer_computes_in_the_type_that_is_asked_for(name, connectivity):
     model = ARCHITECTURES.get(name).with_num_classes(10).with_connectivity(connectivity)
     net = network(model, jnp.bfloat16)
     x = jnp.ones((2, *shape))
-    parameters = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)}
-    gradient = jax.grad(lambda p: logits(net, p, x).sum())
+    parameters, statistics = jax.eval_shape(lambda: initial(net, jax.random.key(0), shape))
+    assert {leaf.dtype for leaf in jax.tree.leaves((parameters, statistics))} == {jnp.dtype(jnp.float32)}
+    gradient = jax.grad(lambda p, s: training_logits(net, p, s, x)[0].sum())
     operands = {
         variable.aval.dtype
-        for equation in equations(jax.make_jaxpr(gradient)(parameters).jaxpr)
+        for equation in equations(jax.make_jaxpr(gradient)(parameters, statistics).jaxpr)
         if equation.primitive.name in ("dot_general", "cnnlib_correlate", "cnnlib_kernel_gradient")
         or equation.primitive.name.startswith("cnnlib_local")
         for variable in equation.invars
     }
     assert operands == {jnp.dtype(jnp.bfloat16)}
-    assert jax.eval_shape(lambda p: logits(net, p, x), parameters).dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(gradient, parameters))} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(lambda p, s: logits(net, p, s, x), parameters, statistics).dtype == jnp.float32
+    gradients = jax.eval_shape(gradient, parameters, statistics)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
 
 
 def equations(jaxpr):

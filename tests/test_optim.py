@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from cnnlib.config import LaneNumbers, Optim
-from cnnlib.optim import optimizer, schedule
+from cnnlib.optim import optimizer, schedule, sparsity
 
-NUMBERS = LaneNumbers(seed=0, learning_rate=0.1, momentum=0.8, weight_decay=0.05, label_smoothing=0.0)
+NUMBERS = LaneNumbers(
+    0, 0, learning_rate=0.1, momentum=0.8, weight_decay=0.05, label_smoothing=0.0, l1=0.0, l1_threshold=0.0
+)
 START = np.asarray([1.0, -2.0, 0.5])
 
 
@@ -75,3 +77,83 @@ def test_schedules_have_the_courses_they_are_named_for():
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_schedules_of_a_few_steps_stay_finite(course, total):
     assert all(np.isfinite(schedule(course, total)(step)) for step in range(total + 1))
+
+
+# beta-LASSO.
+
+PENALISED = NUMBERS._replace(weight_decay=0.0, l1=0.2, l1_threshold=0.6)
+WEIGHTS = np.random.RandomState(3).normal(size=(6, 5))
+BIAS = np.random.RandomState(4).normal(size=5)
+STEPS = 8
+
+
+def pulled(x):
+    """A gradient that draws every weight towards a point near zero."""
+    return 0.5 * (x - 0.3 * np.sin(np.arange(x.shape[-1])).reshape((1,) * (x.ndim - 1) + (-1,)))
+
+
+def penalised(name, numbers=PENALISED, course="constant", traced=(0.2,)):
+    rule = optimizer(Optim(name, course, l1=traced, l1_threshold=(0.6,)), numbers, STEPS)
+    parameters = {"layer_0": {"kernel": jnp.asarray(WEIGHTS), "bias": jnp.asarray(BIAS)}}
+    state = rule.init(parameters)
+    for _ in range(STEPS):
+        update, state = rule.update(jax.tree.map(pulled, parameters), state, parameters)
+        parameters = jax.tree.map(jnp.add, parameters, update)
+    return parameters["layer_0"]
+
+
+def penalised_by_loop(name, weights, strength, beta, rates):
+    """Weight by weight: theta <- theta - eta (g + lambda sign theta), and zero where |theta| < beta lambda."""
+    found = np.empty_like(weights)
+    centre = np.broadcast_to(0.3 * np.sin(np.arange(weights.shape[-1])), weights.shape)
+    for index, theta in np.ndenumerate(weights):
+        velocity = square = 0.0
+        for step, rate in enumerate(rates, start=1):
+            g = 0.5 * (theta - centre[index]) + strength * np.sign(theta)
+            if name == "sgd":
+                velocity = 0.8 * velocity + g
+                theta = theta - rate * velocity
+            else:
+                velocity, square = 0.8 * velocity + 0.2 * g, 0.999 * square + 0.001 * g * g
+                theta = theta - rate * velocity / (1 - 0.8**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+            theta = 0.0 if abs(theta) < beta * strength else theta
+        found[index] = theta
+    return found
+
+
+@pytest.mark.parametrize("course", ["constant", "cosine"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_beta_lasso_follows_its_algorithm_on_kernels_and_leaves_biases_alone(name, course, float64):
+    relative = (1 + np.cos(np.pi * np.arange(STEPS) / STEPS)) / 2 if course == "cosine" else np.ones(STEPS)
+    found = penalised(name, course=course)
+    expected = penalised_by_loop(name, WEIGHTS, 0.2, 0.6, 0.1 * relative)
+    np.testing.assert_allclose(found["kernel"], expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_array_equal(np.asarray(found["kernel"]) == 0, expected == 0)
+    assert 0 < (expected == 0).mean() < 1
+    np.testing.assert_allclose(found["bias"], penalised_by_loop(name, BIAS, 0.0, 0.0, 0.1 * relative), rtol=1e-6)
+    assert sparsity({"layer_0": found}) == (expected == 0).mean()
+
+
+def test_a_large_beta_keeps_a_weight_at_zero_whatever_its_gradient(float64):
+    # Aggressive: from zero no single step reaches beta lambda.
+    found = penalised("sgd", PENALISED._replace(l1_threshold=50.0))
+    assert not np.any(found["kernel"]) and np.all(found["bias"])
+
+
+def test_lanes_differ_in_lambda_and_beta_and_one_without_is_as_if_there_were_none():
+    numbers = [PENALISED._replace(l1=l1, l1_threshold=beta) for l1, beta in ((0.0, 0.6), (0.2, 0.0), (0.2, 0.6))]
+    together = LaneNumbers(*(jnp.asarray(column, jnp.float32) for column in zip(*numbers, strict=True)))
+    kernels = jax.jit(jax.vmap(lambda n: penalised("sgd", n, traced=(0.0, 0.2))["kernel"]))(together)
+    for kernel, each in zip(kernels, numbers, strict=True):
+        np.testing.assert_allclose(kernel, penalised("sgd", each)["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(kernels[0], penalised("sgd", numbers[0], traced=(0.0,))["kernel"], rtol=1e-5, atol=1e-6)
+    assert [bool((kernel == 0).any()) for kernel in kernels] == [False, False, True]
+
+
+def test_without_a_lambda_the_program_has_nothing_of_it():
+    def step(optim):
+        rule = optimizer(optim, PENALISED, STEPS)
+        parameters = {"kernel": jnp.ones(3)}
+        return str(jax.make_jaxpr(lambda p: rule.update(p, rule.init(p), p)[0])(parameters))
+
+    assert "sign" in step(Optim(l1=(0.0, 0.1))) and "sign" not in step(Optim())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -112,3 +113,36 @@ def test_runs_of_other_arms_have_no_parameters_in_common(tmp_path):
     assert overview.fingerprints([RESULTS, other]) == []
     with pytest.raises(UserError, match="different runs"):
         overview.labels([tmp_path, tmp_path])
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
+    made(tmp_path / "run", "interrupted", epochs=1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")  # whoever opens one waits until somebody writes
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": 10**400, "ci95": [0.1, 0.2], "n": 2},
+        {"mean": 0.9, "ci95": [0.1, "high"], "n": 2},
+        {"mean": True, "ci95": [None, None], "n": 2},
+    ],
+)
+def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):
+    results = copy.deepcopy(RESULTS)
+    results["arms"][0]["test_accuracy"] = change
+    for name in ("one", "two"):
+        made(tmp_path / name, "finished", results)
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "there are no results in" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_text_that_cannot_be_shown_is_no_error(tmp_path, capsys):
+    results = copy.deepcopy(RESULTS)
+    results["experiment"] = "\ud800 half a pair"
+    made(tmp_path / "one", "finished", results)
+    assert main(["runs", str(tmp_path)]) == 0

@@ -9,14 +9,16 @@ from rich.console import Console
 
 from cnnlib import report
 
+NUMBERS = {"momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0}
+
 
 def lane(seed, accuracy, rate=0.1):
-    numbers = {"learning_rate": rate, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    numbers = {**NUMBERS, "learning_rate": rate}
     return {"seed": seed, **numbers, "test_accuracy": accuracy, "status": "ok" if accuracy is not None else "diverged"}
 
 
 def setting(mean, low, high, n, rate=0.1, diverged=0):
-    numbers = {"learning_rate": rate, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    numbers = {**NUMBERS, "learning_rate": rate}
     return {**numbers, "test_accuracy": {"mean": mean, "ci95": [low, high], "n": n}, "diverged": diverged}
 
 

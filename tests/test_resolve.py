@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 
 from cnnlib.architectures import lenet5, lenet_300_100
-from cnnlib.config import Arm, Experiment, assignments, from_dict, override, to_dict
+from cnnlib.config import Arm, Data, Experiment, Optim, assignments, from_dict, override, to_dict
 from cnnlib.cost import count
 from cnnlib.errors import UserError
-from cnnlib.resolve import resolve_arms
+from cnnlib.resolve import resolve, resolve_arms
 from cnnlib.spec import parse_model
 
 DIGITS = (28, 28, 1)
 
 
 def resolved(*arms):
-    return {arm.name: arm for arm in resolve_arms(arms, DIGITS, 10)}
+    return {arm.name: arm for arm in resolve_arms(arms, {arm.name: (DIGITS, 10) for arm in arms})}
 
 
 def test_an_arm_may_be_read_another_way():
@@ -70,7 +70,7 @@ def test_an_arm_that_is_kept_keeps_the_budget_of_one_that_goes():
         )
     )
     kept = override(experiment, ["arms=matched"])
-    (arm,) = resolve_arms(kept.arms, DIGITS, 10)
+    (arm,) = resolve_arms(kept.arms, {arm.name: (DIGITS, 10) for arm in kept.arms})
     assert arm.match.target == count(lenet5().full().with_num_classes(10), DIGITS).macs
     for each in (experiment, kept):
         assert from_dict(to_dict(each)) == each and override(each, assignments(each)) == each
@@ -96,7 +96,7 @@ def test_an_arm_that_is_kept_keeps_the_budget_of_one_that_goes():
 )
 def test_what_cannot_be_is_a_user_error_that_names_its_arm(arms, part):
     with pytest.raises(UserError) as error:
-        resolve_arms(arms, DIGITS, 10)
+        resolve_arms(arms, {arm.name: (DIGITS, 10) for arm in arms})
     assert part in str(error.value) and str(error.value).startswith("arm ")
 
 
@@ -104,3 +104,20 @@ def test_what_cannot_be_is_a_user_error_that_names_its_arm(arms, part):
 def test_a_budget_needs_a_measure_and_a_reference(match):
     with pytest.raises(UserError, match="is no MEASURE:REFERENCE, such as parameters:lenet5; measures are: parameters"):
         Arm("a", lenet5(), match=match)
+
+
+def test_a_threshold_without_a_penalty_is_refused():
+    with pytest.raises(UserError, match=r"optim\.l1_threshold is a multiple of optim\.l1, which is 0"):
+        resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=Optim(l1_threshold=(50.0,))))
+    both = Optim(l1=(0.0, 1e-5), l1_threshold=(50.0,))
+    assert resolve(Experiment((Arm("a", lenet5()),), Data("lines"), optim=both))
+
+
+def test_a_norm_over_one_value_is_refused():
+    for text, fits in (("dense:4 norm dense:classes", False), ("norm dense:classes", True)):
+        experiment = Experiment((Arm("a", parse_model(text)),), Data("lines"), batch_size=1)
+        if fits:
+            assert resolve(experiment)
+            continue
+        with pytest.raises(UserError, match="batch_size=1 leaves the norm of 4 one value a channel"):
+            resolve(experiment)

@@ -54,7 +54,7 @@ class Listener(Watcher):
 def comparable(out):
     """All that a run has left behind, but for times and for how often it was resumed."""
     results = json.loads((out / "results.json").read_text())
-    for name in ("wall_seconds", "resumed", "commit"):  # whoever develops may edit while tests run
+    for name in ("wall_seconds", "resumed", "commit", "finished"):  # whoever develops may edit while tests run
         results.pop(name)
     for arm in results["arms"]:
         for name in ("compile_seconds", "train_seconds_per_lane", "memory_bytes"):

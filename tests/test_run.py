@@ -14,11 +14,11 @@ import pytest
 
 from cnnlib import kernels, programs, report, tracking
 from cnnlib.arms import _headline, _settings
-from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict, lane_numbers
-from cnnlib.data import describe, load
+from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict
+from cnnlib.data import load
 from cnnlib.errors import UserError
 from cnnlib.folder import RunFolder
-from cnnlib.programs import compile_programs
+from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
 from cnnlib.run import first_device, kernels_for, on_device, run
 from cnnlib.spec import parse_model
@@ -37,11 +37,6 @@ EXPERIMENT = Experiment(
     compile_cache=False,
     checkpoint=Checkpoint(every=0),  # tests/test_resume.py has them
 )
-
-
-def numbers_of(experiment):
-    columns = zip(*lane_numbers(experiment), strict=True)
-    return LaneNumbers(*(np.asarray(c, np.float32 if i else np.uint32) for i, c in enumerate(columns)))
 
 
 class Silent(Watcher):
@@ -88,7 +83,7 @@ def test_results_hold_what_is_promised(finished):
     assert results["wall_seconds"] > 0 and "commit" in results
     assert [arm["name"] for arm in results["arms"]] == ["full", "conv"]
     assert [arm["connectivity"] for arm in results["arms"]] == ["full", "conv"]
-    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT, describe(EXPERIMENT.data)), strict=True):
+    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT), strict=True):
         counts = resolved.count
         assert (arm["parameters"], arm["connections"], arm["macs"]) == (
             counts.parameters,
@@ -139,8 +134,8 @@ def test_metrics_have_a_line_an_epoch_and_lane(finished):
 
 
 def test_each_program_of_an_arm_compiles_once(finished):
-    # initialise, epoch, validate, test: two arms, two epochs, four lanes; and a copy of the flags.
-    assert finished[3] == 2 * 4 + 1
+    # initialise, epoch, validate, predict, fit: two arms, two epochs, four lanes; and a copy of the flags.
+    assert finished[3] == 2 * 5 + 1
 
 
 def test_the_watcher_is_told_in_order(finished):
@@ -174,9 +169,10 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
 
 def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
     def lane(rate, accuracy):
-        numbers = LaneNumbers(0, rate, 0.9, 0.0, 0.0)._asdict()
+        numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
         status = "diverged" if math.isnan(accuracy) else "ok"
-        return {**numbers, "test_accuracy": accuracy, "validation_accuracy": accuracy, "status": status}
+        accuracies = {f"{split}_accuracy": accuracy for split in ("test", "train", "validation")}
+        return {**numbers, **accuracies, "status": status}
 
     settings = _settings([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
     assert settings[1]["validation_accuracy"] == 0.9 and settings[1]["test_accuracy"]["n"] == 1
@@ -233,13 +229,13 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = load(EXPERIMENT.data)
     splits = on_device(data)
-    for arm in resolve(EXPERIMENT, data.description):
-        numbers = numbers_of(EXPERIMENT)
-        made = compile_programs(EXPERIMENT, arm, numbers, splits, jax.devices()[0])
+    for arm in resolve(EXPERIMENT):
+        numbers = numbers_of(arm)
+        made = compile_programs(arm, splits, jax.devices()[0])
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
-            validation = jax.device_get(made.validate(states.parameters, splits["validation"]))
+            validation = jax.device_get(made.validate(states.parameters, states.statistics, splits["validation"]))
             told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
             assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
             assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)
@@ -248,7 +244,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
 
 def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[1].name) or compile_programs(*a))
+    monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[0].name) or compile_programs(*a))
     model = EXPERIMENT.arms[0].model
     arms = (Arm("one", model), EXPERIMENT.arms[1], Arm("two", model))
     one, _, two = run(replace(EXPERIMENT, arms=arms, epochs=1), "tiny", tmp_path, Silent())["arms"]
@@ -283,9 +279,9 @@ def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
 def in_the_memory(experiment, monkeypatch, free):
     """The programs of an experiment's first arm with as many bytes free, beside its data."""
     description = load(experiment.data)
-    arm = resolve(experiment, description.description)[0]
+    arm = resolve(experiment)[0]
     monkeypatch.setattr(programs, "free_memory", lambda device: free)
-    return compile_programs(experiment, arm, numbers_of(experiment), on_device(description), jax.devices()[0])
+    return compile_programs(arm, on_device(description), jax.devices()[0])
 
 
 @pytest.mark.slow
@@ -383,7 +379,7 @@ def test_lanes_at_a_time_can_be_asked_for(asked, lanes, monkeypatch):
 
 
 def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
-    arms = resolve(EXPERIMENT, describe(EXPERIMENT.data))
+    arms = resolve(EXPERIMENT)
     monkeypatch.setattr(kernels, "register", lambda: "there is no C++ compiler (c++)")
     monkeypatch.delenv("CNNLIB_KERNELS", raising=False)
     watcher = Silent()
@@ -463,6 +459,21 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_no_trace(tmp_path):
 
 def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
+
+
+def test_results_say_how_sparse_lanes_with_an_l1_term_are(tmp_path):
+    optim = Optim("sgd", learning_rate=(0.05,), l1=(0.0, 1e-3), l1_threshold=(50.0,))
+    experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], optim=optim, lanes=Lanes(seed=(3,)), epochs=1)
+    (arm,) = run(experiment, "tiny", tmp_path / "out", Silent())["arms"]
+    free, sparse = arm["lanes"]
+    assert (free["l1"], sparse["l1"], sparse["l1_threshold"]) == (0.0, 1e-3, 50.0)
+    assert free["sparsity"] == 0 and 0.05 < sparse["sparsity"] < 1
+    # A share of the 36 + 588 kernel weights, biases left out.
+    assert sparse["sparsity"] * 624 == pytest.approx(round(sparse["sparsity"] * 624))
+
+
+def test_results_of_lanes_without_an_l1_term_say_nothing_of_it(finished):
+    assert not any("sparsity" in lane for arm in finished[0]["arms"] for lane in arm["lanes"])
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from cnnlib.spec import (
     Local,
     MaxPool,
     Model,
+    Norm,
     Residual,
     Window,
     pad_pairs,
@@ -35,7 +36,7 @@ plain_layers = st.one_of(
     st.builds(Dense, st.one_of(st.integers(1, 9999), st.just("classes")), st.booleans()),
     st.builds(MaxPool, per_axis, st.none() | per_axis, padding),
     st.builds(AvgPool, per_axis, st.none() | per_axis, padding),
-    st.sampled_from([Activation("relu"), Activation("tanh")]),
+    st.sampled_from([Activation("relu"), Activation("tanh"), Norm()]),
 )
 branches = st.lists(plain_layers, min_size=1, max_size=3).map(tuple)
 layers = st.one_of(plain_layers, st.builds(Residual, branches), st.builds(Residual, branches, branches))
@@ -63,6 +64,8 @@ def test_layers_may_be_apart_by_blanks_or_commas():
         "dense:3:5",
         "dense:-1",
         "relu:2",
+        "norm:2",
+        "norm:nobias",
         "residual(relu",
         "residual()",
         "residual(|relu)",

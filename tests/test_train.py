@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib import train
+from cnnlib import evaluation, train
 from cnnlib.augment import normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.data import make_lines
@@ -34,11 +34,13 @@ def examples(count=160, seed=0):
     return Examples(jnp.asarray(x), jnp.asarray(y), jnp.asarray([20.0]), jnp.asarray([30.0]))
 
 
-def lanes(*seeds, **numbers):
+def lanes(*seeds, orders=None, **numbers):
     """Lanes of the given seeds; a number may be one for all or a list."""
-    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, **numbers}
+    values = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    values |= {"l1": 0.0, "l1_threshold": 0.0, **numbers}
     columns = {name: jnp.broadcast_to(jnp.asarray(v, jnp.float32), (len(seeds),)) for name, v in values.items()}
-    return LaneNumbers(seed=jnp.asarray(seeds, jnp.uint32), **columns)
+    seeds = jnp.asarray(seeds, jnp.uint32)
+    return LaneNumbers(seeds, seeds if orders is None else jnp.asarray(orders, jnp.uint32), **columns)
 
 
 @functools.cache
@@ -70,13 +72,14 @@ def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
     x = normalize(data.x[:20], data.mean, data.deviation)
     for index in range(2):
         expected, found = (
-            logits(each.network, lane(states.parameters, index), x) for each, states in ((conv, before), (freed, after))
+            logits(each.network, lane(states.parameters, index), {}, x)
+            for each, states in ((conv, before), (freed, after))
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert float(train.distance_from_conv(freed)(lane(after.parameters, index))) == 0
+        assert float(evaluation.distance_from_conv(freed)(lane(after.parameters, index))) == 0
     # It is free to leave: training moves it away from every convolution.
     states, _ = trained(freed, numbers, epochs=1)
-    distances = [float(train.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
+    distances = [float(evaluation.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
     assert all(0.01 < distance < 1 for distance in distances)
 
 
@@ -86,6 +89,10 @@ def lane(tree, index):
 
 def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), a, b)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def differ(a, b):
@@ -137,7 +144,7 @@ def test_an_epoch_visits_each_example_at_most_once_in_an_order_of_its_own():
     frozen = lanes(0, learning_rate=0.0)
     all_seen = recipe(FULL, batch_size=16)
     states, sums = trained(all_seen, frozen, epochs=1)
-    whole = train.evaluate(all_seen)(lane(states.parameters, 0), examples())
+    whole = evaluation.evaluate(all_seen)(lane(states.parameters, 0), {}, examples())
     np.testing.assert_allclose(sums.loss[0], whole.loss, rtol=1e-5)
     assert sums.examples[0] == 160
     # 160 examples in batches of 48: each epoch leaves out 16 of them, other ones each time.
@@ -186,7 +193,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch():
     logits = x[..., 0] / 255
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(103), y]
     for batch_size in (1, 10, 103, 500):
-        sums = train.evaluate(model, batch_size)(parameters, data)
+        sums = evaluation.evaluate(model, batch_size)(parameters, {}, data)
         assert sums.examples == 103
         assert sums.correct == (logits.argmax(1) == y).sum()
         np.testing.assert_allclose(sums.loss, losses.sum(), rtol=1e-5)
@@ -198,8 +205,8 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     # At initialisation the cross-entropy and its mean over classes are both near log 3, but not equal.
     assert float(sums.loss[0]) != pytest.approx(float(plain_sums.loss[0]), rel=1e-3)
     assert_close(smoothed.parameters, plain.parameters)
-    evaluate = train.evaluate(recipe(FULL))
-    a, b = (evaluate(lane(state.parameters, 0), examples()).loss for state in (smoothed, plain))
+    evaluate = evaluation.evaluate(recipe(FULL))
+    a, b = (evaluate(lane(state.parameters, 0), {}, examples()).loss for state in (smoothed, plain))
     assert a == b
 
 
@@ -225,7 +232,7 @@ def test_augmentation_and_crops_reach_training_and_evaluation():
     states, _ = trained(cropped, lanes(0), epochs=1)
     plain, _ = trained(cropped._replace(augment=Augment(crop=10)), lanes(0), epochs=1)
     assert differ(states.parameters, plain.parameters)
-    assert train.evaluate(cropped)(lane(states.parameters, 0), examples()).examples == 160
+    assert evaluation.evaluate(cropped)(lane(states.parameters, 0), {}, examples()).examples == 160
 
 
 def test_bfloat16_trains_to_about_the_same_loss():
@@ -236,6 +243,52 @@ def test_bfloat16_trains_to_about_the_same_loss():
 
 
 def test_every_use_of_chance_has_a_key_of_its_own():
-    keys = train.keys_of(0)
+    keys = train.keys_of(LaneNumbers(0, 0, 0.1, 0.9, 0.0, 0.0, 0.0, 0.0))
     data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
-    assert len(set(data)) == len(keys) == 3
+    assert len(set(data)) == len(keys) == 4
+
+
+def test_a_lane_trains_on_as_many_examples_as_asked_drawn_by_its_order_seed():
+    part = recipe(FULL)._replace(examples=60)
+    own = [train.own_examples(part, lane(lanes(0, 0, 1, orders=[5, 6, 5]), i), examples()) for i in range(3)]
+    assert all(len(set(one.tolist())) == 60 for one in own)
+    assert (own[0] == own[2]).all() and not (own[0] == own[1]).all()
+    # Examples that are none of its own do not matter to a lane.
+    data = examples()
+    others = np.setdiff1d(np.arange(160), own[0])
+    spoilt = data._replace(y=data.y.at[others].set(0), x=data.x.at[others].set(255))
+    train_one = jax.jit(train.epoch(part))
+    numbers = lane(lanes(0, orders=[5]), 0)
+    state = train.initialize(part)(numbers)
+    alike, _ = train_one(state, numbers, data), train_one(state, numbers, spoilt)
+    assert_equal(train_one(state, numbers, data)[0].parameters, train_one(state, numbers, spoilt)[0].parameters)
+    assert alike[1].examples == 60
+    assert evaluation.fit(part)(alike[0].parameters, {}, numbers, data).examples == 60
+
+
+def test_seed_draws_the_weights_and_order_seed_the_rest():
+    draw = train.initialize(recipe(FULL))
+    one, two, three = (
+        draw(lane(lanes(seed, orders=[order]), 0)).parameters for seed, order in ((0, 0), (0, 9), (9, 0))
+    )
+    assert_equal(one, two)
+    assert differ(one, three)
+    keys = [train.keys_of(lane(lanes(seed, orders=[order]), 0)) for seed, order in ((0, 0), (0, 9), (9, 0))]
+    words = [tuple(np.asarray(jax.random.key_data(key)).tolist() for key in each) for each in keys]
+    assert words[0][0] == words[1][0] and words[0][1:] == words[2][1:] and words[0][1] != words[1][1]
+
+
+def test_passes_are_epochs_within_an_epoch():
+    twice = recipe(FULL)._replace(passes=2, epochs=2)
+    together, _ = trained(twice, lanes(0), epochs=1)
+    apart, _ = trained(recipe(FULL), lanes(0), epochs=2)
+    assert_equal(together.parameters, apart.parameters)
+
+
+def test_stored_order_is_the_same_each_epoch():
+    still = recipe(FULL)._replace(reshuffle=False, passes=1)
+    data, numbers = examples(), lane(lanes(0), 0)
+    other = lane(lanes(0, orders=[9]), 0)
+    state = train.initialize(still)(numbers)
+    step = jax.jit(train.epoch(still))
+    assert_equal(step(state, numbers, data)[0].parameters, step(state, other, data)[0].parameters)

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import experiments  # noqa: F401  # registers every experiment
 from cnnlib import wandb_copy
+from cnnlib.config import EXPERIMENTS
 from cnnlib.errors import UserError
-from cnnlib.wandb_copy import chosen_mode, flat_config, has_key, lane_name
+from cnnlib.wandb_copy import WandbCopy, chosen_mode, flat_config, has_key, lane_name
+from cnnlib.watcher import Beginning
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 TINY = ["arms=mlp_75_33,lenet5", "epochs=3", "lanes.seed=0,1", "data.name=lines", "data.validation=200"]
@@ -195,10 +199,27 @@ def test_the_mode_follows_what_is_there(monkeypatch, tmp_path):
 
 
 def test_lanes_are_named_by_what_tells_them_apart():
-    lanes = [{"seed": seed, "learning_rate": rate, "momentum": 0.9} for seed in (0, 1) for rate in (0.1, 0.01)]
+    numbers = [(seed, rate) for seed in (0, 1) for rate in (0.1, 0.01)]
+    lanes = [{"seed": seed, "order_seed": seed, "learning_rate": rate, "momentum": 0.9} for seed, rate in numbers]
     assert lane_name("lenet5", lanes[1], lanes) == "lenet5 seed 0 learning_rate 0.01"
     assert lane_name("lenet5", lanes[0], lanes[::2]) == "lenet5 seed 0"
+    crossed = [{"seed": 0, "order_seed": order} for order in (0, 5)]
+    assert lane_name("lenet5", crossed[1], crossed) == "lenet5 seed 0 order_seed 5"
     assert flat_config({"epochs": 3, "arms": [], "optim": {"name": "sgd", "learning_rate": [0.1]}}) == {
         "epochs": 3,
         "optim_name": "sgd",
     }
+
+
+def test_a_copy_is_not_written_through_a_link_that_leads_out(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path)
+    experiment = replace(EXPERIMENTS.get("fc_vs_conv"), epochs=1)
+    copy = WandbCopy(experiment, "offline")
+    beginning = Beginning("id", "fc_vs_conv", tmp_path / "run", {}, "lines", "cpu", {}, {}, False, None)
+    try:
+        with pytest.raises(UserError, match="leads out of"):
+            copy.run_begins(beginning)
+    finally:
+        copy.close(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,143 @@
+"""Seeds a minute on MNIST-1D: the experiment `mnist1d` beside the protocol of the paper's notebook in PyTorch.
+
+The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order, the loss
+of each step fetched, accuracy measured every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train the
+same nets for as many steps, and neither counts the making of the data. Ours is timed compiled, and with compilation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.peers import torch_is_missing
+from benchmarks.timing import Table
+from cnnlib import train
+from cnnlib.config import Experiment, override
+from cnnlib.data import load
+from cnnlib.errors import UserError
+from cnnlib.programs import numbers_of, preferred_at_a_time, recipe_of
+from cnnlib.resolve import resolve
+from cnnlib.run import on_device
+from experiments.mnist1d import mnist1d
+
+EVALUATE_EVERY = 250
+
+
+def torch_net(name: str) -> Any:
+    """The notebook's nets, in its order of axes: signals are `(batch, channel, place)` where they convolve."""
+    from torch import nn
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(40, 100), nn.Linear(100, 100), nn.Linear(100, 10)
+
+        def forward(self, x: Any) -> Any:
+            h = self.first(x).relu()
+            return self.third(h + self.second(h).relu())
+
+    class Cnn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv1d(1, 25, 5, stride=2, padding=1)
+            self.second, self.third = (nn.Conv1d(25, 25, 3, stride=2, padding=1) for _ in range(2))
+            self.last = nn.Linear(125, 10)
+
+        def forward(self, x: Any) -> Any:
+            h = self.third(self.second(self.first(x[:, None]).relu()).relu()).relu()
+            return self.last(h.flatten(1))
+
+    return {"logistic": lambda: nn.Linear(40, 10), "mlp": Mlp, "cnn": Cnn}[name]()
+
+
+def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
+    """Seconds in which the notebook's loop trains one seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    net = torch_net(name)
+    rule = torch.optim.Adam(net.parameters(), lr=0.01)
+    x, y, x_test, y_test = (torch.as_tensor(array) for array in data)
+    x, x_test = x.float(), x_test.float()
+    y, y_test = y.long(), y_test.long()
+    start = time.perf_counter()
+    losses = []
+    for step in range(steps):
+        at = step * 100 % len(y)
+        loss = torch.nn.functional.cross_entropy(net(x[at : at + 100]), y[at : at + 100])
+        loss.backward()
+        rule.step()
+        rule.zero_grad()
+        losses.append(loss.item())
+        if step % EVALUATE_EVERY == 0:
+            with torch.no_grad():
+                _ = [(net(a).argmax(-1) == b).float().mean().item() for a, b in ((x, y), (x_test, y_test))]
+    return time.perf_counter() - start
+
+
+def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
+    """A call that trains all lanes of the experiment's arm from their start, and the seconds its compilation took."""
+    (arm,) = resolve(experiment)
+    splits = on_device(load(arm.data))
+    recipe, numbers = recipe_of(arm), numbers_of(arm)
+    platform = jax.devices()[0].platform
+    at_a_time = experiment.lanes.at_a_time or preferred_at_a_time(arm.model.connectivity, len(arm.lanes), platform)
+    start = time.perf_counter()
+    initialize = jax.jit(train.over_lanes(train.initialize(recipe), 1)).lower(numbers).compile()
+    states = initialize(numbers)
+    mapped = train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)
+    epoch = jax.jit(mapped).lower(states, numbers, splits["train"]).compile()
+    seconds = time.perf_counter() - start
+
+    def call() -> None:
+        states = initialize(numbers)
+        for _ in range(experiment.epochs):
+            states, sums = epoch(states, numbers, splits["train"])
+        jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
+
+    return call, seconds
+
+
+def measure(rounds: int, epochs: int, lanes: int) -> Table:
+    """Seeds a minute of each net, ours with all lanes in one program; a round is one seed of theirs and all of ours."""
+    if missing := torch_is_missing():
+        raise UserError(missing)
+    names = ("logistic", "mlp", "cnn")
+    changes = [f"epochs={epochs}", f"lanes.seed=0..{lanes - 1}"]
+    ours = {name: our_program(override(mnist1d(), [f"arms={name}", *changes])) for name in names}
+    whole = load(mnist1d().data)
+    data = (whole.train.x[..., 0], whole.train.y, whole.test.x[..., 0], whole.test.y)
+    times: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds + 1):
+        for name, (call, _) in ours.items():
+            theirs = torch_seconds(name, number, 40 * epochs, data)
+            start = time.perf_counter()
+            call()
+            if number:  # the first round warms up
+                times.setdefault((name, "theirs"), []).append(theirs)
+                times.setdefault((name, "ours"), []).append((time.perf_counter() - start) / lanes)
+    rows = []
+    for name, (_, compilation) in ours.items():
+        own, their = np.asarray(times[name, "ours"]), np.asarray(times[name, "theirs"])
+        compiled = own + compilation / lanes
+        rows.append(row(name, own, their, compiled))
+    own, their = (sum(np.asarray(times[name, side]) for name in names) for side in ("ours", "theirs"))
+    rows.append(row("all three", own, their, own + sum(seconds for _, seconds in ours.values()) / lanes))
+    return Table(f"MNIST-1D, {40 * epochs} steps a seed, {lanes} lanes, {rounds} rounds in turn", rows)
+
+
+def row(name: str, ours: Any, theirs: Any, compiled: Any) -> dict[str, Any]:
+    """Medians, and the median of the ratios round by round."""
+    return {
+        "net": name,
+        "PyTorch, s a seed": float(np.median(theirs)),
+        "ours, s a seed": float(np.median(ours)),
+        "times the seeds a minute": f"{np.median(theirs / ours):.1f}",
+        "lowest": f"{np.min(theirs / ours):.1f}",
+        "with compilation": f"{np.median(theirs / compiled):.1f}",
+    }

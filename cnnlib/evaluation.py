@@ -1,0 +1,78 @@
+"""What a trained model is worth: pure functions of one model, as in train.py, for `train.over_lanes` to map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from cnnlib.augment import central, normalize
+from cnnlib.config import LaneNumbers
+from cnnlib.equivalence import project
+from cnnlib.models import Parameters, Statistics, logits
+from cnnlib.spec import Model
+from cnnlib.train import Answers, Examples, Recipe, Sums, own_examples
+
+
+def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Answers]:
+    """The function that has a model answer every example: `answer(parameters, statistics, examples) -> answers`.
+
+    Norms use their running statistics. The last batch is filled up with copies of the last example, which are cut off.
+    """
+
+    def answer(parameters: Parameters, statistics: Statistics, examples: Examples) -> Answers:
+        count = examples.y.shape[0]
+        size = min(batch_size, count)
+        positions = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
+
+        def step(_: None, index: Int[Array, " batch"]) -> tuple[None, Answers]:
+            x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
+            output = logits(recipe.network, parameters, statistics, x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
+            return None, Answers(output.argmax(-1), losses)
+
+        _, batches = jax.lax.scan(step, None, positions)
+        return Answers(*(batch.reshape(-1)[:count] for batch in batches))
+
+    return answer
+
+
+def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Sums]:
+    """The function that tests a model on every example: `test(parameters, statistics, examples) -> sums`.
+
+    Without label smoothing.
+    """
+    answer = predict(recipe, batch_size)
+
+    def test(parameters: Parameters, statistics: Statistics, examples: Examples) -> Sums:
+        answers = answer(parameters, statistics, examples)
+        correct = (answers.predicted == examples.y).sum()
+        return Sums(answers.loss.sum(), correct, jnp.asarray(examples.y.shape[0], jnp.int32))
+
+    return test
+
+
+def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""]]:
+    """The function that measures how far a local or full net is from a convolution: `distance(parameters)`.
+
+    The norm of what the nearest convolution lacks of the weights, over their norm: 0 for a net that is one, 1 for one
+    that has nothing of any (`equivalence.project`).
+    """
+    model = Model(recipe.network.layers)
+    return lambda parameters: project(model, parameters, recipe.input_shape, "conv").total
+
+
+def fit(recipe: Recipe) -> Callable[[Parameters, Statistics, LaneNumbers, Examples], Sums]:
+    """The function that tests a model on what it was trained on: `known(parameters, statistics, numbers, examples)`."""
+    test = evaluate(recipe)
+
+    def known(parameters: Parameters, statistics: Statistics, numbers: LaneNumbers, examples: Examples) -> Sums:
+        if recipe.examples is not None:
+            own = own_examples(recipe, numbers, examples)
+            examples = examples._replace(x=examples.x[own], y=examples.y[own])
+        return test(parameters, statistics, examples)
+
+    return known

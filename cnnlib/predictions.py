@@ -1,0 +1,85 @@
+"""What the models of an arm answer to each test example: the file that confusions and mistakes are read from."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cnnlib.errors import UserError
+from cnnlib.folder import PREDICTIONS, RunFolder, inside
+from cnnlib.tracking import cannot_write, write_whole
+
+MOST_MISTAKES = 24
+"""Examples that are kept with their answers."""
+MOST_BYTES = 2**30
+
+
+class Answers(NamedTuple):
+    """Of all lanes of an arm."""
+
+    labels: np.ndarray
+    """`(example,)`, int32."""
+    predicted: np.ndarray
+    """`(lane, example)`, int32; -1 where the lane has diverged."""
+    loss: np.ndarray
+    """`(lane, example)`, float32: cross-entropy; not a number where the lane has diverged."""
+    worst: np.ndarray
+    """`(mistake,)`, int32: examples that more than half of the lanes get wrong, of highest mean loss first."""
+    worst_examples: np.ndarray
+    """`(mistake, ...)`: these examples as stored."""
+
+
+def answers_of(
+    labels: np.ndarray, examples: np.ndarray, predicted: np.ndarray, loss: np.ndarray, diverged: np.ndarray
+) -> Answers:
+    """What to keep of all answers `(lane, example)`; `examples` are `(example, ...)`, `diverged` is `(lane,)`."""
+    predicted = np.where(diverged[:, None], -1, predicted).astype(np.int32)
+    loss = np.where(diverged[:, None], np.nan, loss).astype(np.float32)
+    fine = ~diverged
+    worst = np.zeros(0, np.int32)
+    if fine.any():
+        is_mistake = (predicted[fine] != labels).mean(axis=0) > 0.5
+        by_loss = np.argsort(-loss[fine].mean(axis=0, dtype=np.float64), kind="stable")
+        worst = by_loss[is_mistake[by_loss]][:MOST_MISTAKES].astype(np.int32)
+    return Answers(labels.astype(np.int32), predicted, loss, worst, examples[worst])
+
+
+def write_answers(folder: RunFolder, arm: str, answers: Answers) -> None:
+    """Writes `predictions/ARM.npz`; raises UserError where it cannot be written."""
+    place = inside(folder.path, folder / PREDICTIONS)
+    with cannot_write(place):
+        place.mkdir(exist_ok=True)
+    write_whole(place / f"{arm}.npz", lambda path: np.savez_compressed(path, **answers._asdict()))
+
+
+def read_answers(run: Path, arm: str) -> Answers | None:
+    """The answers of an arm in a run's folder; None where there are none, as in runs of earlier versions.
+
+    Raises UserError for a file that is not what `write_answers` makes; nothing in it is unpickled.
+    """
+    path = inside(run, run / PREDICTIONS / f"{arm}.npz")
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+                raise ValueError("it is too large")
+        with np.load(path, allow_pickle=False) as found:
+            answers = Answers(*(found[name] for name in Answers._fields))
+        examples, lanes, mistakes = len(answers.labels), len(answers.predicted), len(answers.worst)
+        shapes = [array.shape for array in answers[:4]] == [
+            (examples,),
+            (lanes, examples),
+            (lanes, examples),
+            (mistakes,),
+        ]
+        kinds = [array.dtype.kind for array in answers] in (list("iifii"), list("iifiu"), list("iifif"))
+        within = mistakes == 0 or 0 <= answers.worst.min() <= answers.worst.max() < examples
+        if not (shapes and kinds and within and len(answers.worst_examples) == mistakes):
+            raise ValueError("its arrays do not fit together")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+        raise UserError(f"{path} holds no answers: {error}") from error
+    return answers

@@ -1,0 +1,258 @@
+"""RESULTS.md: every stored run as a section, its numbers from its `results.json`, its words from the note beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cnnlib import fits
+from cnnlib.comparisons import accuracies, differences, spread_sentence, spreads
+from cnnlib.config import from_dict
+from cnnlib.errors import UserError
+from cnnlib.folder import read_json
+from cnnlib.overview import is_results
+from cnnlib.report import accuracy_figure, accuracy_text, match_text, setting_text
+from cnnlib.stats import mean_interval
+from cnnlib.style import STYLE, pyplot_for_files
+from cnnlib.tables import markdown_table
+from cnnlib.tracking import command_for, write_whole
+
+COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
+MOST_ROWS = 40
+"""Of arms in a table; a larger sweep is told by what was fitted to it."""
+Analysis = Callable[[dict[str, Any]], str]
+
+
+def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, ...]]:
+    """A row for each setting of each arm; `train %` is the final models' on what they were trained on."""
+    table: list[tuple[str, ...]] = []
+    for arm in results["arms"]:
+        for index, setting in enumerate(arm["settings"]):
+            accuracy, train = setting["test_accuracy"], setting.get("train_accuracy")
+            diverged = f" ({setting['diverged']} diverged)" if setting["diverged"] else ""
+            table.append(
+                (
+                    arm["name"] + setting_text(results, arm, index),
+                    arm["connectivity"],
+                    f"{arm['parameters']:,}",
+                    f"{arm['macs']:,}",
+                    "-" if train is None else f"{100 * train:.2f}",
+                    accuracy_text(accuracy),
+                    published.get(arm["name"], "") if index == (arm["chosen_setting"] or 0) else "",
+                    f"{accuracy['n']}{diverged}",
+                )
+            )
+    return table
+
+
+def facts(results: dict[str, Any], command: str | None) -> str:
+    """Where the numbers come from, in one line."""
+    device, versions, data = results["device"], results["versions"], results["data"]
+    machine = results.get("machine", {})
+    where = f"{machine.get('cores', '?')} cores of {machine.get('processor', 'an unknown processor')}"
+    if device["platform"] != "cpu":
+        where = f"{device['count']} x {device['kind']}"
+    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax", "cnnlib"))
+    return (
+        f"`{command or 'not a registered experiment'}` on {where}, {device['kernels']} kernels; {used}; commit "
+        f"{(results['commit'] or 'unknown')[:12]}; {results.get('finished', 'date unknown')[:10]}; {data['name']}, "
+        f"{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test examples; "
+        f"{results['wall_seconds']:.0f} s."
+    )
+
+
+class Asked(NamedTuple):
+    """What an experiment asks."""
+
+    question: str
+    comparisons: tuple[str, ...]
+    """The pairs of arms that it is about, FIRST:SECOND."""
+
+
+def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str, str]) -> str:
+    """The section of one stored run, or of an experiment that could not be run, of which there is a note alone.
+
+    Raises UserError for a folder without a note.
+    """
+    results, note = read_json(folder / "results.json"), folder / "note.md"
+    if not note.is_file():
+        raise UserError(f"there is no {note}: what the results mean is for people to say")
+    if not is_results(results):
+        return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
+    name = results["experiment"]
+    stored = from_dict(results["config"])
+    names = {arm.name for arm in stored.arms}
+    if all(set(pair.split(":")) <= names for pair in asked_of(name).comparisons):
+        stored = replace(stored, comparisons=asked_of(name).comparisons)  # what is compared may be planned later
+    command = command_for(name, stored)
+    words = note.read_text(encoding="utf-8").strip()
+    parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
+    if len(results["arms"]) <= MOST_ROWS:
+        parts.append(markdown_table(COLUMNS, rows(results, published), left=2).rstrip())
+        matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
+        parts += [f"Matched: {'; '.join(matched)}."] if matched else []
+    parts += [ANALYSES[name](results)] if name in ANALYSES else []
+    parts += [f"Spread of {spread_sentence(arm, found)}." for arm, found in spreads(results).items()]
+    told = [f"- {difference.sentence()}" for difference in differences(results, asked_of(name).comparisons)]
+    if told and len(results["arms"]) <= MOST_ROWS:
+        parts.append("\n".join(told))
+    picture = "curves.png" if name in ANALYSES else "accuracy.png"
+    parts.append(f"![{folder.name}]({folder.name}/{picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Results
+
+Every number below is from the `results.json` beside its figure: `python -m experiments results docs` writes this page
+from them, and a test holds the two together. Intervals are Student's t over n lanes, 95 %: they speak of other seeds,
+not of other test sets. Differences are paired by seed; where the interval of one, made wide enough for all comparisons
+of its section, holds zero, it is undecided. The machine was shared with other work, so the seconds are what a run took,
+not what it could. All of it again, and resumable: `python -m experiments all`.
+"""
+
+
+def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: dict[str, dict[str, str]]) -> str:
+    """All sections; `asked_of` tells what an experiment asks, `published` has figures by folder and arm.
+
+    Raises UserError for a folder without a note.
+    """
+    sections = [section(folder, asked_of, published.get(folder.name, {})) for folder in folders]
+    return "\n".join((HEAD, *sections))
+
+
+def stored(folder: Path) -> list[Path]:
+    """The folders that have a section, by name: those with results of trained models, and those with a note alone."""
+    with_results = {path.parent for path in folder.glob("*/results.json") if is_results(read_json(path))}
+    return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
+
+
+def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
+    """Writes RESULTS.md into a folder of folders with results, and the figures that it wants; returns its path."""
+    figures = read_json(folder / "published.json")
+    if not isinstance(figures, dict):
+        raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
+    runs = stored(folder)
+    for run in runs:
+        results = read_json(run / "results.json")
+        if not is_results(results):
+            continue
+        if results["experiment"] in ANALYSES:
+            write_whole(run / "curves.png", partial(curves_figure, results))
+        else:
+            write_whole(run / "accuracy.png", partial(accuracy_figure, results))
+    text = page(runs, asked_of, figures)
+    write_whole(folder / "RESULTS.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / "RESULTS.md"
+
+
+def sample_sizes(results: dict[str, Any]) -> str:
+    """The training-set size at which each reading reaches a level, seed by seed, with the geometric mean."""
+    levels = (0.85, 0.9, 0.94)
+    curves = by_seed(results)
+    lines = []
+    for reading, seeds in curves.items():
+        cells = [reading]
+        for level in levels:
+            reached = [fits.needed(sizes, values, level) for sizes, values in seeds]
+            known = [size for size in reached if size is not None]
+            if len(known) < len(reached):
+                cells.append(f"not reached by {len(reached) - len(known)} of {len(reached)} seeds")
+            else:
+                cells.append(geometric(known))
+        lines.append(tuple(cells))
+    columns = ("reading", *(f"digits for {100 * level:.0f} %" for level in levels))
+    return markdown_table(columns, lines).rstrip() + "\n\nGeometric means over seeds with intervals of Student's t."
+
+
+def dsd_exponents(results: dict[str, Any], level: float = 0.9) -> str:
+    """How the size that is needed for a level grows with patches and their length: exponents with intervals."""
+    lines, needed_lines = [], []
+    tasks: dict[str, list[tuple[int, int, float | None]]] = {}
+    for name, seeds in by_seed(results).items():
+        reading, k, d = name.split("_")
+        for sizes, values in seeds:
+            tasks.setdefault(reading, []).append((int(k[1:]), int(d[1:]), fits.needed(sizes, values, level)))
+    theory = {"conv": "k + d", "local": "k d", "full": "k^2 d"}
+    for reading, found in tasks.items():
+        known = [(k, d, size) for k, d, size in found if size is not None]
+        design = {"k": [float(k) for k, _, _ in known], "d": [float(d) for _, d, _ in known]}
+        fitted = fits.log_linear(design, [size for _, _, size in known]).exponents
+        cells = [f"{fitted[name].value:.2f} [{fitted[name].low:.2f}, {fitted[name].high:.2f}]" for name in ("k", "d")]
+        lines.append((reading, theory[reading], *cells, f"{len(known)} of {len(found)}"))
+        for task in dict.fromkeys((patches, length) for patches, length, _ in found):
+            sizes_of_task = [size for patches, length, size in found if (patches, length) == task]
+            reached = [size for size in sizes_of_task if size is not None]
+            lost = len(sizes_of_task) - len(reached)
+            text = f"not reached by {lost} of {len(sizes_of_task)} seeds" if lost else geometric(reached)
+            needed_lines.append((reading, str(task[0]), str(task[1]), text))
+    columns = ("reading", "theory", "exponent of k", "exponent of d", "reached by")
+    needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")
+    return "\n\n".join(
+        (markdown_table(columns, lines, left=2).rstrip(), markdown_table(needed_columns, needed_lines).rstrip())
+    )
+
+
+def curves_figure(results: dict[str, Any], path: Path) -> None:
+    """Test accuracy against the size of the training set: a line a reading, with intervals; a panel a task."""
+    pyplot, ticker = pyplot_for_files()
+    names = list(by_seed(results))
+    tasks = list(dict.fromkeys(name.partition("_")[2] for name in names))
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (max(6.0, 3.0 * columns), 4.2 if lines == 1 else 2.6 * lines)
+    figure, panels = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for task, panel in zip(tasks, panels.flat, strict=False):
+        for arms in (name for name in names if name.partition("_")[2] == task):
+            reading = arms.partition("_")[0]
+            own = [arm for arm in results["arms"] if arm["name"].rpartition("_")[0] == arms]
+            shown = [(arm["data"]["train"], arm["test_accuracy"]) for arm in own if arm["test_accuracy"]["n"]]
+            x, mean = [size for size, _ in shown], [100 * accuracy["mean"] for _, accuracy in shown]
+            ends = [
+                accuracy["ci95"] if accuracy["ci95"][0] is not None else [accuracy["mean"]] * 2 for _, accuracy in shown
+            ]
+            spread = [[m - 100 * low for m, (low, _) in zip(mean, ends, strict=True)]]
+            spread.append([100 * high - m for m, (_, high) in zip(mean, ends, strict=True)])
+            color, marker = STYLE[reading]
+            panel.errorbar(x, mean, spread, color=color, marker=marker, markersize=4, capsize=3, label=reading)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        panel.set_title(task.replace("_", ", ").replace("k", "k = ").replace("d", "d = "), fontsize=10)
+        panel.grid(alpha=0.3)
+    figure.supxlabel("training examples", fontsize=10)
+    figure.supylabel("test accuracy, %", fontsize=10)
+    panels.flat[0].legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """Curves `(sizes, accuracies)`, one a seed, of arms that are named READING_..._SIZE, by the name without size."""
+    values = accuracies(results)
+    found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
+    sizes = {arm["name"]: float(arm["data"]["train"]) for arm in results["arms"]}
+    for arm, seeds in values.items():
+        for seed, value in seeds.items():
+            curve = found.setdefault(arm.rpartition("_")[0], {}).setdefault(seed, ([], []))
+            curve[0].append(sizes[arm])
+            curve[1].append(value)
+    return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def geometric(sizes: Sequence[float]) -> str:
+    """The geometric mean of sizes with its interval."""
+    mean, low, high, _ = mean_interval(np.log(sizes))
+    assert mean is not None, "there is a size"
+    text = f"{math.exp(mean):.0f}"
+    return text if low is None or high is None else f"{text} [{math.exp(low):.0f}, {math.exp(high):.0f}]"
+
+
+ANALYSES: dict[str, Analysis] = {"sample_efficiency": sample_sizes, "dsd": dsd_exponents}
+"""What is fitted to the results of an experiment."""

@@ -1,0 +1,18 @@
+"""What the ablations on digits share: the data, the training rule, the seeds."""
+
+from cnnlib.config import Arm, Data, Experiment, Lanes, Optim
+
+EPOCHS, SEEDS = 12, tuple(range(10))
+
+
+def on_digits(*arms: Arm) -> Experiment:
+    """Arms trained as fc_vs_conv trains, ten seeds each: pairs of them can be compared seed by seed."""
+    return Experiment(
+        data=Data("mnist5k", validation=500),
+        arms=arms,
+        # The peak that was chosen for fc_vs_conv, for other nets on the same digits.
+        optim=Optim("adamw", schedule="one_cycle", learning_rate=(0.02,), weight_decay=(0.01,)),
+        lanes=Lanes(seed=SEEDS),
+        epochs=EPOCHS,
+        batch_size=100,
+    )

@@ -1,0 +1,39 @@
+"""Does a deeper net do better, at equal cost?
+
+Question: one to four 3x3 convolutions, the map halved after the first two, as they are and at the multiply-adds of two.
+Command: python -m experiments run depth
+Expected: the second layer gains most; at equal multiply-adds the third and fourth gain little on digits.
+Cost: about 3 minutes on 2 CPU cores.
+Source: a classic ablation; training as in fc_vs_conv.
+"""
+
+from dataclasses import replace
+
+from cnnlib.config import EXPERIMENTS, Arm, Experiment
+from cnnlib.spec import parse_model
+from cnnlib.sweep import points, product
+from experiments._digits import on_digits
+
+LAYERS = ("conv:8@3 relu max:2", "conv:16@3 relu max:2", "conv:16@3 relu", "conv:16@3 relu")
+
+COMPARED = (
+    "2_layers:1_layers",
+    "3_layers:2_layers",
+    "4_layers:3_layers",
+    "2_layers:1_matched",
+    "3_matched:2_layers",
+    "4_matched:2_layers",
+)
+
+
+@EXPERIMENTS.register
+def depth() -> Experiment:
+    def arm(layers: int, matched: bool) -> Arm:
+        net = parse_model(f"{' '.join(LAYERS[:layers])} dense:classes")
+        return Arm(
+            f"{layers}_matched" if matched else f"{layers}_layers", net, match="macs:2_layers" if matched else None
+        )
+
+    depths = product(matched=(False, True), layers=(1, 2, 3, 4))
+    experiment = on_digits(*points(depths, arm, where=lambda layers, matched: not (matched and layers == 2)))
+    return replace(experiment, comparisons=COMPARED)

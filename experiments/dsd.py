@@ -1,0 +1,43 @@
+"""How does the number of examples that a net needs grow with the size of its input, beside what theory says?
+
+Question: a signal of d numbers hides in one of k patches. Theory says that a convolution needs about k + d examples, a
+    local layer k d, a full one k^2 d. What are the exponents of k and of d when the nets are trained?
+Command: python -m experiments run dsd
+Expected: the exponents of k ordered as the theory has them, conv below local below full; those of d near 1 or below.
+    The theory bounds what is enough in the worst case, so exponents below its own are no contradiction.
+Cost: about 10 minutes on 2 CPU cores, half of it compiling.
+Source: Lahoti, Karp, Winston, Singh and Li, "Role of locality and weight sharing in image-based tasks", ICLR 2024
+    (arXiv 2403.15707). Their nets have an activation of their own; these are one layer of 8 maps, ReLU, a mean.
+"""
+
+from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.spec import READINGS, parse_model
+from cnnlib.sweep import points, product
+
+STEPS, BATCH, EPOCHS = 512, 16, 4
+SIZES = (32, 64, 128, 256, 512, 1024, 2048)
+TASKS = ((2, 8), (4, 8), (8, 8), (4, 4), (4, 16))
+
+
+@EXPERIMENTS.register
+def dsd() -> Experiment:
+    return Experiment(
+        data=Data("dsd_4x8"),
+        arms=points(
+            product(task=TASKS, reading=READINGS, size=SIZES),
+            lambda task, reading, size: Arm(
+                f"{reading}_k{task[0]}_d{task[1]}_n{size}",
+                parse_model(f"conv:8@{task[1]}/{task[1]}:valid relu avg:{task[0]} dense:classes"),
+                reading,
+                own=(
+                    f"data.name=dsd_{task[0]}x{task[1]}",
+                    f"data.train={size}",
+                    f"passes={STEPS * BATCH // size // EPOCHS}",
+                ),
+            ),
+        ),
+        optim=Optim("adam", learning_rate=(0.01,)),
+        lanes=Lanes(seed=tuple(range(10))),
+        epochs=EPOCHS,
+        batch_size=BATCH,
+    )
