@@ -239,9 +239,6 @@ class Experiment:
     """A question as data: what is trained, on what, how long."""
 
     arms: tuple[Arm, ...]
-    comparisons: tuple[str, ...] = ()
-    """Pairs of arms, FIRST:SECOND, whose difference is the question: the fewer, the narrower their intervals can be.
-    None: each with each of few arms, each with the first of many."""
     data: Data = Data()
     augment: Augment = Augment()
     optim: Optim = Optim()
@@ -255,6 +252,9 @@ class Experiment:
     """Draw the order of the examples anew for each pass; false: the order in which they are stored, each time."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
+    comparisons: tuple[str, ...] = ()
+    """Pairs of arms, FIRST:SECOND, whose difference is the question: the fewer, the narrower their intervals can be.
+    None: each with each of few arms, each with the first of many."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, where the next run of the same program finds them."""
     checkpoint: Checkpoint = Checkpoint()

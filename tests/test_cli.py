@@ -143,7 +143,7 @@ def test_count_reads_another_way_and_matches_a_budget(capsys):
         ("lenet5", "count lenet5 needs the shape of an example: --input HxWxC"),
         ("explosion", "needs the shape of an example"),
         ("nothing --input 3x3x1", "no layer 'nothing'; there are: conv:FEATURES"),
-        ("nothing --input 3x3x1", "or an experiment or architecture: explosion, fc_vs_conv"),
+        ("nothing --input 3x3x1", "or an experiment or architecture: augmentation, depth, dsd, explosion"),
         ("dense:3 --input 32x32x", "'32x32x' is no shape of an example"),
         ("conv:3@5:valid --input 4x4x1", "layer 0 (conv:3@5:valid) on 4x4x1"),
         ("dense:3 --input 4x4x1 --batch-size 0", "must be at least 1"),
@@ -196,7 +196,7 @@ def test_run_writes_its_files_and_ends_with_the_table(tiny_run):
     assert done.stderr == ""
     out = folder / "runs" / "fc_vs_conv"
     names = {"config.json", "metrics.jsonl", "results.json", "table.md", "accuracy.png", "environment.json", "log.txt"}
-    assert visible(out) - {"git.diff"} == names | {"run.json", "arms", "checkpoints"}
+    assert visible(out) - {"git.diff"} == names | {"run.json", "arms", "checkpoints", "predictions"}
     results = json.loads((out / "results.json").read_text())
     assert results["data"]["name"] == "lines" and len(results["arms"]) == 1
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -217,10 +217,10 @@ def test_a_second_run_keeps_the_first(tiny_run, tmp_path):
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run, runs, compare, count"),
+    (["train"], "there are: list, show, run, runs, compare, report, all, results, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
-    (["show", "nothing"], "no experiment 'nothing'; there are: explosion, fc_vs_conv"),
+    (["show", "nothing"], "no experiment 'nothing'; there are: augmentation, depth, dsd, explosion"),
     (["show", "fc_vs_conv", "epoch=3"], "no field 'epoch'; there are: arms"),
     (["run", "fc_vs_conv", "epochs"], "no override"),
     (["run", "fc_vs_conv", "epochs=many"], "whole number"),

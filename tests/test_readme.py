@@ -12,7 +12,7 @@ import pytest
 
 import cnnlib
 from cnnlib import growth, report
-from cnnlib.config import EXPERIMENTS, Experiment, from_dict, override, to_dict
+from cnnlib.config import EXPERIMENTS, Data, Experiment, from_dict, override, to_dict
 from cnnlib.resolve import resolve
 from experiments.__main__ import COMMANDS, main, parser_for
 
@@ -114,7 +114,7 @@ def test_what_the_readme_concludes_of_sharing_and_locality_follows_too():
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 15
     monkeypatch.setattr(EXPERIMENTS, "_declarations", {})
     names: dict[str, object] = {}
@@ -125,8 +125,21 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
     assert pooled.count.parameters == 61_706 and strided.model.connectivity == "conv"
 
 
+def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
+    _, code, _ = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(code, "sweep.py", "exec"), names)
+    arms = Experiment(names["arms"], Data("mnist5k")).arms
+    assert [arm.name for arm in arms] == [
+        *(f"conv_{size}" for size in (100, 400, 1600)),
+        *(f"local_{size}" for size in (100, 400, 1600)),
+        *(f"full_{size}" for size in (400, 1600)),
+    ]
+    assert arms[1].own == ("data.train=400",)
+
+
 def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch):
-    _, code = blocks("python")
+    *_, code = blocks("python")
     # A reader's JAX promotes ranks; the test session's does not.
     names: dict[str, object] = {}
     exec(compile(code, "readings.py", "exec"), names)
