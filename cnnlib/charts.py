@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +22,13 @@ COSTS = {
     "train_seconds_per_lane": "seconds of training",
 }
 """What accuracy is plotted against: fields of an arm's results, in words."""
-MOST_EPOCHS = 40
-"""That are drawn of a learning curve, evenly chosen and always the last."""
+PLACES = 5
+"""Side by side for the lanes of an arm, to the left of their mean."""
 MOST_NAMES = 12
 """Of points that have their names beside them."""
 SHAPES = {"full": "circle", "local": "square", "conv": "triangle-up"}
+DASHES = ([1, 0], [6, 3], [2, 2])
+"""Tell lines apart that have the same colour of the palette."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 
 
@@ -44,6 +46,12 @@ def library() -> str:
     return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub forgets the default
 
 
+def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lanes of an arm that have a setting's numbers, those that diverged as well."""
+    names = [name for name in SETTING_FIELDS if name in setting]
+    return [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in names)]
+
+
 def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     """Test accuracy in percent against a cost on a log axis: every lane a point, each mean with its interval."""
     import altair
@@ -56,11 +64,10 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
                 "connectivity": arm["connectivity"],
                 "cost": float(arm[cost]),
             }
-            names = [name for name in SETTING_FIELDS if name in setting]
             lanes += [
-                {**common, "seed": lane["seed"], "accuracy": 100 * lane["test_accuracy"]}
-                for lane in arm["lanes"]
-                if lane["status"] == "ok" and all(lane[name] == setting[name] for name in names)
+                {**common, "seed": lane["seed"], "accuracy": 100 * lane["test_accuracy"], "place": place % PLACES}
+                for place, lane in enumerate(lanes_of(arm, setting))
+                if lane["status"] == "ok"
             ]
             accuracy = setting["test_accuracy"]
             if accuracy["mean"] is not None:
@@ -75,12 +82,15 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
         "connectivity:N", scale=altair.Scale(domain=kinds, range=[SHAPES[kind] for kind in kinds]), title=None
     )
     x = altair.X("cost:Q", scale=altair.Scale(type="log", nice=False, padding=40), title=COSTS[cost])
-    x = x.axis(altair.Axis(format=".2~s" if cost != "train_seconds_per_lane" else "~g", tickCount=6))
+    form = "~g" if cost == "train_seconds_per_lane" else ".2~s"
+    x = x.axis(altair.Axis(format=form, tickCount=6, labelOverlap="greedy", labelSeparation=8))
     y = altair.Y("accuracy:Q", scale=altair.Scale(zero=False, padding=10), title="test accuracy, %")
     told = [altair.Tooltip("arm:N"), altair.Tooltip("cost:Q", title=COSTS[cost], format=",.6~g")]
     percent = [altair.Tooltip("accuracy:Q", title="test accuracy, %", format=".2f")]
     ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
-    points = altair.Chart(altair.InlineData(lanes)).mark_point(filled=True, opacity=0.4, size=45)
+    points = altair.Chart(altair.InlineData(lanes))
+    beside = altair.ExprRef(expr="-8 - 4 * datum.place")  # pixels: or the mean and equal lanes would cover it
+    points = points.mark_point(filled=True, opacity=0.4, size=40, xOffset=beside)
     points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=[*told, altair.Tooltip("seed:N"), *percent])
     base = altair.Chart(altair.InlineData(means))
     mean_told = [*told, altair.Tooltip("n:Q"), *percent, *ends]
@@ -95,49 +105,70 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     return dict(chart.to_dict())
 
 
-def curves_chart(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str) -> dict[str, Any] | None:
-    """A metric in percent against the epoch: a line with a band an arm, and every seed a fainter line.
+class Curves(NamedTuple):
+    """Points of learning curves in percent, with the names of their arms."""
 
-    None where no line has the metric.
+    lanes: list[dict[str, Any]]
+    means: list[dict[str, Any]]
+
+
+def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
+    """A metric of `metrics.jsonl` by arm and epoch, of at most so many epochs an arm, evenly chosen, always the last.
+
+    What is no line of a run is left out; none are left where no line has the metric.
     """
-    import altair
-
     values: dict[tuple[str, int], list[tuple[int, int, float]]] = defaultdict(list)
     for line in lines:
         if line.get("arm") in arms and isinstance(line.get("epoch"), int) and is_number(line.get(metric)):
             lane, seed = (line.get(name) for name in ("lane", "seed"))
             if isinstance(lane, int) and isinstance(seed, int):
                 values[str(line["arm"]), line["epoch"]].append((lane, seed, 100 * float(line[metric])))
-    if not values:
-        return None
-    shown = {}
+    found = Curves([], [])
     for arm in arms:
         epochs = sorted(epoch for name, epoch in values if name == arm)
-        chosen = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), MOST_EPOCHS)).round().astype(int))
-        shown[arm] = [epochs[index] for index in chosen]
-    seeds, means = [], []
-    for arm, epochs in shown.items():
-        for epoch in epochs:
-            found = values[arm, epoch]
-            mean, low, high, n = mean_interval([value for *_, value in found])
-            band = {"low": mean if low is None else low, "high": mean if high is None else high}
-            means.append({"arm": arm, "epoch": epoch, "value": mean, "n": n, **band})
-            seeds += [{"arm": arm, "epoch": epoch, "lane": a, "seed": b, "value": round(c, 3)} for a, b, c in found]
-    names = list(shown)
+        chosen = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), most_epochs)).round().astype(int))
+        for epoch in (epochs[index] for index in chosen):
+            at = values[arm, epoch]
+            mean, low, high, n = mean_interval([value for *_, value in at])
+            band = {"value": mean, "low": mean if low is None else low, "high": mean if high is None else high}
+            numbers = {name: round(float(value or 0.0), 3) for name, value in band.items()}
+            found.means.append({"arm": arm, "epoch": epoch, "n": n, **numbers})
+            found.lanes.extend(
+                {"arm": arm, "epoch": epoch, "lane": a, "seed": b, "value": round(c, 3)} for a, b, c in at
+            )
+    return found
+
+
+def curves_chart(found: Curves, words: str) -> dict[str, Any]:
+    """A metric, in words, against the epoch: a line with a band an arm, and every lane that is given a fainter line."""
+    import altair
+
+    names = list(dict.fromkeys(mean["arm"] for mean in found.means))
     colors = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
-    color = altair.Color("arm:N", scale=altair.Scale(domain=names, range=colors), title=None)
-    title = metric.replace("_", " ") + ", %"
+    dashes = [DASHES[index // len(PALETTE) % len(DASHES)] for index in range(len(names))]
+    legend = altair.Legend(symbolType="stroke", symbolSize=300)
+    color = altair.Color("arm:N", scale=altair.Scale(domain=names, range=colors), title=None, legend=legend)
+    dash = altair.StrokeDash("arm:N", scale=altair.Scale(domain=names, range=dashes), title=None, legend=legend)
+    title = f"{words}, %"
     x = altair.X("epoch:Q", title="epoch", axis=altair.Axis(tickMinStep=1))
     y = altair.Y("value:Q", scale=altair.Scale(zero=False, nice=False, padding=8), title=title)
     told = [altair.Tooltip("arm:N"), altair.Tooltip("epoch:Q")]
     number = altair.Tooltip("value:Q", title=title, format=".2f")
-    base = altair.Chart(altair.InlineData(means)).encode(x=x, color=color)
-    every = altair.Chart(altair.InlineData(seeds)).mark_line(opacity=0.25, strokeWidth=1)
-    every = every.encode(x=x, y=y, color=color, detail="lane:N", tooltip=[*told, altair.Tooltip("seed:N"), number])
-    band = base.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q")
+    chosen = altair.selection_point(fields=["arm"], bind="legend")
+
+    def seen(share: float) -> Any:
+        return altair.condition(chosen, altair.value(share), altair.value(share / 8))
+
+    base = altair.Chart(altair.InlineData(found.means)).encode(x=x, color=color)
+    band = base.mark_area().encode(y=altair.Y("low:Q", title=title), y2="high:Q", opacity=seen(0.2))
     ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
-    line = base.mark_line(strokeWidth=2.5, point=True).encode(
-        y=y, tooltip=[*told, altair.Tooltip("n:Q"), number, *ends]
-    )
-    chart = altair.layer(band, every, line).properties(width="container", height=300)
+    mean_told = [*told, altair.Tooltip("n:Q"), number, *ends]
+    line = base.mark_line(strokeWidth=2.5).encode(y=y, strokeDash=dash, opacity=seen(1.0), tooltip=mean_told)
+    dots = base.mark_point(filled=True, size=28).encode(y=y, opacity=seen(1.0), tooltip=mean_told)
+    layers = [band, line, dots]
+    if found.lanes:
+        every = altair.Chart(altair.InlineData(found.lanes)).mark_line(strokeWidth=1)
+        every = every.encode(x=x, y=y, color=color, detail="lane:N", opacity=seen(0.3))
+        layers.insert(1, every.encode(tooltip=[*told, altair.Tooltip("seed:N"), number]))
+    chart = altair.layer(*layers).add_params(chosen).properties(width="container", height=300)
     return dict(chart.to_dict())

@@ -129,7 +129,7 @@ def labels(runs: Sequence[Path]) -> list[str]:
         names = [str(Path(*run.absolute().parts[-length:])) for run in runs]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"compare needs different runs, not {', '.join(map(str, runs))}")
+    raise UserError(f"report and compare need different runs, not {', '.join(map(str, runs))}")
 
 
 def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ function draw() {
     vegaEmbed(place, spec, options).then((result) => {
       place.querySelector("svg").setAttribute("aria-hidden", "true");
       place.dataset.drawn = "true";
-    });
+    }).catch((error) => { place.textContent = `This plot cannot be drawn: ${error.message}`; });
   }
 }
 
@@ -35,12 +35,12 @@ function sort(button) {
   const column = header.cellIndex;
   const down = header.getAttribute("aria-sort") === "ascending";
   const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-  const rows = Array.from(body.rows).sort((a, b) => {
-    const [x, y] = [value(a), value(b)];
-    const known = x !== "" && y !== "" && !Number.isNaN(Number(x)) && !Number.isNaN(Number(y));
-    return known ? Number(x) - Number(y) : x.localeCompare(y);
-  });
-  body.append(...(down ? rows.reverse() : rows));
+  const rows = Array.from(body.rows);
+  const known = rows.filter((row) => value(row) !== "");
+  const areNumbers = known.every((row) => Number.isFinite(Number(value(row))));
+  const compare = areNumbers ? (x, y) => Number(x) - Number(y) : (x, y) => x.localeCompare(y);
+  known.sort((a, b) => (down ? -1 : 1) * compare(value(a), value(b)));
+  body.append(...known, ...rows.filter((row) => value(row) === ""));  // what is not known stays below
   for (const other of header.parentElement.cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", down ? "descending" : "ascending");
 }

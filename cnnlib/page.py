@@ -5,22 +5,19 @@ Everything that a run's files hold is data: it is escaped, and the page forbids 
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cnnlib import charts
 from cnnlib.comparisons import differences, spread_sentence, spreads
 from cnnlib.config import assignments, from_dict
 from cnnlib.errors import UserError
 from cnnlib.folder import read_json
+from cnnlib.markup import Cell, folded, number_cell, sortable, text_of
+from cnnlib.mistakes import confusions, mistakes
 from cnnlib.overview import is_results, labels
 from cnnlib.predictions import Answers, read_answers
 from cnnlib.report import accuracy_text, setting_text
@@ -28,8 +25,11 @@ from cnnlib.tracking import command_for, read_json_lines, write_whole
 
 MOST_ARMS = 24
 """Of a run whose curves, confusions and mistakes are shown."""
-MOST_CLASSES = 20
-"""Of a confusion matrix."""
+MOST_BYTES = 5_000_000
+"""Of a page."""
+NO_ANSWERS = "<h3>Confusions and mistakes</h3>\n<p>This run keeps no predictions, or has too many arms to show.</p>"
+EARLY = 'document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"'
+"""Runs before anything is drawn, so that no dark page begins white."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
 
 
@@ -43,19 +43,52 @@ class Run(NamedTuple):
     answers: dict[str, Answers]
 
 
+class Detail(NamedTuple):
+    """How much of each run is shown."""
+
+    epochs: int
+    """Of a learning curve, evenly chosen."""
+    mistakes: int
+    """Pictures an arm."""
+    lanes: bool
+    """Whether every lane has its learning curve and its row in a table."""
+
+
+DETAILS = (Detail(40, 24, True), Detail(20, 12, True), Detail(20, 6, False), Detail(10, 0, False))
+"""From the fullest on: a page takes the first with which it stays within `MOST_BYTES`."""
+UNLIKE_RESULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What files lead to that look like results and are none."""
+
+
 def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], str | None]) -> None:
     """Writes the page about runs; `note_of` is asked for the lab note of an experiment, and has none of unknown ones.
 
-    Raises UserError, with nothing written, for a folder without results, and where the extra `report` is missing.
+    Raises UserError, with nothing written, for a folder without results, for more than a page of `MOST_BYTES` can hold,
+    and where the extra `report` is missing.
     """
     charts.check_extra()
-    runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
+    names = ", ".join(str(folder) for folder in folders)
     try:
-        text = page(runs, note_of)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        names = ", ".join(str(folder) for folder in folders)
-        raise UserError(f"results of {names} are not what this version of cnnlib writes: {error!r}") from error
-    write_whole(out, lambda path: path.write_text(text, encoding="utf-8"))
+        runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
+        for detail in DETAILS:
+            text = page(runs, note_of, detail).encode()
+            if len(text) <= MOST_BYTES:
+                break
+        else:
+            raise UserError(f"a page about {names} has {len(text) / 1e6:.1f} MB, more than 5: report fewer runs")
+    except UNLIKE_RESULTS as error:
+        told = repr(error)[:200]
+        raise UserError(f"results of {names} are not what this version of cnnlib writes: {told}") from error
+    write_whole(out, lambda path: path.write_bytes(text))
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -72,32 +105,36 @@ def read_run(folder: Path, label: str) -> Run:
     return Run(label, folder, results, lines, found)
 
 
-def text_of(value: Any) -> str:
-    """Anything as text that is safe between tags and in quotes."""
-    return html.escape(str(value), quote=True)
-
-
-def page(runs: Sequence[Run], note_of: Callable[[str], str | None]) -> str:
-    """The whole page."""
+def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Detail = DETAILS[0]) -> str:
+    """The whole page; `note_of` is that of `write_report`."""
     read = resources.files("cnnlib").joinpath
     style, script = (read(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     links = "".join(f'<li><a href="#run-{i}">{text_of(run.label)}</a></li>' for i, run in enumerate(runs))
-    body = "".join(section(f"run-{i}", run, note_of(run.results["experiment"])) for i, run in enumerate(runs))
+    body = "".join(section(f"run-{i}", run, note_of(run.results["experiment"]), detail) for i, run in enumerate(runs))
+    shorter = "" if detail == DETAILS[0] else f" To keep the page below 5 MB it shows {detail_text(detail)}."
     return (
-        '<!doctype html>\n<html lang="en" data-theme="light">\n<head>\n<meta charset="utf-8">\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>cnnlib: {text_of(', '.join(run.label for run in runs))}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>cnnlib: {text_of(', '.join(run.label for run in runs))}</title>\n<style>\n{style}</style>\n"
+        f"<script>{EARLY}</script>\n</head>\n"
         '<body>\n<a class="skip" href="#content">Skip to the results</a>\n<header><h1>cnnlib report</h1>\n'
         f'<nav aria-label="Runs"><ul>{links}</ul></nav>\n<button type="button" id="theme">Dark</button></header>\n'
+        "<noscript><p>Without JavaScript there are no plots; their numbers are in the tables.</p></noscript>\n"
         f'<main id="content">\n{body}</main>\n'
         "<footer><p class='quiet'>Intervals are Student's t over the lanes of an arm, 95 %: they speak of other seeds, "
-        "not of other test sets. Points of lanes that diverged are not drawn.</p></footer>\n"
+        f"not of other test sets. Points of lanes that diverged are not drawn.{shorter}</p></footer>\n"
         f"<script>{charts.library()}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
-def section(name: str, run: Run, note: str | None) -> str:
+def detail_text(detail: Detail) -> str:
+    """What less than everything is, in words."""
+    curves = "" if detail.lanes else " without single lanes"
+    return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
+
+
+def section(name: str, run: Run, note: str | None, detail: Detail) -> str:
     """All about one run."""
     results = run.results
     question = note.splitlines()[0] if note else f"What do the arms of {results['experiment']} reach?"
@@ -106,14 +143,14 @@ def section(name: str, run: Run, note: str | None) -> str:
         f'<p class="question">{text_of(question)}</p>',
         f"<h3>Answer</h3>\n{answer(results)}",
         f"<h3>Arms</h3>\n{table(results)}",
-        f"<h3>Accuracy against cost</h3>\n{cost_plots(name, results)}",
-        curves(name, run),
-        confusions(run),
-        mistakes(run),
+        f"<h3>Accuracy against cost</h3>\n{cost_plots(name, results)}{lane_table(results) if detail.lanes else ''}",
+        curves(name, run, detail),
+        confusions(run.answers, results["data"]) if run.answers else NO_ANSWERS,
+        mistakes(run.answers, results["data"], detail.mistakes),
         f"<h3>How to repeat it</h3>\n{provenance(results)}",
     ]
     if note:
-        parts.append(f"<details><summary>The lab note</summary><pre>{text_of(note)}</pre></details>")
+        parts.append(folded("The lab note", f'<pre tabindex="0" role="region" aria-label="Note">{text_of(note)}</pre>'))
     return "\n".join(part for part in parts if part) + "\n</section>\n"
 
 
@@ -132,12 +169,11 @@ def answer(results: dict[str, Any]) -> str:
     settled = [difference for difference in found if difference.verdict != "undecided"]
     if found:
         told.append(
-            f"<p>Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the interval of the "
-            "others holds zero, which is no proof that there is none.</p>"
+            f"<p>Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the others are "
+            "undecided, which is no proof that there is no difference.</p>"
         )
         sentences = "".join(f"<li>{text_of(difference.sentence())}</li>" for difference in found)
-        is_open = " open" if len(found) <= 10 else ""
-        told.append(f"<details{is_open}><summary>Differences</summary><ul>{sentences}</ul></details>")
+        told.append(folded("Differences", f"<ul>{sentences}</ul>", is_open=len(found) <= 10))
     for arm, parts in spreads(results).items():
         told.append(f"<p>Spread of {text_of(spread_sentence(arm, parts))}.</p>")
     gone = sum(setting["diverged"] for arm in results["arms"] for setting in arm["settings"])
@@ -162,39 +198,50 @@ COLUMNS = (
 
 def table(results: dict[str, Any]) -> str:
     """A row a setting of an arm; every column sorts."""
-    head = "".join(f'<th scope="col"><button type="button">{text_of(column)}</button></th>' for column in COLUMNS)
     rows = []
     for arm in results["arms"]:
         for index, setting in enumerate(arm["settings"]):
-            accuracy, train = setting["test_accuracy"], setting.get("train_accuracy")
+            accuracy = setting["test_accuracy"]
             low, high = accuracy["ci95"]
-            known = accuracy["mean"] is not None
-            cells: list[tuple[Any, str]] = [
-                (arm["connectivity"], arm["connectivity"]),
-                *((arm[count], f"{arm[count]:,}") for count in ("parameters", "connections", "macs")),
-                ("" if train is None else train, "-" if train is None else f"{100 * train:.2f}"),
-                (accuracy["mean"] if known else "", f"{100 * accuracy['mean']:.2f}" if known else "-"),
-                ("" if low is None else low, "-" if low is None else f"{100 * low:.2f} to {100 * high:.2f}"),
-                (accuracy["n"], str(accuracy["n"])),
-                (arm["train_seconds_per_lane"], f"{arm['train_seconds_per_lane']:.2f}"),
+            cells = [
+                Cell(arm["connectivity"], arm["connectivity"]),
+                *(number_cell(arm[count], ",") for count in ("parameters", "connections", "macs")),
+                number_cell(setting.get("train_accuracy"), ".2f", 100),
+                number_cell(accuracy["mean"], ".2f", 100),
+                Cell("-") if low is None else Cell(f"{100 * low:.2f} to {100 * high:.2f}", low),
+                number_cell(accuracy["n"], "d"),
+                number_cell(arm["train_seconds_per_lane"], ".2f"),
             ]
-            name = arm["name"] + setting_text(results, arm, index)
-            row = "".join(f'<td data-value="{text_of(value)}">{text_of(shown)}</td>' for value, shown in cells)
-            rows.append(f'<tr><th scope="row">{text_of(name)}</th>{row}</tr>')
-    caption = (
+            rows.append((arm["name"] + setting_text(results, arm, index), cells))
+    told = (
         "Counts are for one example, taps on padding counted; training % is the final models' accuracy on what they "
         "were trained on; n is the number of lanes that have not diverged. Headings sort."
     )
-    return (
-        f'<p class="quiet">{caption}</p><div class="wide" tabindex="0" role="region" aria-label="Table of arms">'
-        f'<table><caption class="unseen">Arms, with counts and accuracies</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return f'<p class="quiet">{told}</p>{sortable("Arms, with counts and accuracies", COLUMNS, rows)}'
+
+
+def lane_table(results: dict[str, Any]) -> str:
+    """A row a lane: what the small points of the plots are, for those who do not see them."""
+    rows = [
+        (
+            arm["name"] + setting_text(results, arm, index),
+            [
+                number_cell(lane["seed"], "d"),
+                *(number_cell(lane.get(f"{part}_accuracy"), ".2f", 100) for part in ("train", "validation", "test")),
+                Cell(str(lane["status"]), lane["status"]),
+            ],
+        )
+        for arm in results["arms"]
+        for index, setting in enumerate(arm["settings"])
+        for lane in charts.lanes_of(arm, setting)
+    ]
+    columns = ("arm", "seed", "training %", "validation %", "test %", "status")
+    return folded("Every lane, as a table", sortable("Lanes", columns, rows))
 
 
 def plot(name: str, spec: dict[str, Any], label: str, caption: str) -> str:
     """A place for a plot and its specification; `label` is what a screen reader says of it."""
-    data = json.dumps(spec).replace("<", "\\u003c")
+    data = json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<figure><div class="plot" role="img" aria-label="{text_of(label)}" data-spec="{name}"></div>'
         f"<figcaption>{text_of(caption)}</figcaption>"
@@ -213,104 +260,45 @@ def cost_plots(name: str, results: dict[str, Any]) -> str:
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
-def curves(name: str, run: Run) -> str:
-    """Learning curves with bands, training and validation."""
+def curves(name: str, run: Run, detail: Detail) -> str:
+    """Learning curves with bands, training and validation, and the means as tables."""
     arms = [arm["name"] for arm in run.results["arms"]]
     if len(arms) > MOST_ARMS:
         return f"<h3>Learning curves</h3>\n<p>Left out: {len(arms)} arms are more than a plot can tell apart.</p>"
-    figures = []
+    figures, tables = [], []
     for metric in ("train_accuracy", "validation_accuracy"):
-        spec = charts.curves_chart(run.lines, arms, metric)
-        if spec is not None:
-            words = metric.replace("_", " ")
-            caption = f"{words.capitalize()}: means with 95 % bands, every lane a thin line."
-            if metric == "train_accuracy":
-                caption += " Measured while the parameters change, on augmented examples."
-            figures.append(plot(f"{name}-{metric}", spec, f"{words} against the epoch, a line an arm", caption))
-    if not figures:
-        return "<h3>Learning curves</h3>\n<p>There is no metrics.jsonl in the folder.</p>"
-    return f'<h3>Learning curves</h3>\n<div class="plots">{"".join(figures)}</div>'
-
-
-def confusions(run: Run) -> str:
-    """What each arm takes for what: a matrix an arm, means over its lanes."""
-    if not run.answers:
-        return "<h3>Confusions and mistakes</h3>\n<p>This run keeps no predictions, or has too many arms to show.</p>"
-    parts = ["<h3>Confusions</h3>"]
-    for arm, found in run.answers.items():
-        fine = found.predicted[(found.predicted >= 0).all(axis=1)]
-        classes = int(max(found.labels.max(), fine.max(initial=0))) + 1
-        if not len(fine) or classes > MOST_CLASSES:
-            parts.append(f"<p>{text_of(arm)}: no matrix, of {classes} classes and {len(fine)} lanes.</p>")
+        found = charts.curve_points(run.lines, arms, metric, detail.epochs)
+        if not found.means:
             continue
-        counts = np.zeros((classes, classes))
-        np.add.at(counts, (np.broadcast_to(found.labels, fine.shape), fine), 1.0 / len(fine))
-        totals = np.maximum(counts.sum(axis=1, keepdims=True), 1e-9)
-        head = "".join(f'<th scope="col">{column}</th>' for column in range(classes))
-        rows = "".join(
-            f'<tr><th scope="row">{row}</th>'
-            + "".join(
-                f'<td{" class=right" if row == column else ""} style="--share:{share:.3f}">{100 * share:.1f}</td>'
-                for column, share in enumerate(counts[row] / totals[row])
-            )
-            + "</tr>"
-            for row in range(classes)
-        )
-        caption = f"{arm}: percent of a true class (row) that is taken for a class (column), mean of {len(fine)} lanes"
-        parts.append(
-            f'<details><summary>{text_of(arm)}</summary><div class="wide" tabindex="0" role="region" '
-            f'aria-label="Confusions of {text_of(arm)}"><table class="confusion"><caption>{text_of(caption)}</caption>'
-            f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
-        )
-    return "\n".join(parts)
-
-
-def mistakes(run: Run) -> str:
-    """The examples that most lanes of an arm get wrong, of the highest mean loss first."""
-    parts = []
-    for arm, found in run.answers.items():
-        fine = (found.predicted >= 0).all(axis=1)
-        figures = []
-        for index, example in zip(found.worst, found.worst_examples, strict=True):
-            votes = found.predicted[fine, index]
-            classes, counts = np.unique(votes, return_counts=True)
-            most = int(counts.argmax())
-            told = f"is {found.labels[index]}; {counts[most]} of {len(votes)} say {classes[most]}"
-            picture = drawing(example, f"Test example {index}: it {told}")
-            figures.append(f"<figure>{picture}<figcaption>{text_of(told)}</figcaption></figure>")
-        if figures:
-            parts.append(
-                f"<details><summary>{text_of(arm)}: {len(figures)}</summary>"
-                f'<div class="mistakes">{"".join(figures)}</div></details>'
-            )
-    return "\n".join(["<h3>Worst mistakes</h3>", *parts]) if parts else ""
-
-
-def drawing(example: np.ndarray, label: str) -> str:
-    """An image as a PNG inside the page, a signal as a line; `example` is `(*spatial, channel)`."""
-    low, high = float(example.min()), float(example.max())
-    scaled = (example.astype(np.float64) - low) / (high - low or 1.0)
-    if example.ndim == 2:
-        lines = []
-        for channel in scaled.T:
-            points = " ".join(f"{x},{38 - 36 * y:.1f}" for x, y in enumerate(channel))
-            lines.append(f'<polyline points="{points}" fill="none" stroke="#0057a8" stroke-width="1"/>')
-        box = f"0 0 {max(1, len(scaled) - 1)} 40"
-        return f'<svg viewBox="{box}" role="img" aria-label="{text_of(label)}">{"".join(lines)}</svg>'
-    from PIL import Image
-
-    pixels = example if example.dtype == np.uint8 else np.round(255 * scaled).astype(np.uint8)
-    mode = pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]
-    file = io.BytesIO()
-    Image.fromarray(mode).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{text_of(label)}" src="data:image/png;base64,{data}">'
+        words = metric.replace("train_", "training_").replace("_", " ")
+        every = ", every lane a thin line" if detail.lanes else ""
+        caption = f"{words.capitalize()}: means with 95 % bands{every}. An arm clicked in the legend stands out."
+        if metric == "train_accuracy":
+            caption += " Measured while the parameters change, on augmented examples."
+        label = f"{words} against the epoch, a line an arm; the means are in a table below the plots"
+        spec = charts.curves_chart(found if detail.lanes else found._replace(lanes=[]), words)
+        figures.append(plot(f"{name}-{metric}", spec, label, caption))
+        means = {(mean["arm"], mean["epoch"]): mean["value"] for mean in found.means}
+        rows = [
+            (str(epoch), [number_cell(means.get((arm, epoch)), ".2f") for arm in arms])
+            for epoch in sorted({epoch for _, epoch in means})
+        ]
+        title = f"{words.capitalize()} by epoch, %, as a table"
+        tables.append(folded(title, sortable(title, ("epoch", *arms), rows)))
+    if not figures:
+        return "<h3>Learning curves</h3>\n<p>No metrics.jsonl with accuracies is in the folder.</p>"
+    return f'<h3>Learning curves</h3>\n<div class="plots">{"".join(figures)}</div>{"".join(tables)}'
 
 
 def provenance(results: dict[str, Any]) -> str:
     """The command, the machine and versions, the whole configuration."""
-    experiment = from_dict(results["config"])
-    command = command_for(results["experiment"], experiment) or "not a registered experiment"
+    try:
+        experiment = from_dict(results["config"])
+        command = command_for(results["experiment"], experiment) or "not a registered experiment"
+        fields = "\n".join(assignments(experiment))
+    except UserError as error:  # of another version: it is shown as it stands
+        command = f"not known to this version of cnnlib: {error}"
+        fields = json.dumps(results["config"], indent=2)
     device, machine = results["device"], results.get("machine", {})
     where = {
         "finished": results.get("finished", "unknown"),
@@ -318,16 +306,14 @@ def provenance(results: dict[str, Any]) -> str:
         "device": f"{device['count']} x {device['kind']}, {device['kernels']} kernels",
         "machine": f"{machine.get('cores', '?')} cores, {machine.get('processor', 'unknown')}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        "data": ", ".join(f"{key} {value}" for key, value in results["data"].items()),
+        "data": ", ".join(f"{key} {value}" for key, value in results["data"].items() if key != "class_names"),
         "seconds": f"{results['wall_seconds']:.0f}",
         "resumed": f"{len(results.get('resumed', []))} times",
     }
     rows = "".join(
         f'<tr><th scope="row">{text_of(key)}</th><td>{text_of(value)}</td></tr>' for key, value in where.items()
     )
-    fields = text_of("\n".join(assignments(experiment)))
-    return (
-        f"<pre>{text_of(command)}</pre>\n<div class='wide' tabindex='0' role='region' aria-label='Provenance'><table>"
-        f"<caption>Where the numbers come from</caption><tbody>{rows}</tbody></table></div>\n"
-        f"<details><summary>The configuration</summary><pre>{fields}</pre></details>"
+    facts = f'<table class="facts"><caption>Where the numbers come from</caption><tbody>{rows}</tbody></table>'
+    return f'<pre tabindex="0" role="region" aria-label="Command">{text_of(command)}</pre>\n{facts}\n' + folded(
+        "The configuration", f'<pre tabindex="0" role="region" aria-label="Fields">{text_of(fields)}</pre>'
     )

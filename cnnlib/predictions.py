@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from cnnlib.tracking import cannot_write, write_whole
 MOST_MISTAKES = 24
 """Examples that are kept with their answers."""
 MOST_BYTES = 2**30
+
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.error)
+"""What NumPy and zipfile raise for archives that are damaged, encrypted, or promise arrays that no memory holds."""
 
 
 class Answers(NamedTuple):
@@ -78,8 +83,9 @@ def read_answers(run: Path, arm: str) -> Answers | None:
         ]
         kinds = [array.dtype.kind for array in answers] in (list("iifii"), list("iifiu"), list("iifif"))
         within = mistakes == 0 or 0 <= answers.worst.min() <= answers.worst.max() < examples
-        if not (shapes and kinds and within and len(answers.worst_examples) == mistakes):
+        numbers = answers.labels.min(initial=0) >= 0 and answers.predicted.min(initial=-1) >= -1
+        if not (shapes and kinds and within and numbers and len(answers.worst_examples) == mistakes):
             raise ValueError("its arrays do not fit together")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} holds no answers: {error}") from error
     return answers

@@ -329,8 +329,8 @@ def main(arguments: Sequence[str]) -> int:
         if command == "list":
             command_list()
             return 0
-        if command == "run" and options.out == "":
-            raise UserError("--out needs a folder")
+        if command in ("run", "report") and options.out == "":
+            raise UserError(f"--out needs a {'folder' if command == 'run' else 'file'}")
         if command == "run" and options.force and not options.resume:
             raise UserError("--force has no meaning without --resume")
         if command == "count":

@@ -11,7 +11,7 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache", "style", "tables", "watcher", "stopping"},
+    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup"},
     {"writer"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
     {"programs"},
-    {"resume", "growth", "wandb_copy", "overview", "charts"},
+    {"resume", "growth", "wandb_copy", "overview", "charts", "mistakes"},
     {"arms"},
     {"run", "results_page", "page"},
     {"experiments.__main__"},
@@ -56,6 +56,8 @@ WITHOUT_JAX = {
     "results_page",
     "charts",
     "page",
+    "markup",
+    "mistakes",
     "style",
     "tables",
     "stats",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnlib import charts
+from cnnlib import charts, page
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import UserError
-from cnnlib.page import drawing, write_report
+from cnnlib.mistakes import drawing
+from cnnlib.page import write_report
+from cnnlib.predictions import read_answers
 from cnnlib.run import run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
@@ -56,6 +60,14 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def rows_of(text, label):
+    """The texts of the rows of the tables that have this caption."""
+    cells = Cells()
+    for table in re.findall(rf'<table><caption class="unseen">{label}</caption>.*?</table>', text):
+        cells.feed(table)
+    return [row for row in cells.rows if row]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
@@ -69,9 +81,7 @@ def report(tmp_path_factory):
 
 def test_the_table_has_the_numbers_of_the_lanes(report):
     results, _, text = report
-    cells = Cells()
-    cells.feed(text)
-    rows = {row[0]: row[1:] for row in cells.rows if row}
+    rows = {row[0]: row[1:] for row in rows_of(text, "Arms, with counts and accuracies")}
     for arm in results["arms"]:
         accuracies = [100 * lane["test_accuracy"] for lane in arm["lanes"]]
         known = [100 * lane["train_accuracy"] for lane in arm["lanes"]]
@@ -141,12 +151,101 @@ def test_headings_sort_and_plots_have_words(report):
     cells = Cells()
     cells.feed(report[2])
     tags = [tag for tag, _ in cells.tags]
-    assert {"main", "nav", "header", "footer"} <= set(tags) and (
-        "html",
-        {"lang": "en", "data-theme": "light"},
-    ) in cells.tags
+    assert {"main", "nav", "header", "footer"} <= set(tags) and ("html", {"lang": "en"}) in cells.tags
     assert all(attributes.get("aria-label") for tag, attributes in cells.tags if attributes.get("class") == "plot")
     assert all(attributes.get("alt") for tag, attributes in cells.tags if tag == "img")
+
+
+def test_every_lane_and_every_mean_of_a_curve_is_in_a_table_too(report):
+    results, folder, text = report
+    wanted = [
+        [arm["name"], str(lane["seed"])]
+        + [f"{100 * lane[f'{part}_accuracy']:.2f}" for part in ("train", "validation", "test")]
+        + [lane["status"]]
+        for arm in results["arms"]
+        for lane in arm["lanes"]
+    ]
+    assert rows_of(text, "Lanes")[1 : 1 + len(wanted)] == wanted
+    lines = [json.loads(line) for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
+    for part, words in (("train", "Training"), ("validation", "Validation")):
+        head, *rows = rows_of(text, f"{words} accuracy by epoch, %, as a table")[:3]
+        assert head == ["epoch", "full", "conv"]
+        for row, epoch in zip(rows, (1, 2), strict=True):
+            found = [[x for x in lines if (x["arm"], x["epoch"]) == (arm, epoch)] for arm in ("full", "conv")]
+            means = [100 * np.mean([line[f"{part}_accuracy"] for line in arm]) for arm in found]
+            assert [float(cell) for cell in row] == pytest.approx([epoch, *means], abs=0.0051)
+
+
+def altered(report, place, change):
+    """A copy of the run whose results are changed."""
+    shutil.copytree(report[1] / "one", place)
+    results = json.loads((place / "results.json").read_text())
+    change(results)
+    (place / "results.json").write_text(json.dumps(results))
+    write_report([place], place / "page.html", lambda name: None)
+    return (place / "page.html").read_text()
+
+
+def test_classes_have_their_names_where_the_data_have_some(report, tmp_path):
+    names = [f"<i>{number}" for number in range(10)]
+    text = altered(report, tmp_path / "run", lambda results: results["data"].update(class_names=names))
+    assert '<th scope="row">&lt;i&gt;0</th>' in text and "<i>" not in text
+    assert '<th scope="row">0</th>' in report[2]
+
+
+def test_a_configuration_of_another_version_is_shown_as_it_stands(report, tmp_path):
+    text = altered(report, tmp_path / "run", lambda results: results["config"].update(colour="green"))
+    assert "not known to this version of cnnlib: no field config.colour" in text
+    assert "&quot;colour&quot;: &quot;green&quot;" in text
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "a" + "/.." * 9 + "/etc/passwd"])
+def test_arms_that_are_no_names_of_files_are_one_line(report, tmp_path, name):
+    with pytest.raises(UserError):
+        altered(report, tmp_path / "run", lambda results: results["arms"][0].update(name=name))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "0.5", None, [], {}])
+def test_accuracies_that_are_no_numbers_are_one_line(report, tmp_path, value):
+    with pytest.raises(UserError):
+        altered(report, tmp_path / "run", lambda results: results["arms"][0]["lanes"][0].update(test_accuracy=value))
+
+
+def test_damaged_answers_are_one_line(report, tmp_path):
+    shutil.copytree(report[1] / "one", tmp_path / "run")
+    path = tmp_path / "run" / "predictions" / "conv.npz"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):  # a changed date, say, does no harm; anything else must not come out
+            read_answers(tmp_path / "run", "conv")
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,), }"
+    member = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("labels.npy", member)
+    with pytest.raises(UserError, match="holds no answers"):
+        read_answers(tmp_path / "run", "conv")
+
+
+def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "library", lambda: "")
+    out = tmp_path / "page.html"
+    sizes = []
+    for detail in page.DETAILS:
+        read = page.read_run(report[1] / "one", "one")
+        sizes.append(len(page.page([read], lambda name: None, detail).encode()))
+    assert sizes == sorted(sizes, reverse=True)
+    for limit in (sizes[0], sizes[0] - 1, sizes[-1]):
+        monkeypatch.setattr(page, "MOST_BYTES", limit)
+        write_report([report[1] / "one"], out, lambda name: None)
+        assert out.stat().st_size <= limit
+        assert ("To keep the page below 5 MB" in out.read_text()) == (limit < sizes[0])
+    assert "without single lanes, and no mistakes an arm" in out.read_text()
+    out.unlink()
+    monkeypatch.setattr(page, "MOST_BYTES", sizes[-1] - 1)
+    with pytest.raises(UserError, match="report fewer runs"):
+        write_report([report[1] / "one"], out, lambda name: None)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("what", ["empty", "junk", "fields"])
@@ -169,6 +268,8 @@ def test_the_missing_extra_is_named(monkeypatch, tmp_path):
 
 
 def test_signals_and_colours_are_drawn():
+    long = drawing(np.linspace(0, 1, 4000, dtype=np.float32)[:, None], "a ramp")
+    assert "0 0 60 60" in long and ' 59.0,1.0"' in long  # as high as wide, from the lower left to the upper right
     assert drawing(np.linspace(0, 1, 40, dtype=np.float32)[:, None], "a ramp").count("<polyline") == 1
     assert 'alt="a &quot;photo&quot;"' in drawing(np.zeros((4, 4, 3), np.uint8), 'a "photo"')
 
@@ -192,38 +293,50 @@ def test_a_browser_shows_it_without_errors_or_requests(report, tmp_path):
         browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         colours = {}
         for scheme, width in (("light", 1100), ("dark", 1100), ("light", 390)):
-            page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
+            tab = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
             told, asked = [], []
-            page.on("console", lambda message, told=told: told.append(message.text))
-            page.on("pageerror", lambda error, told=told: told.append(str(error)))
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.goto((report[1] / "report.html").as_uri())
-            count = page.locator(".plot").count()
-            page.wait_for_function(f"document.querySelectorAll('.plot[data-drawn]').length === {count}", timeout=60_000)
+            tab.on("console", lambda message, told=told: told.append(message.text))
+            tab.on("pageerror", lambda error, told=told: told.append(str(error)))
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.goto((report[1] / "report.html").as_uri())
+            count = tab.locator(".plot").count()
+            tab.wait_for_function(f"document.querySelectorAll('.plot[data-drawn]').length === {count}", timeout=60_000)
             assert told == [] and [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
-            colours[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
+            colours[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             if width == 1100:
-                looks_right(page, scheme, tmp_path)
+                looks_right(tab, scheme, tmp_path)
         assert colours["light"] != colours["dark"]
         browser.close()
 
 
-def looks_right(page, scheme, folder):
+def looks_right(tab, scheme, folder):
     """Sorting by click and by keyboard, a tooltip with the seed, the theme's button, and pixels of every colour."""
-    names = lambda: page.locator("main table tbody").first.locator("th").all_text_contents()  # noqa: E731
-    heading = page.locator("thead th").nth(2)
+    names = lambda: tab.locator("main table tbody").first.locator("th").all_text_contents()  # noqa: E731
+    heading = tab.locator("thead th").nth(2)
     heading.locator("button").click()
     assert heading.get_attribute("aria-sort") == "ascending" and names() == ["full", "conv"]
     heading.locator("button").focus()
-    page.keyboard.press("Enter")
+    tab.keyboard.press("Enter")
     assert heading.get_attribute("aria-sort") == "descending" and names() == ["conv", "full"]
-    page.locator(".plot").first.locator("path[aria-label*='seed: 5'], g.mark-symbol path").first.hover(force=True)
-    page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "arm" in page.locator("#vg-tooltip-element").inner_text()
-    assert page.locator(".plot").first.locator("path[aria-label*='seed']").count() >= 6
+    for arm in ("full", "conv"):
+        for seed in (3, 5, 7):  # each by itself: none is covered by the mean or by another
+            tab.locator(".plot").first.locator(f"path[aria-label*='arm: {arm}'][aria-label$='seed: {seed}']").hover()
+            words = rf"arm\s+{arm}\s.*\sseed\s+{seed}\s"
+            tab.wait_for_function(
+                f"new RegExp({json.dumps(words)}, 's').test(document.querySelector('.vg-tooltip.visible')?.innerText)",
+                timeout=5_000,
+            )
+    # What is not known stays below, whichever way the others are sorted.
+    tab.evaluate("document.querySelector('main tbody tr td:nth-child(6)').dataset.value = ''")  # conv's, now the first
+    for _ in range(2):
+        tab.locator("thead th").nth(5).locator("button").click()
+        assert names() == ["full", "conv"]
+    wide = "[...document.querySelectorAll('.wide')].filter((e) => e.scrollWidth > e.clientWidth).length"
+    assert tab.evaluate(wide) == 0  # the whole table is seen
+    assert tab.locator(".plot").first.locator("path[aria-label*='seed']").count() >= 6
     path = folder / f"{scheme}.png"
-    page.locator(".plot").first.screenshot(path=path)
+    tab.locator(".plot").first.screenshot(path=path)
     from PIL import Image
 
     pixels = np.asarray(Image.open(Path(path)).convert("RGB"), int)
@@ -231,7 +344,7 @@ def looks_right(page, scheme, folder):
         colour = charts.STYLE[connectivity][0]
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - wanted).max(axis=-1) < 12).sum() > 20, (scheme, connectivity)
-    before = page.evaluate("document.documentElement.dataset.theme")
-    page.locator("#theme").click()
-    assert page.evaluate("document.documentElement.dataset.theme") != before
-    page.locator("#theme").click()
+    before = tab.evaluate("document.documentElement.dataset.theme")
+    tab.locator("#theme").click()
+    assert tab.evaluate("document.documentElement.dataset.theme") != before
+    tab.locator("#theme").click()
