@@ -251,7 +251,7 @@ def flat_config(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             found |= {f"{key}_{inner}": one for inner, one in value.items() if inner not in LaneNumbers._fields}
         elif key != "arms":
-            found[key] = value
+            found[key] = ",".join(map(str, value)) if isinstance(value, list) else value
     return found
 
 

@@ -205,6 +205,7 @@ def test_lanes_are_named_by_what_tells_them_apart():
     assert lane_name("lenet5", lanes[0], lanes[::2]) == "lenet5 seed 0"
     crossed = [{"seed": 0, "order_seed": order} for order in (0, 5)]
     assert lane_name("lenet5", crossed[1], crossed) == "lenet5 seed 0 order_seed 5"
+    assert flat_config({"comparisons": ["a:b", "c:d"]}) == {"comparisons": "a:b,c:d"}  # nothing but plain values
     assert flat_config({"epochs": 3, "arms": [], "optim": {"name": "sgd", "learning_rate": [0.1]}}) == {
         "epochs": 3,
         "optim_name": "sgd",
