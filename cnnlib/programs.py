@@ -144,7 +144,6 @@ def compile_programs(
     states, keys = jax.eval_shape(initialize, numbers)
     initial = initialize.lower(numbers).compile()
     keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if arm.experiment.checkpoint.every else None
-    free = free_memory(device)
     model = (states.parameters, states.statistics)
     while True:
         epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
@@ -167,6 +166,7 @@ def compile_programs(
             need = max(need, memory_of(compiled["distance"]))
         # While an epoch runs, the state before it may wait to be written.
         need += size_of(states) if keep else 0
+        free = free_memory(device)  # by now the programs themselves have taken their part, which a `ulimit` counts
         if need <= free:
             break
         needs = (
