@@ -90,7 +90,7 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
     points = altair.Chart(altair.InlineData(lanes))
     beside = altair.ExprRef(expr="-8 - 4 * datum.place")  # pixels: or the mean and equal lanes would cover it
-    points = points.mark_point(filled=True, opacity=0.4, size=40, xOffset=beside)
+    points = points.mark_point(filled=True, opacity=0.6, size=40, xOffset=beside)
     points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=[*told, altair.Tooltip("seed:N"), *percent])
     base = altair.Chart(altair.InlineData(means))
     mean_told = [*told, altair.Tooltip("n:Q"), *percent, *ends]
