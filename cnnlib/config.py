@@ -160,7 +160,7 @@ class Checkpoint:
     every: int = 1
     """Epochs from one checkpoint of an arm to the next; the last epoch always has one. 0: none at all, and an arm that
     is interrupted starts anew."""
-    share: float = 0.02
+    share: float = 0.01
     """Share of the processor's time that writing may take: an epoch that ends too soon after the last checkpoint for
     that, as epochs of less than a second do, has none. 1: every one is written, and training waits for it."""
     keep: int = 2

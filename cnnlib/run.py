@@ -111,7 +111,7 @@ def run(
         try:
             beginning = begin(held, name, experiment, this, left, changes, force)
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
-                known_arms = {arm.name: described_arm(arm) for arm in arms}
+                known_arms = {arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms}
                 lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
                 names = "+".join(dict.fromkeys(arm.description.name for arm in arms))
                 watcher.run_begins(beginning._replace(data=names, arms=known_arms, lanes=lanes))

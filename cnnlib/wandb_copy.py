@@ -14,6 +14,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,17 +81,20 @@ class WandbCopy(Watcher):
         self.tell_user: Callable[[str], None] = lambda text: None
         """How the user is told that something is wrong with W&B."""
         self._waiting: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
+        self._scratch = tempfile.TemporaryDirectory(prefix="cnnlib-wandb-", ignore_cleanup_errors=True)
         # A group of its own: Ctrl-C is for the training process, which then ends the copy in order.
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", "cnnlib.wandb_worker"],
+            [sys.executable, "-m", "cnnlib.wandb_worker", self._scratch.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
             process_group=0,
+            env={**os.environ, "TMPDIR": self._scratch.name},  # wandb leaves folders there when it is killed
         )
-        threading.Thread(target=self._write, daemon=True).start()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._began = False
@@ -116,7 +120,7 @@ class WandbCopy(Watcher):
         known, lanes = self._beginning.arms[name], self._beginning.lanes[name]
         counts = {key: known[key] for key in ("parameters", "connections", "macs")}
         config = {
-            **self._static,
+            **flat_config(known["config"]),
             "experiment": self._beginning.experiment,
             "arm": name,
             "connectivity": known["connectivity"],
@@ -200,9 +204,11 @@ class WandbCopy(Watcher):
             folder = self._beginning.folder / "wandb"
             late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
             self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
+        self._writer.join(1.0)
         self._reader.join(1.0)
         if not self._reader.is_alive() and self._worker.stdout is not None:
             self._worker.stdout.close()
+        self._scratch.cleanup()
         self._tell()
 
     def _run(self, part: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +229,7 @@ class WandbCopy(Watcher):
             while (line := self._waiting.get()) is not None:
                 stdin.write(line)
                 stdin.flush()
+        with contextlib.suppress(OSError):  # closed even so: what a failed write leaves in the buffer, close tries again
             stdin.close()
 
     def _read(self) -> None:

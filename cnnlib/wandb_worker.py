@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +35,19 @@ class Copy:
         self._mode: Any = "offline"
         self._runs: dict[str, list[Any]] = {}
         self._report: Any = None
+
+    def rehearse(self, folder: Path) -> None:
+        """Opens, feeds and ends an offline run in `folder`.
+
+        What wandb does for the first time only (0.5 s of imports and set-up) is done by then: while the training process
+        loads its programs, and leaves the processor idle.
+        """
+        with contextlib.suppress(self._wandb.errors.Error, OSError):  # what is wrong will show when it counts
+            self._mode, self._common = "offline", {"dir": str(folder)}
+            self.arm("rehearsal", [{"id": "rehearsal", "name": "rehearsal"}], {"rehearsal": 0})
+            self.log("rehearsal", 1, [{"rehearsal": 0.0}])
+            self.arm_ends("rehearsal", [{"rehearsal": 0}])
+        self._runs.clear()
 
     def begin(self, mode: str, common: dict[str, Any]) -> None:
         """`common` are arguments of `wandb.init` that all runs share."""
@@ -120,8 +134,8 @@ def lower_children() -> None:
             Path(f"/proc/{process}/autogroup").write_text(str(LOWEST_PRIORITY))
 
 
-def main() -> int:
-    """Reads lines until `end`, or until the training process is gone."""
+def main(scratch: Path) -> int:
+    """Reads lines until `end`, or until the training process is gone; `scratch` is what `TMPDIR` names."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then ends the copy
     yield_processor()
@@ -130,6 +144,7 @@ def main() -> int:
     ended = False
     try:
         copy = Copy()
+        copy.rehearse(scratch)
         for line in sys.stdin:
             what = json.loads(line)
             ended = what["do"] == "end"
@@ -146,6 +161,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     # wandb's own threads may hang: nothing of theirs is waited for.
-    status = main()
+    scratch = Path(sys.argv[1])
+    status = main(scratch)
     sys.stderr.flush()
+    shutil.rmtree(scratch, ignore_errors=True)  # the training process does so too, unless it was killed
     os._exit(status)

@@ -19,7 +19,7 @@ class Beginning(NamedTuple):
     data: str
     platform: str
     arms: dict[str, dict[str, Any]]
-    """Connectivity and counts by the name of the arm."""
+    """Connectivity, counts, and the configuration with the arm's own fields, by the name of the arm."""
     lanes: dict[str, list[dict[str, Any]]]
     """The numbers of each lane, its seed, learning rate and so on, by the name of the arm."""
     is_resumed: bool

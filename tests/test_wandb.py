@@ -32,8 +32,9 @@ def command(out, *arguments):
 
 def environment(folder, **change):
     quiet = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    (temporary := folder / "tmp").mkdir(exist_ok=True)
     places = {"WANDB_CONFIG_DIR": str(folder), "WANDB_CACHE_DIR": str(folder), "WANDB_DATA_DIR": str(folder)}
-    return {**quiet, "JAX_PLATFORMS": "cpu", "NETRC": str(folder / "none"), "HOME": str(folder), **places, **change}
+    return {**quiet, "JAX_PLATFORMS": "cpu", "NETRC": str(folder / "none"), "HOME": str(folder), "TMPDIR": str(temporary), **places, **change}
 
 
 def records(run):
@@ -59,7 +60,7 @@ def read_back(run):
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     out = tmp_path_factory.mktemp("offline") / "run"
-    run = command(out, "--wandb", "offline")
+    run = command(out, "--wandb", "offline", "arms.lenet5.data.train=900")
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(out.parent))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return out
@@ -84,6 +85,7 @@ def test_every_value_of_every_lane_is_in_its_own_run(offline):
         config = known["config"]["update"]
         assert (config["arm"], config["seed"], config["epochs"], config["data_name"]) == (arm, lane["seed"], 3, "lines")
         assert config["learning_rate"] == lane["learning_rate"] and config["optim_schedule"] == "one_cycle"
+        assert config["data_train"] == (900 if arm == "lenet5" else None)  # the arm's own
         assert not any(isinstance(value, dict | list) for key, value in config.items() if key != "_wandb")
         assert summary["test_accuracy"] == lane["test_accuracy"] and summary["status"] == "ok"
         assert summary["parameters_sha256"] == lane["parameters_sha256"]
@@ -97,6 +99,7 @@ def test_every_value_of_every_lane_is_in_its_own_run(offline):
 
 @pytest.mark.slow
 def test_system_noise_is_off_and_the_key_is_nowhere(offline):
+    assert not list(offline.parent.glob("tmp/*"))  # where the worker rehearsed
     for run in (offline / "wandb").glob("offline-run-*"):
         assert not {"stats", "output", "output_raw"} & {record["type"] for record in records(run)}
     assert "wandb" not in json.loads((offline / "environment.json").read_text())["variables"]
