@@ -229,7 +229,7 @@ class WandbCopy(Watcher):
             while (line := self._waiting.get()) is not None:
                 stdin.write(line)
                 stdin.flush()
-        with contextlib.suppress(OSError):  # closed even so: what a failed write leaves in the buffer, close tries again
+        with contextlib.suppress(OSError):  # closed even so: it tries what is buffered once more
             stdin.close()
 
     def _read(self) -> None:

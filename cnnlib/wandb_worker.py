@@ -39,8 +39,8 @@ class Copy:
     def rehearse(self, folder: Path) -> None:
         """Opens, feeds and ends an offline run in `folder`.
 
-        What wandb does for the first time only (0.5 s of imports and set-up) is done by then: while the training process
-        loads its programs, and leaves the processor idle.
+        What wandb does once (0.5 s of imports and set-up) is done then, while the training process loads its programs
+        and leaves a processor idle.
         """
         with contextlib.suppress(self._wandb.errors.Error, OSError):  # what is wrong will show when it counts
             self._mode, self._common = "offline", {"dir": str(folder)}

@@ -34,7 +34,15 @@ def environment(folder, **change):
     quiet = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     (temporary := folder / "tmp").mkdir(exist_ok=True)
     places = {"WANDB_CONFIG_DIR": str(folder), "WANDB_CACHE_DIR": str(folder), "WANDB_DATA_DIR": str(folder)}
-    return {**quiet, "JAX_PLATFORMS": "cpu", "NETRC": str(folder / "none"), "HOME": str(folder), "TMPDIR": str(temporary), **places, **change}
+    return {
+        **quiet,
+        "JAX_PLATFORMS": "cpu",
+        "NETRC": str(folder / "none"),
+        "HOME": str(folder),
+        "TMPDIR": str(temporary),
+        **places,
+        **change,
+    }
 
 
 def records(run):
