@@ -89,8 +89,7 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
         raise UserError(f"a budget must be at least 1, not {target}")
     bases = widths(model)
 
-    @cache  # neighbouring multipliers share most of their roundings
-    def value(sizes: tuple[int, ...]) -> int:
+    def counted(sizes: tuple[int, ...]) -> int:
         try:
             found: int = getattr(count(_with_widths(model, dict(zip(bases, sizes, strict=True))), input_shape), by)
         except UserError as error:  # a residual around the input, which keeps its channels
@@ -98,9 +97,10 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
         return found
 
     if not bases:
-        if (only := value(())) != target:
+        if (only := counted(())) != target:
             raise UserError(f"no layer of {model} has a width to change: it has {only:,} {by}, not {target:,}")
         return Match(model, by, target, target, Fraction(1))
+    value = _quadratic(counted, len(bases))
     least = value((1,) * len(bases))
     if target < least:
         raise UserError(f"{target:,} {by} cannot be reached: {model} has {least:,} with every width 1")
@@ -131,7 +131,35 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     assert best is not None, "the cell in which the count crosses the target is among those tried"
     _, _, sizes, multiplier = best
     matched = _with_widths(model, dict(zip(bases, sizes, strict=True)))
+    assert counted(sizes) == value(sizes), "counts are quadratic in the widths"
     return Match(matched, by, target, value(sizes), multiplier)
+
+
+def _quadratic(counted: Callable[[tuple[int, ...]], int], number: int) -> Callable[[tuple[int, ...]], int]:
+    """The polynomial of degree two that a count is in the widths of a model: each connection joins two layers.
+
+    It is made from counts at the widths 1, 2 and 3, exactly. To ask it costs microseconds, to count milliseconds.
+    """
+
+    def at(*raised: int) -> int:
+        return counted(tuple(1 + raised.count(index) for index in range(number)))
+
+    base, once = at(), [at(i) for i in range(number)]
+    twice = [(at(i, i) - 2 * one + base) // 2 for i, one in enumerate(once)]
+    slopes = [one - base - half for one, half in zip(once, twice, strict=True)]
+    products = [
+        (i, j, mixed)
+        for i, j in itertools.combinations(range(number), 2)
+        if (mixed := at(i, j) - once[i] - once[j] + base)
+    ]
+
+    @cache  # neighbouring multipliers share most of their roundings
+    def value(sizes: tuple[int, ...]) -> int:
+        x = [size - 1 for size in sizes]
+        alone = sum(n * (slope + half * n) for n, slope, half in zip(x, slopes, twice, strict=True))
+        return base + alone + sum(mixed * x[i] * x[j] for i, j, mixed in products)
+
+    return value
 
 
 def _split(model: Model) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:

@@ -315,6 +315,22 @@ class Growth:
         _require(1 <= self.num_classes <= LARGEST, f"num_classes must lie in 1..{LARGEST:,}")
 
 
+def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
+    """The experiment, kept, followed and compared as `other` is: nothing of that is in a run's numbers.
+
+    Its own comparisons stay, where it has any or lacks arms of those of `other`.
+    """
+    names = {arm.name for arm in experiment.arms}
+    is_comparable = all(set(pair.split(":")) <= names for pair in other.comparisons)
+    return dataclasses.replace(
+        experiment,
+        comparisons=other.comparisons if is_comparable and not experiment.comparisons else experiment.comparisons,
+        compile_cache=other.compile_cache,
+        checkpoint=other.checkpoint,
+        wandb=other.wandb,
+    )
+
+
 def _check_arms(arms: tuple[Arm, ...]) -> None:
     _require(len(arms) > 0, "an experiment needs at least one arm")
     names = [arm.name for arm in arms]

@@ -21,7 +21,7 @@ from cnnlib.mistakes import confusions, mistakes
 from cnnlib.overview import is_results, labels
 from cnnlib.predictions import Answers, read_answers
 from cnnlib.report import accuracy_text, setting_text
-from cnnlib.tracking import command_for, read_json_lines, write_whole
+from cnnlib.tracking import command_to_repeat, read_json_lines, write_whole
 
 MOST_ARMS = 24
 """Of a run whose curves, confusions and mistakes are shown."""
@@ -293,9 +293,8 @@ def curves(name: str, run: Run, detail: Detail) -> str:
 def provenance(results: dict[str, Any]) -> str:
     """The command, the machine and versions, the whole configuration."""
     try:
-        experiment = from_dict(results["config"])
-        command = command_for(results["experiment"], experiment) or "not a registered experiment"
-        fields = "\n".join(assignments(experiment))
+        command = command_to_repeat(results) or "not a registered experiment"
+        fields = "\n".join(assignments(from_dict(results["config"])))
     except UserError as error:  # of another version: it is shown as it stands
         command = f"not known to this version of cnnlib: {error}"
         fields = json.dumps(results["config"], indent=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ import numpy as np
 
 from cnnlib import fits
 from cnnlib.comparisons import accuracies, differences, spread_sentence, spreads
-from cnnlib.config import from_dict
 from cnnlib.errors import UserError
 from cnnlib.folder import read_json
 from cnnlib.overview import is_results
@@ -21,7 +19,7 @@ from cnnlib.report import accuracy_figure, accuracy_text, match_text, setting_te
 from cnnlib.stats import mean_interval
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.tables import markdown_table
-from cnnlib.tracking import command_for, write_whole
+from cnnlib.tracking import command_to_repeat, write_whole
 
 COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
 MOST_ROWS = 40
@@ -86,11 +84,7 @@ def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str,
     if not is_results(results):
         return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
     name = results["experiment"]
-    stored = from_dict(results["config"])
-    names = {arm.name for arm in stored.arms}
-    if all(set(pair.split(":")) <= names for pair in asked_of(name).comparisons):
-        stored = replace(stored, comparisons=asked_of(name).comparisons)  # what is compared may be planned later
-    command = command_for(name, stored)
+    command = command_to_repeat(results)
     words = note.read_text(encoding="utf-8").strip()
     parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
     if len(results["arms"]) <= MOST_ROWS:

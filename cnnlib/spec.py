@@ -7,6 +7,7 @@ so `(28, 28, 1)` for a grey image and `(40, 1)` for a signal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Window:
     dilation: Shape
     padding: tuple[tuple[int, int], ...]
 
-    @property
+    @functools.cached_property
     def output_size(self) -> Shape:
         """Positions an axis: floor((n + zeros - span) / stride) + 1, where span = (k - 1) dilation + 1."""
         return tuple(
@@ -84,7 +85,7 @@ class Window:
             )
         )
 
-    @property
+    @functools.cached_property
     def taps_inside(self) -> int:
         """Pairs of a position and a tap that fall on the map itself, not on its padding."""
         product = 1

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import cnnlib
-from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, override
+from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, from_dict, kept_like, override
 from cnnlib.errors import UserError
 from cnnlib.watcher import Beginning, EpochReport, Watcher
 
@@ -219,6 +219,17 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
         except UserError:  # such as a field of an arm that is not registered
             continue
     return None
+
+
+def command_to_repeat(results: dict[str, Any]) -> str | None:
+    """What to type for the numbers of `results.json` again, as this version would keep, follow and compare the run.
+
+    None where that is no registered experiment with fields replaced. Raises UserError for a configuration that this
+    version does not know.
+    """
+    name, experiment = results["experiment"], from_dict(results["config"])
+    registered = EXPERIMENTS.get(name) if name in EXPERIMENTS else None
+    return command_for(name, kept_like(experiment, registered) if isinstance(registered, Experiment) else experiment)
 
 
 def machine() -> dict[str, Any]:

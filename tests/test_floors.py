@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,12 @@ def test_declarations_and_counts_do_without_jax():
 @pytest.mark.parametrize(("library", "knows"), [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker")])
 def test_only_one_file_knows(library, knows):
     assert {name for name, path in files() if any(m.split(".")[0] == library for m in imports(path))} == {knows}
+
+
+def test_shapes_are_checked_in_every_file_that_writes_them_in_signatures():
+    root = Path(cnnlib.__file__).parent
+    writing = {path.stem for path in root.glob("*.py") if "from jaxtyping import" in path.read_text()}
+    configuration = configparser.ConfigParser()
+    configuration.read(root.parent / "setup.cfg")
+    (checked,) = re.findall(r"--jaxtyping-packages=(\S+)", configuration["tool:pytest"]["addopts"])
+    assert checked.split(",") == [*(f"cnnlib.{name}" for name in sorted(writing)), "beartype.beartype"]
