@@ -51,7 +51,7 @@ def nets(draw):
     return model, shape
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(nets())
 def test_the_three_nets_compute_one_function_and_have_one_gradient(net):
     model, shape = net

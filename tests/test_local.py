@@ -17,8 +17,8 @@ from problems import each_implementation, implementations, normal, problems, usi
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
 
-draws = settings(max_examples=8, deadline=None)
-few_draws = settings(max_examples=3, deadline=None)  # each compiles several programs
+draws = settings(max_examples=6, deadline=None)
+few_draws = settings(max_examples=2, deadline=None)  # each compiles several programs
 
 
 def local(x, kernel, **arguments):

@@ -19,9 +19,9 @@ from cnnlib import ops, primitives
 from cnnlib.errors import UserError
 from cnnlib.spec import pad_pairs
 
-draws = settings(max_examples=20, deadline=None)
-pool_draws = settings(max_examples=10, deadline=None)
-few_draws = settings(max_examples=5, deadline=None)  # each compiles several programs
+draws = settings(max_examples=12, deadline=None)
+pool_draws = settings(max_examples=5, deadline=None)
+few_draws = settings(max_examples=3, deadline=None)  # each compiles several programs
 
 
 def conv(x, kernel, **arguments):
