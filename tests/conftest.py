@@ -15,7 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leaves out the compiler's passes for speed, where it is the compiler that takes long; slow tests have them all."""
+    """Leaves out the compiler's passes for speed: compiling is what takes long. Slow tests have them all."""
     if config.option.markexpr == "not slow":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of the processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)
