@@ -1,4 +1,4 @@
-"""What an experiment is made of: frozen dataclasses, overrides by `field=value`, to and from JSON.
+"""What an experiment is made of: frozen dataclasses, and overrides of their fields by `field=value`.
 
 Static or traced is decided in the type. A plain field belongs to the arm's program: changing it compiles another
 program. A field of type `Traced` is a tuple of numbers that enter the program as arguments: each combination of them
@@ -10,36 +10,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from cnnlib.architectures import ARCHITECTURES
 from cnnlib.budget import MEASURES
 from cnnlib.errors import UserError
+from cnnlib.fields import parse, require, value_text
 from cnnlib.registry import Registry
-from cnnlib.spec import LARGEST, Connectivity, Model, Shape, parse_model, shape_text
+from cnnlib.spec import LARGEST, Connectivity, Model, Shape, shape_text
 
 Traced = tuple[float, ...]
 T = TypeVar("T")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        is_span = len(value) > 2 and all(isinstance(v, int) for v in value)
-        if is_span and value == tuple(range(value[0], value[-1] + 1)):
-            return f"{value[0]}..{value[-1]}"
-        return ",".join(map(_value_text, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -59,11 +42,11 @@ class Data:
     """Seed of a generated data set; None: the one that the data set is known by."""
 
     def __post_init__(self) -> None:
-        _require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
+        require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
         within = self.shuffle_pixels is None or 0 <= self.shuffle_pixels < 2**32
-        _require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
-        _require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
-        _require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
+        require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
+        require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
+        require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -78,18 +61,18 @@ class Augment:
     """Mirror half of the examples along the last spatial axis (left and right of an image)."""
 
     def __post_init__(self) -> None:
-        _require(self.shift >= 0, f"augment.shift must not be negative, not {self.shift}")
-        _require(self.crop is None or self.crop >= 1, f"augment.crop must be at least 1, not {self.crop}")
+        require(self.shift >= 0, f"augment.shift must not be negative, not {self.shift}")
+        require(self.crop is None or self.crop >= 1, f"augment.crop must be at least 1, not {self.crop}")
 
     def seen_shape(self, input_shape: Shape) -> Shape:
         """The shape of an example as the net sees it; raises UserError for a crop or shift larger than the example."""
         *spatial, channels = input_shape
         if self.crop is not None:
             fits = self.crop <= min(spatial)
-            _require(fits, f"augment.crop={self.crop} is larger than the examples, {shape_text(input_shape)}")
+            require(fits, f"augment.crop={self.crop} is larger than the examples, {shape_text(input_shape)}")
             spatial = [self.crop] * len(spatial)
         moves_within = self.shift < min(spatial)
-        _require(moves_within, f"augment.shift={self.shift} can move all of {shape_text(input_shape)} out of sight")
+        require(moves_within, f"augment.shift={self.shift} can move all of {shape_text(input_shape)} out of sight")
         return (*spatial, channels)
 
 
@@ -118,11 +101,11 @@ class Optim:
         bounds |= {"l1": 1e9, "l1_threshold": 1e9}
         for name, upper in bounds.items():
             values = getattr(self, name)
-            _require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
-            _require(len(values) > 0, f"optim.{name} needs at least one value")
-            _require(len(set(values)) == len(values), f"optim.{name} repeats a value: {_value_text(values)}")
+            require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
+            require(len(values) > 0, f"optim.{name} needs at least one value")
+            require(len(set(values)) == len(values), f"optim.{name} repeats a value: {value_text(values)}")
             for value in values:
-                _require(0.0 <= value < upper, f"optim.{name} must be in [0, {upper:g}), not {value:g}")
+                require(0.0 <= value < upper, f"optim.{name} must be in [0, {upper:g}), not {value:g}")
 
 
 @dataclass(frozen=True)
@@ -142,15 +125,15 @@ class Lanes:
     memory, which are one where a CPU convolves, up to eight of a full net there, and all on an accelerator."""
 
     def __post_init__(self) -> None:
-        _require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
-        _require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {_value_text(self.seed)}")
-        _require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
+        require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
+        require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {value_text(self.seed)}")
+        require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
         if self.order_seed is not None:
             orders = self.order_seed
-            _require(len(orders) > 0, "lanes.order_seed is empty: an arm needs at least one lane; none: as the seed")
-            _require(len(set(orders)) == len(orders), f"lanes.order_seed repeats a seed: {_value_text(orders)}")
-            _require(all(0 <= s < 2**32 for s in orders), "lanes.order_seed must lie in 0..2**32-1")
-        _require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
+            require(len(orders) > 0, "lanes.order_seed is empty: an arm needs at least one lane; none: as the seed")
+            require(len(set(orders)) == len(orders), f"lanes.order_seed repeats a seed: {value_text(orders)}")
+            require(all(0 <= s < 2**32 for s in orders), "lanes.order_seed must lie in 0..2**32-1")
+        require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -167,9 +150,9 @@ class Checkpoint:
     """Latest checkpoints that are kept of each arm; the one of highest mean validation accuracy is kept as well."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
-        _require(0.0 < self.share <= 1.0, f"checkpoint.share must be in (0, 1], not {self.share:g}")
-        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
+        require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
+        require(0.0 < self.share <= 1.0, f"checkpoint.share must be in (0, 1], not {self.share:g}")
+        require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +164,7 @@ class Wandb:
     project: str = "cnnlib"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", self.project) is not None,
             f"wandb.project is made of letters, digits, '_', '-' and '.', 128 at most, not {self.project!r}",
         )
@@ -212,17 +195,17 @@ class Arm:
     def __post_init__(self) -> None:
         for assignment in self.own:
             path = assignment.partition("=")[0]
-            _require(
+            require(
                 path.split(".")[0] in OWN_FIELDS,
                 f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
             )
-        _require(
+        require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", self.name) is not None,
             f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {self.name!r}",
         )
         if self.match is not None:
             measure, colon, reference = self.match.partition(":")
-            _require(
+            require(
                 measure in MEASURES and bool(colon) and bool(reference.strip()),
                 f"arm {self.name}: match={self.match} is no MEASURE:REFERENCE, such as parameters:lenet5; "
                 f"measures are: {', '.join(MEASURES)}",
@@ -266,13 +249,13 @@ class Experiment:
         for pair in self.comparisons:
             first, _, second = pair.partition(":")
             known = first in names and second in names and first != second
-            _require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
-        _require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
-        _require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+            require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
+        require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         if self.lanes.combine == "zip":
             lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
-            _require(
+            require(
                 len(lengths) <= 1,
                 "lanes.combine=zip needs fields of one value or of equally many, not of "
                 f"{' and '.join(map(str, sorted(lengths)))}",
@@ -305,14 +288,14 @@ class Growth:
     def __post_init__(self) -> None:
         _check_arms(self.arms)
         started = [arm.name for arm in self.arms if arm.start is not None]
-        _require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
+        require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
         owning = [arm.name for arm in self.arms if arm.own]
-        _require(not owning, f"arm {', '.join(owning)}: fields of its own have no meaning where nothing is trained")
-        _require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
-        _require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {_value_text(self.sides)}")
-        _require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
-        _require(1 <= self.channels <= LARGEST, f"channels must lie in 1..{LARGEST:,}, not {self.channels}")
-        _require(1 <= self.num_classes <= LARGEST, f"num_classes must lie in 1..{LARGEST:,}")
+        require(not owning, f"arm {', '.join(owning)}: fields of its own have no meaning where nothing is trained")
+        require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
+        require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {value_text(self.sides)}")
+        require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
+        require(1 <= self.channels <= LARGEST, f"channels must lie in 1..{LARGEST:,}, not {self.channels}")
+        require(1 <= self.num_classes <= LARGEST, f"num_classes must lie in 1..{LARGEST:,}")
 
 
 def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
@@ -332,9 +315,9 @@ def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
 
 
 def _check_arms(arms: tuple[Arm, ...]) -> None:
-    _require(len(arms) > 0, "an experiment needs at least one arm")
+    require(len(arms) > 0, "an experiment needs at least one arm")
     names = [arm.name for arm in arms]
-    _require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
+    require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
 
 
 EXPERIMENTS: Registry[Experiment | Growth] = Registry("experiment")
@@ -436,7 +419,7 @@ def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     elif rest:
         raise UserError(f"no field {path!r}; {path.removesuffix('.' + '.'.join(rest))!r} holds a value, not fields")
     else:
-        value = _parse(hints[key], text, path)
+        value = parse(hints[key], text, path)
     return dataclasses.replace(node, **{key: value})
 
 
@@ -484,56 +467,6 @@ def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:
     return dataclasses.replace(arm, match=f"{measure}:{gone.reading}")
 
 
-def _parse(hint: Any, text: str, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if text in arguments:
-            return text
-        raise UserError(f"{path}={text}: expected one of {', '.join(arguments)}")
-    if origin in (typing.Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        (hint,) = (argument for argument in arguments if argument is not type(None))
-        return _parse(hint, text, path)
-    if origin is tuple:
-        parts = text.split(",") if text else []
-        return tuple(value for part in parts for value in _parse_part(arguments[0], part, path))
-    if hint is Model:
-        return ARCHITECTURES.get(text) if text in ARCHITECTURES else _parse_architecture(text, path)
-    return _parse_scalar(hint, text, path)
-
-
-def _parse_architecture(text: str, path: str) -> Model:
-    try:
-        return parse_model(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}; or an architecture: {', '.join(ARCHITECTURES)}") from None
-
-
-def _parse_part(hint: type, text: str, path: str) -> tuple[Any, ...]:
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if hint is int and span:
-        first, last = (_parse_scalar(int, end, path) for end in span.groups())
-        _require(last - first < 100_000, f"{path}={text}: more than 100,000 values")
-        return tuple(range(first, last + 1))
-    return (_parse_scalar(hint, text, path),)
-
-
-def _parse_scalar(hint: type, text: str, path: str) -> Any:
-    try:
-        if hint is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if hint is int:
-            return int(text)
-        if hint is float:
-            return float(text)
-    except (KeyError, ValueError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
-        raise UserError(f"{path}={text}: expected {expected}") from None
-    assert hint is str, f"{path} has a type that no override can write: {hint}"
-    return text
-
-
 def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
     """The whole configuration as overrides, one a field, which `override` reads back."""
 
@@ -550,64 +483,6 @@ def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
             elif dataclasses.is_dataclass(value):
                 yield from of(value, f"{prefix}{field.name}.")
             else:
-                yield f"{prefix}{field.name}={_value_text(value)}"
+                yield f"{prefix}{field.name}={value_text(value)}"
 
     return tuple(of(experiment, ""))
-
-
-# JSON: plain dictionaries, a model in its short notation.
-
-
-def to_dict(node: Any) -> Any:
-    """A dataclass as JSON-ready values; `from_dict` reads it back."""
-    if isinstance(node, Model):
-        return str(node)
-    if dataclasses.is_dataclass(node):
-        return {field.name: to_dict(getattr(node, field.name)) for field in dataclasses.fields(node)}
-    return [to_dict(item) for item in node] if isinstance(node, tuple) else node
-
-
-def flat(config: Any, path: str = "") -> dict[str, Any]:
-    """A configuration in JSON as values by the path of their field, arms by their names; anything else as it is."""
-    if isinstance(config, dict):
-        found: dict[str, Any] = {}
-        for key, value in config.items():
-            found |= flat(value, f"{path}.{key}" if path else key)
-        return found
-    if path == "arms" and isinstance(config, list) and all(isinstance(arm, dict) and "name" in arm for arm in config):
-        named: dict[str, Any] = {"arms": [arm["name"] for arm in config]}
-        for arm in config:
-            named |= flat({key: value for key, value in arm.items() if key != "name"}, f"arms.{arm['name']}")
-        return named
-    return {path: config}
-
-
-def from_dict(values: Any, hint: Any = Experiment, path: str = "config") -> Any:
-    """The inverse of `to_dict`; an unknown field, a missing one without default, or a wrong type raises UserError."""
-    if hint is Model:
-        _require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
-        return parse_model(values)
-    if dataclasses.is_dataclass(hint):
-        fields = typing.get_type_hints(hint)
-        _require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
-        for name in values:
-            _require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
-        for field in dataclasses.fields(hint):  # one that came after the file was written has its default
-            has_default = field.default is not dataclasses.MISSING
-            _require(field.name in values or has_default, f"{path}.{field.name} is missing")
-        build: Any = hint
-        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        _require(isinstance(values, list), f"{path}: expected a list, not {values!r}")
-        return tuple(from_dict(value, arguments[0], f"{path}[{i}]") for i, value in enumerate(values))
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if values is None else from_dict(values, inner, path)
-    if origin is Literal:
-        _require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {values!r}")
-        return values
-    accepted = (int, float) if hint is float else hint
-    is_number = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
-    _require(is_number, f"{path}: expected {hint.__name__}, not {values!r}")
-    return hint(values)

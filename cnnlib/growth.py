@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cnnlib import tracking
-from cnnlib.config import Growth, to_dict
+from cnnlib.config import Growth
+from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder, check
 from cnnlib.resolve import ResolvedArm, resolve_arms
 from cnnlib.style import STYLE, pyplot_for_files

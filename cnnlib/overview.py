@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from cnnlib import folder
-from cnnlib.config import flat
 from cnnlib.errors import UserError
+from cnnlib.fields import flat
 from cnnlib.report import accuracy_text
 from cnnlib.tables import print_table
 from cnnlib.tracking import is_number, read_json_lines

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from cnnlib import charts
 from cnnlib.comparisons import differences, spread_sentence, spreads
-from cnnlib.config import assignments, from_dict
+from cnnlib.config import Experiment, assignments
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict
 from cnnlib.folder import read_json
 from cnnlib.markup import Cell, folded, number_cell, sortable, text_of
 from cnnlib.mistakes import confusions, mistakes
@@ -294,7 +295,7 @@ def provenance(results: dict[str, Any]) -> str:
     """The command, the machine and versions, the whole configuration."""
     try:
         command = command_to_repeat(results) or "not a registered experiment"
-        fields = "\n".join(assignments(from_dict(results["config"])))
+        fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
     except UserError as error:  # of another version: it is shown as it stands
         command = f"not known to this version of cnnlib: {error}"
         fields = json.dumps(results["config"], indent=2)

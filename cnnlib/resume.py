@@ -15,9 +15,10 @@ import numpy as np
 
 from cnnlib import checkpoint, kernels, tracking
 from cnnlib.checkpoint import Checkpoints, Unreadable
-from cnnlib.config import Experiment, LaneNumbers, flat, to_dict
+from cnnlib.config import Experiment, LaneNumbers
 from cnnlib.data import DataSet
 from cnnlib.errors import UserError
+from cnnlib.fields import flat, to_dict
 from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json
 from cnnlib.resolve import TrainedArm
 

@@ -15,9 +15,10 @@ import jax
 
 from cnnlib import folder, kernels, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
-from cnnlib.config import Data, Experiment, to_dict
+from cnnlib.config import Data, Experiment
 from cnnlib.data import DataSet, load
 from cnnlib.errors import Stopped, UserError
+from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of
 from cnnlib.resolve import TrainedArm, resolve

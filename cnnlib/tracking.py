@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import cnnlib
-from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, from_dict, kept_like, override
+from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, kept_like, override
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict
 from cnnlib.watcher import Beginning, EpochReport, Watcher
 
 
@@ -227,7 +228,7 @@ def command_to_repeat(results: dict[str, Any]) -> str | None:
     None where that is no registered experiment with fields replaced. Raises UserError for a configuration that this
     version does not know.
     """
-    name, experiment = results["experiment"], from_dict(results["config"])
+    name, experiment = results["experiment"], from_dict(results["config"], Experiment)
     registered = EXPERIMENTS.get(name) if name in EXPERIMENTS else None
     return command_for(name, kept_like(experiment, registered) if isinstance(registered, Experiment) else experiment)
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
-from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override, to_dict
+from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override
 from cnnlib.cost import BYTES
 from cnnlib.errors import Stopped, UserError
+from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ import pytest
 import cnnlib
 from cnnlib import config
 from cnnlib.architectures import lenet5, mlp, two_conv
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, assignments, from_dict, lane_numbers, override, to_dict
+from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, assignments, lane_numbers, override
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict, to_dict
 
 EXPERIMENT = Experiment(arms=(Arm("full", mlp(30)), Arm("lenet5", lenet5())), optim=Optim(learning_rate=(0.1, 0.3)))
 
@@ -96,7 +97,7 @@ def test_a_wrong_override_is_one_line_that_says_what_exists(assignment, parts):
 
 
 def test_a_configuration_survives_json_and_its_own_assignments():
-    assert from_dict(json.loads(json.dumps(to_dict(EXPERIMENT)))) == EXPERIMENT
+    assert from_dict(json.loads(json.dumps(to_dict(EXPERIMENT))), Experiment) == EXPERIMENT
     assert override(EXPERIMENT, assignments(EXPERIMENT)) == EXPERIMENT
 
 
@@ -112,20 +113,20 @@ def test_a_configuration_survives_json_and_its_own_assignments():
 )
 def test_a_stranger_s_json_is_checked(change, part):
     with pytest.raises(UserError, match=part):
-        from_dict({**to_dict(EXPERIMENT), **change})
+        from_dict({**to_dict(EXPERIMENT), **change}, Experiment)
 
 
 def test_a_missing_field_is_named():
     values = to_dict(EXPERIMENT)
     del values["arms"]
     with pytest.raises(UserError, match=r"config\.arms is missing"):
-        from_dict(values)
+        from_dict(values, Experiment)
 
 
 def test_a_field_that_came_later_has_its_default():
     values = to_dict(EXPERIMENT)
     del values["optim"]["label_smoothing"], values["reshuffle"], values["arms"][0]["own"]
-    assert from_dict(values) == EXPERIMENT
+    assert from_dict(values, Experiment) == EXPERIMENT
 
 
 def test_lanes_are_the_product_of_traced_numbers_and_seeds():

@@ -6,7 +6,8 @@ import re
 import pytest
 
 import experiments  # noqa: F401  # registers every experiment
-from cnnlib.config import EXPERIMENTS, Growth, assignments, from_dict, override, to_dict
+from cnnlib.config import EXPERIMENTS, Growth, assignments, override
+from cnnlib.fields import from_dict, to_dict
 from cnnlib.growth import resolve_growth
 from cnnlib.resolve import resolve
 from experiments.__main__ import lab_note

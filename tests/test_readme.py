@@ -11,7 +11,8 @@ import pytest
 
 import cnnlib
 from cnnlib import growth, report
-from cnnlib.config import EXPERIMENTS, Data, Experiment, from_dict, kept_like, override, to_dict
+from cnnlib.config import EXPERIMENTS, Data, Experiment, kept_like, override
+from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve
 from experiments.__main__ import COMMANDS, main, parser_for
 
@@ -60,7 +61,7 @@ def test_the_table_is_that_of_the_stored_results(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_stored_results_are_those_of_the_registered_experiment(name):
     registered = EXPERIMENTS.get(name)
-    assert kept_like(from_dict(RESULTS[name]["config"]), registered) == registered
+    assert kept_like(from_dict(RESULTS[name]["config"], Experiment), registered) == registered
     assert (ROOT / "docs" / name / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cnnlib.architectures import lenet5, lenet_300_100
-from cnnlib.config import Arm, Data, Experiment, Optim, assignments, from_dict, override, to_dict
+from cnnlib.config import Arm, Data, Experiment, Optim, assignments, override
 from cnnlib.cost import count
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve, resolve_arms
 from cnnlib.spec import parse_model
 
@@ -73,7 +74,7 @@ def test_an_arm_that_is_kept_keeps_the_budget_of_one_that_goes():
     (arm,) = resolve_arms(kept.arms, {arm.name: (DIGITS, 10) for arm in kept.arms})
     assert arm.match.target == count(lenet5().full().with_num_classes(10), DIGITS).macs
     for each in (experiment, kept):
-        assert from_dict(to_dict(each)) == each and override(each, assignments(each)) == each
+        assert from_dict(to_dict(each), Experiment) == each and override(each, assignments(each)) == each
     with pytest.raises(
         UserError, match="arm again is matched to matched, which is matched itself: keep matched as well"
     ):

@@ -10,7 +10,8 @@ import pytest
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import results_page
-from cnnlib.config import EXPERIMENTS, Growth, from_dict, kept_like
+from cnnlib.config import EXPERIMENTS, Experiment, Growth, kept_like
+from cnnlib.fields import from_dict
 from cnnlib.folder import read_json
 from cnnlib.results_page import by_seed, dsd_exponents, sample_sizes
 from experiments.__main__ import asked, main
@@ -55,7 +56,7 @@ def test_the_stored_configuration_is_a_registered_experiment_s(name):
     results = read_json(DOCS / name / "results.json")
     if name == results["experiment"]:
         registered = EXPERIMENTS.get(name)
-        assert kept_like(from_dict(results["config"]), registered) == registered
+        assert kept_like(from_dict(results["config"], Experiment), registered) == registered
 
 
 def sweep(exponents):

@@ -14,9 +14,10 @@ import pytest
 
 from cnnlib import kernels, programs, report, tracking
 from cnnlib.arms import _headline, _settings
-from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim, from_dict
+from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.data import load
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict
 from cnnlib.folder import RunFolder
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
@@ -105,9 +106,9 @@ def test_results_hold_what_is_promised(finished):
 
 def test_the_config_of_a_run_is_the_experiment(finished):
     results, folder, _, _ = finished
-    assert from_dict(results["config"]) == EXPERIMENT
+    assert from_dict(results["config"], Experiment) == EXPERIMENT
     stored = json.loads((folder / "config.json").read_text())
-    assert stored.pop("experiment") == "tiny" and from_dict(stored) == EXPERIMENT
+    assert stored.pop("experiment") == "tiny" and from_dict(stored, Experiment) == EXPERIMENT
 
 
 def test_settings_group_the_seeds_and_validation_chooses_among_them(finished):

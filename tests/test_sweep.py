@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, assignments, from_dict, lane_numbers, override, to_dict
+from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, assignments, lane_numbers, override
 from cnnlib.errors import UserError
+from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve
 from cnnlib.spec import parse_model
 from cnnlib.sweep import points, product, zipped
@@ -78,7 +79,7 @@ def test_own_fields_are_set_by_overrides_and_read_back():
     assert changed.arms[0].own == ("epochs=3",)
     assert changed.arms[1].own == ("augment.shift=2", "optim.learning_rate=0.5", "data.train=200", "epochs=5")
     assert override(EXPERIMENT, assignments(changed)) == changed
-    assert from_dict(to_dict(changed)) == changed
+    assert from_dict(to_dict(changed), Experiment) == changed
 
 
 @pytest.mark.parametrize(

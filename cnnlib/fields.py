@@ -1,0 +1,137 @@
+"""Fields of frozen dataclasses as text and as JSON: what an override writes, what config.json holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from cnnlib.architectures import ARCHITECTURES
+from cnnlib.errors import UserError
+from cnnlib.spec import Model, parse_model
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message where the condition does not hold."""
+    if not condition:
+        raise UserError(message)
+
+
+def value_text(value: Any) -> str:
+    """A value as an override writes it: `0..9`, `0.1,0.3`, `true`, `none`."""
+    if isinstance(value, tuple):
+        is_span = len(value) > 2 and all(isinstance(v, int) for v in value)
+        if is_span and value == tuple(range(value[0], value[-1] + 1)):
+            return f"{value[0]}..{value[-1]}"
+        return ",".join(map(value_text, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def parse(hint: Any, text: str, path: str) -> Any:
+    """A value of the type `hint` from the text of an override; raises UserError, which names the path."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if text in arguments:
+            return text
+        raise UserError(f"{path}={text}: expected one of {', '.join(arguments)}")
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return parse(hint, text, path)
+    if origin is tuple:
+        parts = text.split(",") if text else []
+        return tuple(value for part in parts for value in _parse_part(arguments[0], part, path))
+    if hint is Model:
+        return ARCHITECTURES.get(text) if text in ARCHITECTURES else _parse_architecture(text, path)
+    return _parse_scalar(hint, text, path)
+
+
+def _parse_architecture(text: str, path: str) -> Model:
+    try:
+        return parse_model(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; or an architecture: {', '.join(ARCHITECTURES)}") from None
+
+
+def _parse_part(hint: type, text: str, path: str) -> tuple[Any, ...]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if hint is int and span:
+        first, last = (_parse_scalar(int, end, path) for end in span.groups())
+        require(last - first < 100_000, f"{path}={text}: more than 100,000 values")
+        return tuple(range(first, last + 1))
+    return (_parse_scalar(hint, text, path),)
+
+
+def _parse_scalar(hint: type, text: str, path: str) -> Any:
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if hint is int:
+            return int(text)
+        if hint is float:
+            return float(text)
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+        raise UserError(f"{path}={text}: expected {expected}") from None
+    assert hint is str, f"{path} has a type that no override can write: {hint}"
+    return text
+
+
+def to_dict(node: Any) -> Any:
+    """A dataclass as JSON-ready values; `from_dict` reads it back."""
+    if isinstance(node, Model):
+        return str(node)
+    if dataclasses.is_dataclass(node):
+        return {field.name: to_dict(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    return [to_dict(item) for item in node] if isinstance(node, tuple) else node
+
+
+def flat(config: Any, path: str = "") -> dict[str, Any]:
+    """A configuration in JSON as values by the path of their field, arms by their names; anything else as it is."""
+    if isinstance(config, dict):
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            found |= flat(value, f"{path}.{key}" if path else key)
+        return found
+    if path == "arms" and isinstance(config, list) and all(isinstance(arm, dict) and "name" in arm for arm in config):
+        named: dict[str, Any] = {"arms": [arm["name"] for arm in config]}
+        for arm in config:
+            named |= flat({key: value for key, value in arm.items() if key != "name"}, f"arms.{arm['name']}")
+        return named
+    return {path: config}
+
+
+def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
+    """The inverse of `to_dict`; an unknown field, a missing one without default, or a wrong type raises UserError."""
+    if hint is Model:
+        require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
+        return parse_model(values)
+    if dataclasses.is_dataclass(hint):
+        fields = typing.get_type_hints(hint)
+        require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
+        for name in values:
+            require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
+        for field in dataclasses.fields(hint):  # one that came after the file was written has its default
+            has_default = field.default is not dataclasses.MISSING
+            require(field.name in values or has_default, f"{path}.{field.name} is missing")
+        build: Any = hint
+        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        require(isinstance(values, list), f"{path}: expected a list, not {values!r}")
+        return tuple(from_dict(value, arguments[0], f"{path}[{i}]") for i, value in enumerate(values))
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if values is None else from_dict(values, inner, path)
+    if origin is Literal:
+        require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {values!r}")
+        return values
+    accepted = (int, float) if hint is float else hint
+    is_number = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
+    require(is_number, f"{path}: expected {hint.__name__}, not {values!r}")
+    return hint(values)
