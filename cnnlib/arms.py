@@ -369,6 +369,7 @@ def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
 
 def described_arm(arm: TrainedArm) -> dict[str, Any]:
     """What is known of an arm before it trains."""
+    names = list(arm.description.class_names)
     return {
         "name": arm.name,
         "connectivity": arm.model.connectivity,
@@ -378,7 +379,7 @@ def described_arm(arm: TrainedArm) -> dict[str, Any]:
         "macs": arm.count.macs,
         "match": arm.match and arm.match.plain(),
         "start": arm.start,
-        "data": {"name": arm.description.name, **arm.description.counts},
+        "data": {"name": arm.description.name, **arm.description.counts, **({"class_names": names} if names else {})},
         "batch_size": arm.experiment.batch_size,
         "steps": arm.steps,
     }

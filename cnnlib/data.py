@@ -47,6 +47,8 @@ class Description:
     input_shape: Shape
     num_classes: int
     counts: dict[str, int]
+    class_names: tuple[str, ...] = ()
+    """None where classes are known by their numbers."""
 
     def with_training(self, count: int | None) -> Description:
         """The same where no more than `count` examples are trained on (None: all); raises UserError for too many."""
@@ -83,6 +85,7 @@ class _Source:
     counts: dict[str, int]
     """Examples of train and test; empty where a TFDS set is not prepared yet."""
     read: Callable[[], tuple[Split, Split]]
+    class_names: tuple[str, ...] = ()
 
     def description(self, counts: dict[str, int], data: Data) -> Description:
         if counts:
@@ -93,7 +96,8 @@ class _Source:
                 )
             counts = {"train": left, "validation": data.validation, "test": counts["test"]}
         name = self.name if data.shuffle_pixels is None else f"{self.name} shuffled"
-        return Description(name, self.input_shape, self.num_classes, counts).with_training(data.train)
+        known = Description(name, self.input_shape, self.num_classes, counts, self.class_names)
+        return known.with_training(data.train)
 
 
 def describe(data: Data) -> Description:
@@ -213,7 +217,7 @@ def _lines(data: Data) -> _Source:
         train = make_lines(generator, 4000)
         return train, make_lines(generator, 1000)
 
-    return _Source("lines", (28, 28, 1), len(LINE_CLASSES), {"train": 4000, "test": 1000}, read)
+    return _Source("lines", (28, 28, 1), len(LINE_CLASSES), {"train": 4000, "test": 1000}, read, LINE_CLASSES)
 
 
 def make_lines(generator: np.random.RandomState, count: int, side: int = 28) -> Split:
@@ -336,7 +340,7 @@ def _tfds(data: Data) -> _Source:
         ) from error
     except Exception as error:  # damaged files: what TFDS and its formats raise has no common class
         raise UserError(_unreadable(data.name, error)) from error
-    image_key, label_key, shape, num_classes = _image_classification(data.name, info)
+    image_key, label_key, shape, label = _image_classification(data.name, info)
     counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}
 
     def read() -> tuple[Split, Split]:
@@ -351,7 +355,8 @@ def _tfds(data: Data) -> _Source:
             raise UserError(_unreadable(data.name, error)) from error
         return train, test
 
-    return _Source(builder.info.full_name, shape, num_classes, counts, read)
+    names = () if all(name.isdecimal() for name in label.names) else tuple(label.names)
+    return _Source(builder.info.full_name, shape, label.num_classes, counts, read, names)
 
 
 def _counts(name: str, splits: Any) -> dict[str, int]:
@@ -373,8 +378,8 @@ def _needs_tensorflow(name: str, error: object) -> str:
     return f"preparing {name} needs TensorFlow, cnnlib's extra `prepare`: pip install -e '.[prepare]' ({reason})"
 
 
-def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, int]:
-    """Keys of image and label, the image's shape, the number of classes; or a UserError that says what is missing."""
+def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
+    """Keys of image and label, the image's shape, the label; or a UserError that says what is missing."""
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
@@ -385,7 +390,7 @@ def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, int]:
                 raise UserError(
                     f"{name}: cnnlib needs uint8 images of one size, these are {image.shape} {image.np_dtype}"
                 )
-            return keys[0], keys[1], tuple(image.shape), label.num_classes
+            return keys[0], keys[1], tuple(image.shape), label
     raise UserError(f"{name} is no image classification set: it has no pair of an image and a class label")
 
 

@@ -157,13 +157,18 @@ def rows_figure(results: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(points)), [name for *_, name in points], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %")
-    axes.set_title(f"{results['experiment']} on {results['data']['name']}: every lane a dot, means with 95 % intervals")
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    if labelled:
-        axes.legend(title="connectivity", loc="best")
+    _finish(axes, results)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _finish(axes: Any, results: dict[str, Any]) -> None:
+    """Title, grid and legend, which both figures share."""
+    where = f"{results['experiment']} on {results['data']['name']}"
+    axes.set_title(f"{where}: every lane a dot, means with 95 % intervals", fontsize=10)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(title="connectivity", loc="best")
 
 
 def parameters_figure(results: dict[str, Any], path: Path) -> None:
@@ -219,11 +224,7 @@ def parameters_figure(results: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("parameters")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{results['experiment']} on {results['data']['name']}: every lane a dot, means with 95 % intervals")
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    if labelled:
-        axes.legend(title="connectivity", loc="best")
+    _finish(axes, results)
     place_names(axes, names)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -78,7 +78,8 @@ def test_results_hold_what_is_promised(finished):
     results, folder, _, _ = finished
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["experiment"] == "tiny"
-    assert results["data"] == {"name": "lines", "train": 3800, "validation": 200, "test": 1000}
+    names = ["vertical", "horizontal", "diagonal"]
+    assert results["data"] == {"name": "lines", "train": 3800, "validation": 200, "test": 1000, "class_names": names}
     assert results["device"]["platform"] == "cpu" and results["device"]["count"] >= 1 and results["device"]["kind"]
     assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "cnnlib"}
     assert results["wall_seconds"] > 0 and "commit" in results
