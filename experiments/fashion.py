@@ -8,7 +8,7 @@ Command: python -m experiments run fashion
 Expected: MLP at least 88.33, two convolutions at least 92.5, the larger net with augmentation above both.
 Cost: about 20 minutes on 2 CPU cores.
 Source: github.com/zalandoresearch/fashion-mnist, its table of submitted results; the training rule is ours, its numbers
-    chosen on 5,000 validation images.
+    chosen with data.validation=5000 and other seeds. Then all 60,000 images are trained on.
 """
 
 from cnnlib.architectures import mlp
@@ -23,10 +23,11 @@ def fashion() -> Experiment:
         "conv:32@3:nobias norm relu max:2 conv:64@3:nobias norm relu max:2 dense:140 relu dense:60 relu dense:classes"
     )
     return Experiment(
-        data=Data("fashion_mnist", validation=5000),
+        data=Data("fashion_mnist"),
         arms=(
             Arm("mlp_256_128_100", mlp(256, 128, 100)),
-            Arm("two_conv", small),
+            # Of 0.05, 0.2 and 0.5 the best on validation images (92.58, 92.70, 91.96 %, 12 epochs, seed 10).
+            Arm("two_conv", small, own=("optim.weight_decay=0.2", "epochs=16")),
             Arm("larger_augmented", large, own=("augment.shift=2", "augment.flip=true", "lanes.seed=0,1,2")),
         ),
         # Label smoothing of 0.1 and not 0, and this peak: chosen for two_conv by validation accuracy with another seed.
