@@ -164,28 +164,37 @@ def sample_sizes(results: dict[str, Any]) -> str:
     return markdown_table(columns, lines).rstrip() + "\n\nGeometric means over seeds with intervals of Student's t."
 
 
-def dsd_exponents(results: dict[str, Any], level: float = 0.9) -> str:
-    """How the size that is needed for a level grows with patches and their length: exponents with intervals."""
+def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
+    """How the size that is needed for a level grows with patches and their length: exponents with intervals.
+
+    Seeds whose size lies outside the sizes that were tried are counted, and not fitted.
+    """
     lines, needed_lines = [], []
     tasks: dict[str, list[tuple[int, int, float | None]]] = {}
+    smallest = min(arm["data"]["train"] for arm in results["arms"])
     for name, seeds in by_seed(results).items():
         reading, k, d = name.split("_")
         for sizes, values in seeds:
             tasks.setdefault(reading, []).append((int(k[1:]), int(d[1:]), fits.needed(sizes, values, level)))
     theory = {"conv": "k + d", "local": "k d", "full": "k^2 d"}
     for reading, found in tasks.items():
-        known = [(k, d, size) for k, d, size in found if size is not None]
+        known = [(k, d, size) for k, d, size in found if size is not None and size > smallest]
         design = {"k": [float(k) for k, _, _ in known], "d": [float(d) for _, d, _ in known]}
-        fitted = fits.log_linear(design, [size for _, _, size in known]).exponents
-        cells = [f"{fitted[name].value:.2f} [{fitted[name].low:.2f}, {fitted[name].high:.2f}]" for name in ("k", "d")]
+        cells = ["not to be told"] * 2
+        if all(len(set(values)) > 1 for values in design.values()):
+            fitted = fits.log_linear(design, [size for _, _, size in known]).exponents
+            cells = [f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in (fitted["k"], fitted["d"])]
         lines.append((reading, theory[reading], *cells, f"{len(known)} of {len(found)}"))
         for task in dict.fromkeys((patches, length) for patches, length, _ in found):
-            sizes_of_task = [size for patches, length, size in found if (patches, length) == task]
-            reached = [size for size in sizes_of_task if size is not None]
-            lost = len(sizes_of_task) - len(reached)
-            text = f"not reached by {lost} of {len(sizes_of_task)} seeds" if lost else geometric(reached)
+            of_task = [size for patches, length, size in found if (patches, length) == task]
+            never, at_once = sum(size is None for size in of_task), sum(size == smallest for size in of_task)
+            inside = [size for size in of_task if size is not None and size > smallest]
+            parts = [geometric(inside)] if inside else []
+            parts += [f"{at_once} of {len(of_task)} seeds with {smallest} or fewer"] if at_once else []
+            parts += [f"not reached by {never} of {len(of_task)} seeds"] if never else []
+            text = "; ".join(parts)
             needed_lines.append((reading, str(task[0]), str(task[1]), text))
-    columns = ("reading", "theory", "exponent of k", "exponent of d", "reached by")
+    columns = ("reading", "theory", "exponent of k", "exponent of d", "seeds fitted")
     needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")
     return "\n\n".join(
         (markdown_table(columns, lines, left=2).rstrip(), markdown_table(needed_columns, needed_lines).rstrip())

@@ -14,9 +14,9 @@ from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
 from cnnlib.spec import READINGS, parse_model
 from cnnlib.sweep import points, product
 
-STEPS, BATCH, EPOCHS = 512, 16, 4
-SIZES = (32, 128, 512, 2048)
-TASKS = ((2, 8), (4, 8), (8, 8), (4, 4), (4, 16))
+STEPS, BATCH, EPOCHS = 1024, 16, 4
+SIZES = (16, 64, 256, 1024, 4096)
+TASKS = ((6, 8), (8, 8), (12, 8), (16, 8), (8, 4), (8, 16))
 
 
 @EXPERIMENTS.register

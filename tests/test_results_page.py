@@ -82,10 +82,21 @@ def sweep(exponents):
 
 
 def test_exponents_are_found_again():
-    text = dsd_exponents(sweep({"conv": (1.0, 0.5), "full": (2.0, 1.0)}))
+    text = dsd_exponents(sweep({"conv": (1.0, 0.5), "full": (2.0, 1.0)}), level=0.9)
     assert "| conv | k + d | 1.00 [1.00, 1.00] | 0.50 [0.50, 0.50] | 10 of 10 |" in text
     assert "| full | k^2 d | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] | 10 of 10 |" in text
     assert "| conv | 4 | 4 | 32 [32, 32] |" in text
+
+
+def test_sizes_outside_those_that_were_tried_are_counted_and_not_fitted():
+    results = sweep({"conv": (1.0, 1.0)})
+    results["arms"] = [arm for arm in results["arms"] if 32 <= arm["data"]["train"] <= 128]  # 32 to 256 are needed
+    text = dsd_exponents(results, level=0.9)
+    assert "| conv | k + d | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 6 of 10 |" in text
+    assert "| conv | 2 | 4 | 2 of 2 seeds with 32 or fewer |" in text and "| conv | 4 | 4 | 64 [64, 64] |" in text
+    assert "| conv | 4 | 16 | not reached by 2 of 2 seeds |" in text
+    results["arms"] = [arm for arm in results["arms"] if arm["data"]["train"] <= 64]
+    assert "| conv | k + d | not to be told | not to be told | 2 of 10 |" in dsd_exponents(results, level=0.9)
 
 
 def test_sizes_that_reach_a_level_are_told_and_those_that_do_not():
