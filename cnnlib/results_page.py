@@ -190,7 +190,7 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
             never, at_once = sum(size is None for size in of_task), sum(size == smallest for size in of_task)
             inside = [size for size in of_task if size is not None and size > smallest]
             parts = [geometric(inside)] if inside else []
-            parts += [f"{at_once} of {len(of_task)} seeds with {smallest} or fewer"] if at_once else []
+            parts += [f"{at_once} of {len(of_task)} seeds with {smallest:g} or fewer"] if at_once else []
             parts += [f"not reached by {never} of {len(of_task)} seeds"] if never else []
             text = "; ".join(parts)
             needed_lines.append((reading, str(task[0]), str(task[1]), text))
