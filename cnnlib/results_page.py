@@ -148,20 +148,17 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
 def sample_sizes(results: dict[str, Any]) -> str:
     """The training-set size at which each reading reaches a level, seed by seed, with the geometric mean."""
     levels = (0.85, 0.9, 0.94)
+    smallest = min(arm["data"]["train"] for arm in results["arms"])
     curves = by_seed(results)
     lines = []
     for reading, seeds in curves.items():
-        cells = [reading]
-        for level in levels:
-            reached = [fits.needed(sizes, values, level) for sizes, values in seeds]
-            known = [size for size in reached if size is not None]
-            if len(known) < len(reached):
-                cells.append(f"not reached by {len(reached) - len(known)} of {len(reached)} seeds")
-            else:
-                cells.append(geometric(known))
-        lines.append(tuple(cells))
+        needed = [[fits.needed(sizes, values, level) for sizes, values in seeds] for level in levels]
+        lines.append((reading, *(needed_text(sizes, smallest) for sizes in needed)))
     columns = ("reading", *(f"digits for {100 * level:.0f} %" for level in levels))
-    return markdown_table(columns, lines).rstrip() + "\n\nGeometric means over seeds with intervals of Student's t."
+    return (
+        markdown_table(columns, lines).rstrip()
+        + "\n\nGeometric means over the seeds that are not told apart, with intervals of Student's t."
+    )
 
 
 def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
@@ -187,12 +184,7 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
         lines.append((reading, theory[reading], *cells, f"{len(known)} of {len(found)}"))
         for task in dict.fromkeys((patches, length) for patches, length, _ in found):
             of_task = [size for patches, length, size in found if (patches, length) == task]
-            never, at_once = sum(size is None for size in of_task), sum(size == smallest for size in of_task)
-            inside = [size for size in of_task if size is not None and size > smallest]
-            parts = [geometric(inside)] if inside else []
-            parts += [f"{at_once} of {len(of_task)} seeds with {smallest:g} or fewer"] if at_once else []
-            parts += [f"not reached by {never} of {len(of_task)} seeds"] if never else []
-            text = "; ".join(parts)
+            text = needed_text(of_task, smallest)
             needed_lines.append((reading, str(task[0]), str(task[1]), text))
     columns = ("reading", "theory", "exponent of k", "exponent of d", "seeds fitted")
     needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")
@@ -247,6 +239,16 @@ def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[f
             curve[0].append(sizes[arm])
             curve[1].append(value)
     return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def needed_text(needed: Sequence[float | None], smallest: float) -> str:
+    """The geometric mean of sizes that seeds need; apart, how many need the smallest tried, or get nowhere."""
+    never, at_once = sum(size is None for size in needed), sum(size == smallest for size in needed)
+    inside = [size for size in needed if size is not None and size > smallest]
+    parts = [geometric(inside)] if inside else []
+    parts += [f"{at_once} of {len(needed)} seeds with {smallest:g} or fewer"] if at_once else []
+    parts += [f"not reached by {never} of {len(needed)} seeds"] if never else []
+    return "; ".join(parts)
 
 
 def geometric(sizes: Sequence[float]) -> str:
