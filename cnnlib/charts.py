@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,8 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
                 low, high = (accuracy["mean"] if end is None else end for end in accuracy["ci95"])
                 numbers = {"accuracy": accuracy["mean"], "low": low, "high": high}
                 means.append({**common, "n": accuracy["n"], **{name: 100 * value for name, value in numbers.items()}})
+    for mean, raised in zip(means, raises(means), strict=True):
+        mean["raised"] = raised
     kinds = [kind for kind in STYLE if any(mean["connectivity"] == kind for mean in means)]
     color = altair.Color(
         "connectivity:N", scale=altair.Scale(domain=kinds, range=[STYLE[kind][0] for kind in kinds]), title=None
@@ -100,9 +102,31 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     )
     layers = [points, bars, marks]
     if len(means) <= MOST_NAMES:
-        layers.append(base.mark_text(align="left", dx=9, dy=-1).encode(x=x, y=y, text="arm:N"))
+        above = altair.ExprRef(expr="-1 - datum.raised")
+        layers.append(base.mark_text(align="left", dx=9, dy=above).encode(x=x, y=y, text="arm:N"))
     chart = altair.layer(*layers).properties(width="container", height=300)
     return dict(chart.to_dict())
+
+
+def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) -> list[int]:
+    """Pixels by which each mean's name is raised, so that it covers no other's, on a plot of about `side` pixels."""
+    x = np.log([mean["cost"] for mean in means])
+    y = np.array([mean["accuracy"] for mean in means])
+    spans = [max(float(np.ptp(each)), 1e-9) if len(means) else 1.0 for each in (x, y)]
+    placed: list[tuple[float, float, float]] = []
+    found = [0] * len(means)
+    for index in np.argsort(y, kind="stable").tolist():
+        left, height = side * (x[index] - x.min()) / spans[0], side * (y[index] - y.min()) / spans[1]
+        right = left + 7 * len(means[index]["arm"])
+        while any(
+            left < other_right
+            and other_left < right
+            and abs(height + found[index] - other) < line - 1  # or rounding would tell
+            for other_left, other_right, other in placed
+        ):
+            found[index] += line
+        placed.append((left, right, height + found[index]))
+    return found
 
 
 class Curves(NamedTuple):

@@ -190,7 +190,9 @@ def test_classes_have_their_names_where_the_data_have_some(report, tmp_path):
     names = [f"<i>{number}" for number in range(10)]
     text = altered(report, tmp_path / "run", lambda results: results["data"].update(class_names=names))
     assert '<th scope="row">&lt;i&gt;0</th>' in text and "<i>" not in text
-    assert '<th scope="row">0</th>' in report[2]
+    assert '<th scope="row">vertical</th>' in report[2]
+    text = altered(report, tmp_path / "other", lambda results: results["data"].pop("class_names"))
+    assert '<th scope="row">0</th>' in text
 
 
 def test_a_configuration_of_another_version_is_shown_as_it_stands(report, tmp_path):
@@ -266,6 +268,21 @@ def test_a_folder_without_whole_results_is_one_line(report, tmp_path, what, caps
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "page.html").exists()
+
+
+def test_names_of_means_that_lie_together_are_raised():
+    means = [
+        {"arm": name, "cost": cost, "accuracy": accuracy}
+        for name, cost, accuracy in (
+            ("far", 1.0, 50.0),
+            ("near", 100.0, 90.0),
+            ("nearer", 110.0, 90.1),
+            ("x", 120.0, 90.0),
+        )
+    ]
+    raised = charts.raises(means)
+    assert raised[0] == 0 and sorted(raised[1:]) == [0, 13, 26]
+    assert charts.raises([]) == [] and charts.raises(means[:1]) == [0]
 
 
 def test_the_missing_extra_is_named(monkeypatch, tmp_path):
