@@ -5,7 +5,9 @@ Command: python -m experiments run mnist_one_epoch
     (reads mnist from TFDS's folder; it downloads and prepares it there at its first use, which needs TensorFlow)
 Expected: 99.0 % or more, as train_mnist_fast reports: 99.04 +- 0.07 % over 30 seeds, with 215K parameters.
 Cost: about 3 minutes on 2 CPU cores for 10 seeds.
-Source: github.com/tuomaso/train_mnist_fast: batches of 256, one epoch.
+Source: github.com/tuomaso/train_mnist_fast: batches of 256, one epoch. Net and rule are ours, chosen with
+    data.validation=5000 and two other seeds: two convolutions without norms reached 98.4 %, with norms 98.4, batches of
+    64 in place of 128 98.5, three convolutions 98.8, label smoothing of 0.1 99.1.
 """
 
 from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
@@ -14,12 +16,17 @@ from cnnlib.spec import parse_model
 
 @EXPERIMENTS.register
 def mnist_one_epoch() -> Experiment:
-    net = parse_model("conv:24@5 relu max:2 conv:32@3 relu max:2 dense:128 relu dense:classes")
+    net = parse_model(
+        "conv:16@3:nobias norm relu conv:24@3:nobias norm relu max:2 conv:48@3:nobias norm relu max:2 "
+        "dense:64:nobias norm relu dense:classes"
+    )
     return Experiment(
         data=Data("mnist"),
         arms=(Arm("conv", net),),
-        optim=Optim("adamw", schedule="one_cycle", learning_rate=(0.01,), weight_decay=(0.01,)),
+        optim=Optim(
+            "adamw", schedule="one_cycle", learning_rate=(0.008,), weight_decay=(0.01,), label_smoothing=(0.1,)
+        ),
         lanes=Lanes(seed=tuple(range(10))),
         epochs=1,
-        batch_size=128,
+        batch_size=64,
     )
