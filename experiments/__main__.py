@@ -26,6 +26,7 @@ from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override
 from cnnlib.cost import BYTES
+from cnnlib.demos import DEMOS, write
 from cnnlib.errors import Stopped, UserError
 from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
@@ -42,6 +43,7 @@ COMMANDS = {
     "report": "report DIR [DIR ...] [--out FILE]",
     "all": "all [--out DIR]",
     "results": "results [DIR]",
+    "demo": "demo NAME [--out DIR]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
@@ -75,6 +77,9 @@ def parser_for(command: str) -> Parser:
     elif command == "report":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
         parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (report.html)")
+    elif command == "demo":
+        parser.add_argument("name", metavar="NAME", help="a picture: `list` shows them")
+        parser.add_argument("--out", metavar="DIR", default="demos", help="where it goes (demos)")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
@@ -102,6 +107,20 @@ def command_list() -> None:
     width = max(map(len, EXPERIMENTS))
     for name in EXPERIMENTS:
         print(f"{name:<{width}}  {lab_note(name).splitlines()[0]}")
+    print("\npictures, `python -m experiments demo NAME`:\n")
+    for name in DEMOS:
+        print(f"{name:<{width}}  {inspect.getdoc(DEMOS.declaration(name))}")
+
+
+def command_demo(name: str, out: str) -> None:
+    demo = DEMOS.get(name)
+    if not out:
+        raise UserError("--out needs a folder")
+    try:
+        path = write(demo, Path(out))
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    print(f"{textwrap.fill(demo.look, 100)}\nwritten: {path}")
 
 
 def command_show(name: str, experiment: Experiment | Growth) -> None:
@@ -336,6 +355,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--force has no meaning without --resume")
         if command == "count":
             command_count(options)
+            return 0
+        if command == "demo":
+            command_demo(options.name, options.out)
             return 0
         if command == "all":
             return command_all(options.out)

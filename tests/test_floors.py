@@ -14,7 +14,7 @@ import experiments
 
 FLOORS = [
     {"errors", "cache", "style", "tables", "watcher", "stopping", "markup"},
-    {"writer"},
+    {"writer", "overlap"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives"},
     {"budget", "ops", "fields"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "wandb_worker", "plan", "evaluation", "comparisons"},
+    {"folder", "report", "terminal", "demos", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
     {"programs"},
     {"resume", "growth", "wandb_copy", "overview", "charts", "mistakes"},
@@ -60,6 +60,8 @@ WITHOUT_JAX = {
     "charts",
     "page",
     "markup",
+    "overlap",
+    "demos",
     "mistakes",
     "style",
     "tables",

@@ -12,6 +12,7 @@ import pytest
 import cnnlib
 from cnnlib import growth, report
 from cnnlib.config import EXPERIMENTS, Data, Experiment, kept_like, override
+from cnnlib.demos import DEMOS
 from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve
 from experiments.__main__ import COMMANDS, main, parser_for
@@ -45,6 +46,8 @@ def test_every_command_names_what_exists(command):
     assert verb in COMMANDS
     if verb == "count":
         assert main(["count", *arguments]) == 0
+    elif verb == "demo":
+        assert parser_for(verb).parse_intermixed_args(arguments).name in DEMOS
     elif verb in ("runs", "compare", "report", "results", "all"):
         parser_for(verb).parse_intermixed_args(arguments)
     elif verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
