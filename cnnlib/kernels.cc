@@ -1,5 +1,6 @@
 // Correlation and pooling of channels-last float32 maps on a CPU, called by XLA through its foreign function interface.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -27,8 +28,9 @@ typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_ali
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
-// The sums of a weight gradient are made in as many parts, whatever the number of threads.
-constexpr int kPartialSums = 16;
+// The sums of a weight gradient are made in as many parts at most, whatever the number of threads, each of so many
+// positions at least: adding up a part costs what a few positions cost.
+constexpr int kPartialSums = 16, kPartPositions = 256;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -68,12 +70,27 @@ ffi::Error parallel_over_images(ffi::ThreadPool& pool, int64_t images, Work work
   });
 }
 
+// A place under the kernel: its offset from a position of the image, and the row of the kernel that it is multiplied by.
+struct Tap {
+  int64_t offset, row;
+};
+
+// Positions of the output that meet the same taps, image after image of a block.
+struct Phase {
+  std::vector<int64_t> from;  // offsets into the block's padded images
+  std::vector<int64_t> to;    // positions of the block's output
+  std::vector<Tap> taps;
+  int64_t positions;  // of one image
+};
+
 // Where a kernel of (height, width) taps meets an image of (height, width, channels), and what it makes of it.
 struct Geometry {
   int64_t height, width, channels;
   int64_t out_height, out_width, features;
   int64_t kernel_height, kernel_width;
   int64_t stride[2], low[2], x_dilation[2], kernel_dilation[2];
+  // From a position's first tap to the first value of the image that it may meet; 0 unless the image is dilated.
+  int64_t shift[2];
   // Neighbouring output columns that are computed as one position with more features.
   int64_t fold = 1;
   int64_t padded_height, padded_width;
@@ -85,15 +102,19 @@ struct Geometry {
         kernel_height(kernel[1]), kernel_width(kernel[2]) {
     for (int axis : {0, 1}) {
       stride[axis] = strides[axis];
-      low[axis] = lows[axis];
       x_dilation[axis] = x_dilations[axis];
       kernel_dilation[axis] = kernel_dilations[axis];
+      // The padding before the image in steps of its own, rounded up.
+      low[axis] = lows[axis] > 0 ? (lows[axis] + x_dilation[axis] - 1) / x_dilation[axis] : lows[axis] / x_dilation[axis];
+      shift[axis] = low[axis] * x_dilation[axis] - lows[axis];
     }
     fold_columns();
-    padded_height = (out_height - 1) * stride[0] + (kernel_height - 1) * kernel_dilation[0] + 1;
-    padded_width = (out_width - 1) * stride[1] + (kernel_width - 1) * kernel_dilation[1] + 1;
-    copies = low[0] != 0 || low[1] != 0 || x_dilation[0] != 1 || x_dilation[1] != 1 || padded_height > height ||
-             padded_width > width;
+    auto padded = [&](int axis, int64_t positions, int64_t taps) {
+      return ((positions - 1) * stride[axis] + (taps - 1) * kernel_dilation[axis] + shift[axis]) / x_dilation[axis] + 1;
+    };
+    padded_height = padded(0, out_height, kernel_height);
+    padded_width = padded(1, out_width, kernel_width);
+    copies = low[0] != 0 || low[1] != 0 || padded_height > height || padded_width > width;
     if (!copies) padded_height = height, padded_width = width;
   }
 
@@ -117,9 +138,25 @@ struct Geometry {
   }
 
   int64_t image_size() const { return height * width * channels; }
+  int64_t padded_size() const { return padded_height * padded_width * channels; }
   int64_t positions() const { return out_height * out_width; }
   int64_t rows() const { return kernel_height * kernel_width * channels; }
-  int64_t row_size() const { return round_up(features, kWidth); }
+  // Of a kernel's row, and of a position of the gradient: that of the caller, but for less than a vector, which is packed
+  // into one.
+  int64_t row_size() const { return std::max<int64_t>(features, kWidth); }
+  bool packs() const { return fold > 1 || features < kWidth; }
+  // Where vectors of features begin. The last one reaches back over the one before it: what both compute is the same.
+  // Where it is added to what is there, each has a place of its own, in rows of `spread_size`.
+  template <int kVectors>
+  std::array<int64_t, kVectors> vectors(int64_t feature) const {
+    std::array<int64_t, kVectors> result;
+    for (int v = 0; v < kVectors; ++v) result[v] = std::min<int64_t>(feature + v * kWidth, row_size() - kWidth);
+    return result;
+  }
+  int64_t spread_size() const { return round_up(row_size(), kWidth); }
+  int64_t spread(int64_t feature) const {
+    return feature < row_size() / kWidth * kWidth ? feature : feature + spread_size() - row_size();
+  }
 
   // Calls see(packed, plain) with the offsets of each run of features in a packed kernel and in the caller's.
   template <typename See>
@@ -134,103 +171,133 @@ struct Geometry {
                 ((i * plain_width + j) * channels + c) * plain_features);
   }
 
-  std::vector<int64_t> offsets(int64_t rows, int64_t columns, const int64_t (&steps)[2]) const {
-    std::vector<int64_t> result;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) result.push_back((i * steps[0] * padded_width + j * steps[1]) * channels);
+  // How many images, `most` at most, are taken together, so that their positions fill tiles of kRows with little waste.
+  int64_t images_a_block(int64_t most) const {
+    const int64_t alike = std::max<int64_t>(1, positions() / (x_dilation[0] * x_dilation[1]));
+    auto used = [&](int64_t images) { return double(images * alike) / round_up(images * alike, kRows); };
+    int64_t best = 1;
+    for (int64_t images = 2; images <= most && images * alike <= 16 * kRows; ++images)
+      if (used(images) > used(best)) best = images;
+    return best;
+  }
+
+  // Every position of a block of images, with its taps. Between the values of a dilated image there is nothing to
+  // multiply: positions fall into phases, by where they stand between two values, and a phase has the taps that meet one.
+  std::vector<Phase> phases(int64_t images) const {
+    std::vector<Phase> result;
+    for (int64_t down = 0; down < x_dilation[0]; ++down)
+      for (int64_t right = 0; right < x_dilation[1]; ++right) {
+        Phase phase{};
+        auto at = [&](int64_t i, int64_t j) {
+          return (i / x_dilation[0] * padded_width + j / x_dilation[1]) * channels;
+        };
+        for (int64_t i = 0; i < out_height; ++i)
+          for (int64_t j = 0; j < out_width; ++j) {
+            const int64_t top = i * stride[0], left = j * stride[1];
+            if (top % x_dilation[0] != down || left % x_dilation[1] != right) continue;
+            phase.from.push_back(at(top, left));
+            phase.to.push_back(i * out_width + j);
+          }
+        phase.positions = phase.to.size();
+        if (phase.positions == 0) continue;
+        phase.from.resize(images * phase.positions);
+        phase.to.resize(images * phase.positions);
+        for (int64_t n = phase.positions; n < images * phase.positions; ++n) {
+          phase.from[n] = phase.from[n - phase.positions] + padded_size();
+          phase.to[n] = phase.to[n - phase.positions] + positions();
+        }
+        for (int64_t r = 0; r < kernel_height; ++r)
+          for (int64_t s = 0; s < kernel_width; ++s) {
+            const int64_t top = down + r * kernel_dilation[0] + shift[0], left = right + s * kernel_dilation[1] + shift[1];
+            if (top % x_dilation[0] == 0 && left % x_dilation[1] == 0)
+              phase.taps.push_back({at(top, left), (r * kernel_width + s) * channels});
+          }
+        result.push_back(std::move(phase));
+      }
     return result;
   }
-  std::vector<int64_t> position_offsets() const { return offsets(out_height, out_width, stride); }
-  std::vector<int64_t> tap_offsets() const { return offsets(kernel_height, kernel_width, kernel_dilation); }
 
-  // The image with its padding and dilation spelled out, in scratch that holds zeros elsewhere.
-  const float* padded(const float* image, std::vector<float>& scratch) const {
-    if (!copies) return image;
-    scratch.resize(padded_height * padded_width * channels);  // new elements are zero, and stay so
-    for (int64_t i = 0; i < height; ++i) {
-      int64_t row = i * x_dilation[0] + low[0];
-      if (row < 0 || row >= padded_height) continue;
-      float* to = scratch.data() + row * padded_width * channels;
-      const float* from = image + i * width * channels;
-      if (x_dilation[1] == 1) {
-        int64_t first = std::max<int64_t>(0, -low[1]), last = std::min(width, padded_width - low[1]);
+  // Images with their padding spelled out, in scratch that holds zeros elsewhere.
+  const float* padded(const float* from, int64_t images, std::vector<float>& scratch) const {
+    if (!copies) return from;
+    scratch.resize(std::max<size_t>(scratch.size(), images * padded_size()));  // new elements are zero, and stay so
+    const int64_t first = std::max<int64_t>(0, -low[1]), last = std::min(width, padded_width - low[1]);
+    for (int64_t n = 0; n < images; ++n)
+      for (int64_t i = std::max<int64_t>(0, -low[0]); i < std::min(height, padded_height - low[0]); ++i)
         if (first < last)
-          std::memcpy(to + (first + low[1]) * channels, from + first * channels, 4 * (last - first) * channels);
-      } else {
-        for (int64_t j = 0; j < width; ++j) {
-          int64_t column = j * x_dilation[1] + low[1];
-          if (column >= 0 && column < padded_width)
-            std::memcpy(to + column * channels, from + j * channels, 4 * channels);
-        }
-      }
-    }
+          std::memcpy(&scratch[n * padded_size() + ((i + low[0]) * padded_width + first + low[1]) * channels],
+                      from + n * image_size() + (i * width + first) * channels, 4 * (last - first) * channels);
     return scratch.data();
   }
 };
 
 // kRows positions by kVectors vectors of output channels, held in registers over all taps and input channels.
 template <int kVectors>
-void forward_tile(const float* image, const int64_t* position, const std::vector<int64_t>& taps, int64_t channels,
-                  const float* kernel, int64_t kernel_row, Vector (&sum)[kRows][kVectors]) {
+void forward_tile(const float* images, const int64_t* position, const std::vector<Tap>& taps, int64_t channels,
+                  const float* kernel, int64_t kernel_row, const std::array<int64_t, kVectors>& vector,
+                  Vector (&sum)[kRows][kVectors]) {
   Vector s[kRows][kVectors] = {};
   const float* from[kRows];
-  for (int r = 0; r < kRows; ++r) from[r] = image + position[r];
-  for (int64_t tap : taps)
-    for (int64_t c = 0; c < channels; ++c, kernel += kernel_row) {
+  for (int r = 0; r < kRows; ++r) from[r] = images + position[r];
+  for (auto [offset, row] : taps) {
+    const float* weights = kernel + row * kernel_row;
+    for (int64_t c = 0; c < channels; ++c, weights += kernel_row) {
       Vector k[kVectors];
-      for (int v = 0; v < kVectors; ++v) k[v] = load(kernel + v * kWidth);
+      for (int v = 0; v < kVectors; ++v) k[v] = load(weights + vector[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        float x = from[r][tap + c];
+        float x = from[r][offset + c];
         for (int v = 0; v < kVectors; ++v) s[r][v] += x * k[v];
       }
     }
+  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = s[r][v];
 }
 
 template <int kVectors>
-void forward_block(const Geometry& g, const float* image, const std::vector<int64_t>& positions,
-                   const std::vector<int64_t>& taps, const float* kernel, int64_t feature, float* y) {
-  int64_t count = positions.size();
-  int64_t kept = std::min<int64_t>(kVectors * kWidth, g.features - feature);
+void forward_block(const Geometry& g, const float* images, const Phase& phase, int64_t count, const float* kernel,
+                   int64_t feature, float* y) {
+  const auto vector = g.vectors<kVectors>(feature);
   for (int64_t start = 0; start < count; start += kRows) {
     int64_t position[kRows];
-    for (int r = 0; r < kRows; ++r) position[r] = positions[std::min<int64_t>(start + r, count - 1)];
+    for (int r = 0; r < kRows; ++r) position[r] = phase.from[std::min<int64_t>(start + r, count - 1)];
     Vector sum[kRows][kVectors];
-    forward_tile<kVectors>(image, position, taps, g.channels, kernel + feature, g.row_size(), sum);
+    forward_tile<kVectors>(images, position, phase.taps, g.channels, kernel, g.row_size(), vector, sum);
     int rows = std::min<int64_t>(kRows, count - start);
     for (int r = 0; r < rows; ++r) {
-      float* to = y + (start + r) * g.features + feature;
-      if (kept == kVectors * kWidth)
-        for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, sum[r][v]);
+      float* to = y + phase.to[start + r] * g.features;
+      if (g.features < kWidth)
+        std::memcpy(to, sum[r], 4 * g.features);
       else
-        std::memcpy(to, sum[r], 4 * kept);
+        for (int v = 0; v < kVectors; ++v) store(to + vector[v], sum[r][v]);
     }
   }
 }
 
-// One row of the kernel (or one tap) times kTile of its values by kVectors of output channels, over all positions.
+// kTile rows of the kernel by kVectors of output channels, over `count` positions.
 template <int kTile, int kVectors>
-void gradient_tile(const float* image, const std::vector<int64_t>& positions, const float* gradient, int64_t row_size,
-                   float* sums) {
+void gradient_tile(const Geometry& g, const float* images, const Phase& phase, int64_t count, const float* gradient,
+                   int64_t feature, float* sums) {
+  const auto vector = g.vectors<kVectors>(feature);
+  const int64_t row_size = g.row_size(), sums_size = g.spread_size();
+  sums += feature;
   Vector s[kTile][kVectors];
   for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < kVectors; ++v) s[r][v] = load(sums + r * row_size + v * kWidth);
-  for (int64_t position : positions) {
-    const float* x = image + position;
-    Vector g[kVectors];
-    for (int v = 0; v < kVectors; ++v) g[v] = load(gradient + v * kWidth);
-    gradient += row_size;
+    for (int v = 0; v < kVectors; ++v) s[r][v] = load(sums + r * sums_size + v * kWidth);
+  for (int64_t p = 0; p < count; ++p) {
+    const float *x = images + phase.from[p], *from = gradient + phase.to[p] * row_size;
+    Vector y[kVectors];
+    for (int v = 0; v < kVectors; ++v) y[v] = load(from + vector[v]);
 #pragma GCC unroll 16
     for (int r = 0; r < kTile; ++r)
-      for (int v = 0; v < kVectors; ++v) s[r][v] += x[r] * g[v];
+      for (int v = 0; v < kVectors; ++v) s[r][v] += x[r] * y[v];
   }
   for (int r = 0; r < kTile; ++r)
-    for (int v = 0; v < kVectors; ++v) store(sums + r * row_size + v * kWidth, s[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(sums + r * sums_size + v * kWidth, s[r][v]);
 }
 
-using GradientTile = void (*)(const float*, const std::vector<int64_t>&, const float*, int64_t, float*);
+using GradientTile = void (*)(const Geometry&, const float*, const Phase&, int64_t, const float*, int64_t, float*);
 template <int kVectors, int... kTiles>
 GradientTile gradient_tile_of(int tile, std::integer_sequence<int, kTiles...>) {
   static const GradientTile table[] = {gradient_tile<kTiles + 1, kVectors>...};
@@ -243,11 +310,10 @@ ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultB
                      Integers low, Integers x_dilation, Integers kernel_dilation) {
   const Geometry g(x.dimensions(), kernel.dimensions(), y->dimensions(), strides, low, x_dilation, kernel_dilation);
   const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
-  const auto positions = g.position_offsets(), taps = g.tap_offsets();
   const int64_t kernel_size = g.rows() * g.row_size(), plain_size = kernel.element_count() / lanes;
   const float* packed = kernel.typed_data();
   std::vector<float> storage;
-  if (g.fold > 1 || g.row_size() != g.features) {
+  if (g.packs()) {
     storage.resize(lanes * kernel_size);
     for (int64_t lane = 0; lane < lanes; ++lane)
       g.each_run([&](int64_t to, int64_t from) {
@@ -255,18 +321,24 @@ ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultB
       });
     packed = storage.data();
   }
-  const int64_t chunk_size = std::max<int64_t>(1, batch / 32), chunks = (batch + chunk_size - 1) / chunk_size;
+  const int64_t block = g.images_a_block(batch);
+  const auto phases = g.phases(block);
+  const int64_t chunk_size = round_up(std::max<int64_t>(1, batch / 32), block);
+  const int64_t chunks = (batch + chunk_size - 1) / chunk_size;
   return parallel(pool, lanes * chunks, [&](int64_t chunk) {
     std::vector<float> scratch;
-    const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
+    const int64_t lane = chunk / chunks, end = std::min(batch, (chunk % chunks + 1) * chunk_size);
     const float* k = packed + lane * kernel_size;
-    for (int64_t n = lane * batch + first; n < lane * batch + std::min(batch, first + chunk_size); ++n) {
-      const float* image = g.padded(x.typed_data() + n * g.image_size(), scratch);
-      float* to = y->typed_data() + n * g.positions() * g.features;
-      int64_t feature = 0;
-      for (; feature + kWidth < g.row_size(); feature += 2 * kWidth)
-        forward_block<2>(g, image, positions, taps, k, feature, to);
-      if (feature < g.row_size()) forward_block<1>(g, image, positions, taps, k, feature, to);
+    for (int64_t n = chunk % chunks * chunk_size; n < end; n += block) {
+      const int64_t count = std::min(block, end - n);
+      const float* images = g.padded(x.typed_data() + (lane * batch + n) * g.image_size(), count, scratch);
+      float* to = y->typed_data() + (lane * batch + n) * g.positions() * g.features;
+      for (const Phase& phase : phases) {
+        int64_t feature = 0;
+        for (; feature + kWidth < g.row_size(); feature += 2 * kWidth)
+          forward_block<2>(g, images, phase, count * phase.positions, k, feature, to);
+        if (feature < g.row_size()) forward_block<1>(g, images, phase, count * phase.positions, k, feature, to);
+      }
     }
   });
 }
@@ -277,53 +349,66 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::
   const Geometry g(x.dimensions(), result->dimensions(), gradient.dimensions(), strides, low, x_dilation,
                    kernel_dilation);
   const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
-  const auto positions = g.position_offsets(), taps = g.tap_offsets();
-  const int64_t row_size = g.row_size(), kernel_size = g.rows() * row_size;
-  // Taps that follow one another in memory make one segment.
-  std::vector<std::pair<int64_t, int64_t>> segments;
-  for (int64_t tap : taps)
-    if (!segments.empty() && tap == segments.back().first + segments.back().second)
-      segments.back().second += g.channels;
-    else
-      segments.emplace_back(tap, g.channels);
+  const int64_t row_size = g.row_size(), sums_size = g.spread_size(), kernel_size = g.rows() * sums_size;
   // As many partial sums whatever the machine, added in order: the result depends on neither threads nor timing.
-  const int64_t chunk_size = std::max<int64_t>(1, (batch + kPartialSums - 1) / kPartialSums), chunks = (batch + chunk_size - 1) / chunk_size;
+  const int64_t parts = std::clamp<int64_t>(batch * g.positions() / kPartPositions, 1, kPartialSums);
+  const int64_t chunk_size = (batch + parts - 1) / parts, chunks = (batch + chunk_size - 1) / chunk_size;
+  const int64_t block = std::min(chunk_size, std::max<int64_t>(1, 16 * kRows / g.positions()));
+  const auto phases = g.phases(block);
+  // Taps that follow one another in memory, in the image and in the kernel, make one segment of so many values.
+  struct Segment {
+    const Phase* phase;
+    Tap tap;
+    int64_t length;
+  };
+  std::vector<Segment> segments;
+  for (const Phase& phase : phases)
+    for (size_t t = 0; t < phase.taps.size(); ++t) {
+      const Tap tap = phase.taps[t];
+      Segment* last = t > 0 ? &segments.back() : nullptr;
+      if (last && tap.offset == last->tap.offset + last->length && tap.row == last->tap.row + last->length)
+        last->length += g.channels;
+      else
+        segments.push_back({&phase, tap, g.channels});
+    }
   std::vector<float> partial(lanes * chunks * kernel_size);
   ffi::Error error = parallel(pool, lanes * chunks, [&](int64_t chunk) {
     std::vector<float> scratch, wide;
-    if (row_size != g.features) wide.resize(g.positions() * row_size);
-    const int64_t lane = chunk / chunks, first = chunk % chunks * chunk_size;
-    for (int64_t n = lane * batch + first; n < lane * batch + std::min(batch, first + chunk_size); ++n) {
-      const float* image = g.padded(x.typed_data() + n * g.image_size(), scratch);
-      const float* from = gradient.typed_data() + n * g.positions() * g.features;
-      if (row_size != g.features) {
-        for (int64_t p = 0; p < g.positions(); ++p)
+    if (g.features < kWidth) wide.resize(block * g.positions() * row_size);
+    const int64_t lane = chunk / chunks, end = std::min(batch, (chunk % chunks + 1) * chunk_size);
+    for (int64_t n = chunk % chunks * chunk_size; n < end; n += block) {
+      const int64_t count = std::min(block, end - n);
+      const float* images = g.padded(x.typed_data() + (lane * batch + n) * g.image_size(), count, scratch);
+      const float* from = gradient.typed_data() + (lane * batch + n) * g.positions() * g.features;
+      if (g.features < kWidth) {
+        for (int64_t p = 0; p < count * g.positions(); ++p)
           std::memcpy(&wide[p * row_size], from + p * g.features, 4 * g.features);
         from = wide.data();
       }
-      for (int64_t feature = 0; feature < row_size; feature += 2 * kWidth) {
-        float* to = &partial[chunk * kernel_size + feature];
-        for (auto [offset, length] : segments)
+      for (int64_t feature = 0; feature < row_size; feature += 2 * kWidth)
+        for (const auto& [phase, tap, length] : segments)
           for (int64_t start = 0; start < length; start += kRows) {
             const int64_t tile = std::min<int64_t>(kRows, length - start);
             const auto sizes = std::make_integer_sequence<int, kRows>();
             const bool two = feature + kWidth < row_size;
             (two ? gradient_tile_of<2>(tile, sizes) : gradient_tile_of<1>(tile, sizes))(
-                image + offset + start, positions, from + feature, row_size, to);
-            to += tile * row_size;
+                g, images + tap.offset + start, *phase, count * phase->positions, from, feature,
+                &partial[chunk * kernel_size + (tap.row + start) * sums_size]);
           }
-      }
     }
   });
   if (error.failure()) return error;
   const int64_t plain_size = result->element_count() / lanes;
-  std::fill_n(result->typed_data(), result->element_count(), 0.0f);
-  for (int64_t chunk = 0; chunk < lanes * chunks; ++chunk)
-    g.each_run([&](int64_t packed, int64_t plain) {
-      const float* from = &partial[chunk * kernel_size + packed];
-      float* to = result->typed_data() + chunk / chunks * plain_size + plain;
-      for (int64_t f = 0; f < g.features / g.fold; ++f) to[f] += from[f];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    float *sum = &partial[lane * chunks * kernel_size], *plain = result->typed_data() + lane * plain_size;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t i = 0; i < kernel_size; ++i) sum[i] += sum[chunk * kernel_size + i];
+    std::fill_n(plain, plain_size, 0.0f);
+    g.each_run([&](int64_t packed, int64_t first) {
+      const float* row = sum + packed / row_size * sums_size;
+      for (int64_t f = 0; f < g.features / g.fold; ++f) plain[first + f] += row[g.spread(packed % row_size + f)];
     });
+  }
   return ffi::Error::Success();
 }
 
