@@ -15,6 +15,7 @@ from benchmarks import lanes, memory, mnist1d, operations, peers, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
+from cnnlib.mesh import use_cores
 from cnnlib.tracking import versions
 
 
@@ -52,6 +53,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.rounds, options.epochs, *(options.lanes or [1])) < 1:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
+    if options.benchmark == "mnist1d":
+        use_cores()  # as `python -m experiments run` does
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}
     if (missing := peers.torch_is_missing()) is None:

@@ -16,13 +16,13 @@ import numpy as np
 
 from benchmarks.peers import torch_is_missing
 from benchmarks.timing import Table
-from cnnlib import train
+from cnnlib import mesh
 from cnnlib.config import Experiment, override
 from cnnlib.data import load
 from cnnlib.errors import UserError
-from cnnlib.programs import numbers_of, preferred_at_a_time, recipe_of
+from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
-from cnnlib.run import on_device
+from cnnlib.run import on_devices
 from experiments.mnist1d import mnist1d
 
 EVALUATE_EVERY = 250
@@ -83,24 +83,18 @@ def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
 def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
     """A call that trains all lanes of the experiment's arm from their start, and the seconds its compilation took."""
     (arm,) = resolve(experiment)
-    splits = on_device(load(arm.data))
-    recipe, numbers = recipe_of(arm), numbers_of(arm)
-    platform = jax.devices()[0].platform
-    at_a_time = experiment.lanes.at_a_time or preferred_at_a_time(arm.model.connectivity, len(arm.lanes), platform)
-    start = time.perf_counter()
-    initialize = jax.jit(train.over_lanes(train.initialize(recipe), 1)).lower(numbers).compile()
-    states = initialize(numbers)
-    mapped = train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)
-    epoch = jax.jit(mapped).lower(states, numbers, splits["train"]).compile()
-    seconds = time.perf_counter() - start
+    devices = mesh.devices()
+    splits = on_devices(load(arm.data), devices)
+    programs = compile_programs(arm, splits, devices)
+    numbers, examples = programs.spread.put(numbers_of(arm)), programs.spread.shared(splits["train"])
 
     def call() -> None:
-        states = initialize(numbers)
+        states, _ = programs.initialize(numbers)
         for _ in range(experiment.epochs):
-            states, sums = epoch(states, numbers, splits["train"])
+            states, sums = programs.epoch(states, numbers, examples)
         jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
 
-    return call, seconds
+    return call, programs.compile_seconds
 
 
 def measure(rounds: int, epochs: int, lanes: int) -> Table:

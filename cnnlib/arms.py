@@ -118,7 +118,8 @@ def run_arm(
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
-    experiment, numbers, splits = arm.experiment, numbers_of(arm), training.splits[arm.data]
+    experiment, spread = arm.experiment, programs.spread
+    numbers, splits = spread.put(numbers_of(arm)), spread.shared(training.splits[arm.data])
     so_far = SoFar()
     states, keys = programs.initialize(numbers)
     if in_flight is not None:
@@ -147,9 +148,9 @@ def run_arm(
         is_last = epoch == experiment.epochs or training.stop()
         if not is_last:
             states, going = dispatch(states, epoch + 1)
-        sums, diverged = jax.device_get((ended.train, ended.diverged))
+        sums, diverged = spread.fetched((ended.train, ended.diverged))
         seconds = time.perf_counter() - idle_since
-        validation = jax.device_get(ended.validation)
+        validation = spread.fetched(ended.validation)
         idle_since = time.perf_counter()
         told = [
             _metrics({"train": sums, "validation": validation}, lane, bool(diverged[lane]))
@@ -174,11 +175,13 @@ def run_arm(
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
     model = (states.parameters, states.statistics)
     if validation is None and programs.validate is not None:
-        validation = jax.device_get(programs.validate(*model, splits["validation"]))
-    answers = jax.device_get(programs.predict(*model, splits["test"]))
-    known = jax.device_get(programs.fit(*model, numbers, splits["train"]))
+        validation = spread.fetched(programs.validate(*model, splits["validation"]))
+    answers = spread.fetched(programs.predict(*model, splits["test"]))
+    known = spread.fetched(programs.fit(*model, numbers, splits["train"]))
+    distances = programs.distance and spread.fetched(programs.distance(states.parameters))
+    states = spread.fetched(states)
     sums = {"test": sums_of(answers, splits["test"]), "train": known, "validation": validation}
-    result = result_of(arm, programs, states, sums, so_far.train_seconds)
+    result = result_of(arm, programs, states, distances, sums, so_far.train_seconds)
     keep_answers(training, arm, answers, states, splits["test"])
     return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
 
@@ -233,6 +236,7 @@ def save(
             best=None if so_far.best is None else int(so_far.best[0]),
             progress=tracking.plain(progress._asdict()),
             taken=taken,
+            rows=len(arm.lanes),
             share=experiment.checkpoint.share,
         )
     )
@@ -244,25 +248,25 @@ def result_of(
     arm: TrainedArm,
     programs: Programs,
     states: State,
+    distances: np.ndarray | None,
     sums: dict[str, Sums | None],
     train_seconds: float,
 ) -> dict[str, Any]:
-    """The arm's part of `results.json`."""
+    """The arm's part of `results.json`; `states` and `distances` (from a convolution) are on the host."""
     lanes = arm.lanes
     lane_results = _lane_results(lanes, sums, states)
-    if programs.distance is not None:
-        distances = jax.device_get(programs.distance(states.parameters))
+    if distances is not None:
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
     if any(arm.experiment.optim.l1):
-        parameters = jax.device_get(states.parameters)
         for lane, result in enumerate(lane_results):
-            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), parameters))
+            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), states.parameters))
     settings = _settings(lane_results)
     return {
         **described_arm(arm),
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
+        "devices": len(programs.spread.devices),
         "memory_bytes": programs.memory_bytes,
         "epochs": arm.experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),
@@ -289,9 +293,10 @@ def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFligh
     """The states of a checkpoint on the device; raises UserError where this JAX draws other keys from the seeds."""
     states: State
     states, kept_keys = restored(in_flight.words, programs.kept)
-    if not all(np.array_equal(own, kept) for own, kept in zip(jax.device_get(keys), kept_keys, strict=True)):
+    own_keys = programs.spread.fetched(keys)
+    if not all(np.array_equal(own, kept) for own, kept in zip(own_keys, kept_keys, strict=True)):
         raise UserError(f"arm {arm.name}: from its seeds other keys are drawn here than in its checkpoint")
-    return jax.device_put(states)  # type: ignore[no-any-return]
+    return programs.spread.put(states)  # type: ignore[no-any-return]
 
 
 class EpochSums(NamedTuple):
@@ -317,7 +322,7 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
 
 
 def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State) -> list[dict[str, Any]]:
-    epochs, diverged, *model = jax.device_get((states.epochs, states.diverged, states.parameters, states.statistics))
+    epochs, diverged, *model = states.epochs, states.diverged, states.parameters, states.statistics
     results = []
     for lane, numbers in enumerate(lanes):
         means = _metrics(sums, lane, bool(diverged[lane]))

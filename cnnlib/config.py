@@ -121,7 +121,7 @@ class Lanes:
     """How traced fields with several values make lanes: each value with each of the others, or the first of all fields,
     the second, and so on."""
     at_a_time: int | None = None
-    """Lanes that are vectorised together; 1: one after another. None: as many as are fast on the device and fit in its
+    """Lanes that a device vectorises together; 1: one after another. None: as many as are fast on it and fit in its
     memory, which are one where a CPU convolves, up to eight of a full net there, and all on an accelerator."""
 
     def __post_init__(self) -> None:
@@ -233,6 +233,8 @@ class Experiment:
     """Examples a step; a pass drops the last, incomplete batch of its order."""
     reshuffle: bool = True
     """Draw the order of the examples anew for each pass; false: the order in which they are stored, each time."""
+    devices: int | None = None
+    """Devices that lanes are spread over, each whole on one. None: all that JAX has; of a CPU each core is one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     comparisons: tuple[str, ...] = ()
@@ -252,6 +254,7 @@ class Experiment:
             require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
         require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
         require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
+        require(self.devices is None or self.devices >= 1, f"devices must be at least 1, not {self.devices}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         if self.lanes.combine == "zip":
             lengths = {len(values) for values in traced(self.optim) if len(values) > 1}

@@ -11,7 +11,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnnlib import checkpoint, evaluation, kernels, train
+from cnnlib import checkpoint, evaluation, kernels, mesh, train
 from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
+from cnnlib.mesh import Spread
 from cnnlib.models import network
 from cnnlib.resolve import TrainedArm
 from cnnlib.spec import Connectivity, Full, Local, Model, walk
@@ -74,11 +75,12 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
     return int(found[1]) if found else otherwise
 
 
-def check_parameters_fit(arm: TrainedArm, device: jax.Device) -> None:
+def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device]) -> None:
     """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
+    spread = mesh.spread(len(arm.lanes), devices)
     lanes = len(arm.lanes)
-    need = 4 * arm.count.parameters * (lanes + 1)
-    if need > (free := free_memory(device)):
+    need = 4 * arm.count.parameters * (spread.lanes_a_device + 1) * spread.sharing
+    if need > (free := free_memory(devices[0])):
         raise UserError(
             f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters need {size_text(need)}, "
             f"{size_text(free)} are free; fewer lanes (lanes.seed) may fit"
@@ -108,10 +110,12 @@ class Programs(NamedTuple):
     """Of the states and keys together, for a checkpoint; None where there are to be none."""
     kept: Any
     """The shapes of both."""
+    spread: Spread
+    """The devices that have the lanes."""
     at_a_time: int
-    """Lanes that run vectorised together."""
+    """Lanes that run vectorised together on a device."""
     memory_bytes: int
-    """What the largest of them takes at its peak beside the examples, by the compiler's own account."""
+    """What the largest of them takes of a memory at its peak beside the examples, by the compiler's own account."""
     compile_seconds: float
 
 
@@ -126,32 +130,43 @@ def memory_of(compiled: Any) -> int:
 def compile_programs(
     arm: TrainedArm,
     splits: dict[str, Examples],
-    device: jax.Device,
+    devices: Sequence[jax.Device],
     before: int | None = None,
 ) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
+    The lanes are spread over the devices, each of which has the examples (`mesh.replicated`).
     `before` is how many there were in the session that this one goes on with. Raises UserError where one lane at a time
     does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
     """
-    recipe, numbers, lanes = recipe_of(arm), numbers_of(arm), len(arm.lanes)
-    wanted = arm.experiment.lanes.at_a_time
-    at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, lanes, device.platform), lanes)
+    lanes, wanted, device = len(arm.lanes), arm.experiment.lanes.at_a_time, devices[0]
+    spread = mesh.spread(lanes, devices)
+    recipe, numbers, splits = recipe_of(arm), spread.filled(numbers_of(arm)), spread.shared(splits)
+    most = spread.lanes_a_device
+    at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
     too_many: str | None = None
     start = time.perf_counter()
     # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
-    initialize = jax.jit(train.over_lanes(begin(recipe), at_a_time=1))
+    initialize = spread.compiled_for(train.over_lanes(begin(recipe), at_a_time=1))
     states, keys = jax.eval_shape(initialize, numbers)
     initial = initialize.lower(numbers).compile()
-    keep = jax.jit(checkpoint.snapshot).lower((states, keys)).compile() if arm.experiment.checkpoint.every else None
+    keep = None
+    if arm.experiment.checkpoint.every:
+        keep = spread.compiled_for(checkpoint.snapshot).lower((states, keys)).compile()
     model = (states.parameters, states.statistics)
     while True:
-        epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2), donate_argnums=0)
-        predict = jax.jit(train.over_lanes(evaluation.predict(recipe), at_a_time, lane_arguments=2))
-        evaluate = jax.jit(train.over_lanes(evaluation.evaluate(recipe), at_a_time, lane_arguments=2))
+
+        def mapped(
+            function: Callable[..., Any], lane_arguments: int, at_a_time: int = at_a_time, **options: Any
+        ) -> Any:
+            own = train.over_lanes(function, at_a_time, lane_arguments)
+            return spread.compiled_for(own, lane_arguments, shared_arguments=1, **options)
+
+        epoch = mapped(train.epoch(recipe), 2, donate_argnums=0)
+        predict, evaluate = (mapped(make(recipe), 2) for make in (evaluation.predict, evaluation.evaluate))
         compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
         compiled["test"] = predict.lower(*model, splits["test"]).compile()
-        fit = jax.jit(train.over_lanes(evaluation.fit(recipe), at_a_time, lane_arguments=3))
+        fit = mapped(evaluation.fit(recipe), 3)
         compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
         if "validation" in splits:
             compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
@@ -161,16 +176,19 @@ def compile_programs(
             for name, program in compiled.items()
         )
         if has_freed_weights(arm.model):
-            distance = jax.jit(train.over_lanes(evaluation.distance_from_conv(recipe), at_a_time=1))
+            distance = spread.compiled_for(train.over_lanes(evaluation.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
             need = max(need, memory_of(compiled["distance"]))
         # While an epoch runs, the state before it may wait to be written.
-        need += size_of(states) if keep else 0
+        need += size_of(states) // len(spread.devices) if keep else 0
+        need *= spread.sharing
         free = free_memory(device)  # by now the programs themselves have taken their part, which a `ulimit` counts
         if need <= free:
             break
+        each = f" on each of {len(spread.devices)} devices" if len(spread.devices) > 1 else ""
         needs = (
-            f"arm {arm.name}: {lanes} lanes, {at_a_time} at a time, need {size_text(need)}, {size_text(free)} are free"
+            f"arm {arm.name}: {lanes} lanes, {at_a_time} at a time{each}, need {size_text(need)}, "
+            f"{size_text(free)} are free"
         )
         if at_a_time == 1:
             fits = "fewer lanes (lanes.seed) or a smaller batch_size may fit"
@@ -188,6 +206,7 @@ def compile_programs(
         compiled.get("distance"),
         keep,
         (states, keys),
+        spread,
         at_a_time,
         need,
         time.perf_counter() - start,

@@ -57,7 +57,7 @@ class TrainedArm(ResolvedArm):
         """What decides which program trains it: arms of one program differ in traced numbers only."""
         one, optim = self.experiment, self.experiment.optim
         rule = (optim.name, optim.schedule, any(optim.l1))
-        sizes = (one.batch_size, one.epochs, one.data.train, len(self.lanes), one.lanes.at_a_time)
+        sizes = (one.batch_size, one.epochs, one.data.train, len(self.lanes), one.lanes.at_a_time, one.devices)
         return (
             self.model,
             self.start,

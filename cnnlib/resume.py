@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +29,19 @@ NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir",
 """Fields that may change between sessions without a word."""
 
 
-def identity(name: str, experiment: Experiment, device: jax.Device, cpu_kernels: str) -> dict[str, Any]:
+def identity(name: str, experiment: Experiment, devices: Sequence[jax.Device], cpu_kernels: str) -> dict[str, Any]:
     """What two sessions must share for their numbers to be those of one."""
     return {
         "experiment": name,
         "config": flat(to_dict(experiment)),
         "code_sha256": tracking.code_sha256(),
         "versions": {**tracking.versions(), "numpy": np.__version__},
-        "device": {"platform": device.platform, "kind": device.device_kind, "kernels": cpu_kernels},
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "kernels": cpu_kernels},
         "settings": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
             **{name: getattr(jax.config, name) for name in SETTINGS},
         },
-        "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count()},
+        "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count(), "devices": len(devices)},
     }
 
 
@@ -72,7 +72,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
     for field in dict.fromkeys((*old, *new)):
         if old.get(field) != new.get(field) and not field.startswith(NEVER_IN_THE_NUMBERS):
             text = f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}"
-            (told if field == "lanes.at_a_time" else refused).append(text)
+            (told if field in ("lanes.at_a_time", "devices") else refused).append(text)
     for part in ("experiment", "code_sha256", "data_sha256"):
         if before.get(part) != after.get(part):
             what = {"experiment": "the experiment", "code_sha256": "cnnlib's code", "data_sha256": "the data"}[part]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cnnlib import folder, kernels, tracking
+from cnnlib import folder, kernels, mesh, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
 from cnnlib.data import DataSet, load
@@ -27,17 +27,6 @@ from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.train import Examples
 from cnnlib.watcher import Beginning, Watcher, Watchers
 from cnnlib.writer import Writer
-
-
-def first_device() -> jax.Device:
-    """The device that JAX runs on; raises UserError where it finds none of the platform that was asked for."""
-    try:
-        return jax.devices()[0]
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or "no such platform").splitlines()[0]
-        raise UserError(
-            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}"
-        ) from error
 
 
 def run(
@@ -60,8 +49,9 @@ def run(
     disk that takes no more: what was saved before stays.
     """
     began = time.perf_counter()
-    device = first_device()
     asked = resolve(experiment)
+    devices = most_devices(asked, mesh.devices(experiment.devices))
+    device = devices[0]
     with contextlib.ExitStack() as stack:
         log = tracking.Log()
         stack.callback(log.close)
@@ -77,10 +67,10 @@ def run(
             lambda data: data_sets[replace(data, train=None)].description.with_training(data.train),
         )
         for arm in arms:
-            check_parameters_fit(arm, device)
+            check_parameters_fit(arm, devices)
         changes: list[str] = []
         cpu_kernels = kernels_for(arms, device, watcher)
-        this = {**identity(name, experiment, device, cpu_kernels), "data_sha256": fingerprint(data_sets.values())}
+        this = {**identity(name, experiment, devices, cpu_kernels), "data_sha256": fingerprint(data_sets.values())}
         if held is not None:
             found = differences(held.record["identity"], this)
             if found.refused and not force:
@@ -91,12 +81,12 @@ def run(
             if not found.refused and (results := finished_results(held, arms)) is not None:
                 watcher.says(f"the run in {out} is finished: there is nothing left to do")
                 return results
-        splits = {data: on_device(data_set) for data, data_set in data_sets.items()}
+        splits = {data: on_devices(data_set, devices) for data, data_set in data_sets.items()}
         for data_set in data_sets.values():
             known, count = data_set.description, len(data_set.train.y)
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
         left = Left({}, {}) if held is None else what_is_left(held, arms, watcher)
-        programs = Compiled(experiment.compile_cache, splits, device, left, watcher)
+        programs = Compiled(experiment.compile_cache, splits, devices, left, watcher)
         programs.compile(arms[:MOST_AHEAD])
         if held is None:
             held = stack.enter_context(RunFolder(out))
@@ -131,7 +121,7 @@ def run(
                 "device": {
                     "platform": device.platform,
                     "kind": device.device_kind,
-                    "count": jax.device_count(),
+                    "count": len(devices),
                     "kernels": cpu_kernels,
                 },
                 "machine": tracking.machine(),
@@ -213,11 +203,11 @@ class Compiled:
         self,
         keep: bool,
         splits: dict[Data, dict[str, Examples]],
-        device: jax.Device,
+        devices: tuple[jax.Device, ...],
         left: Left,
         watcher: Watcher,
     ) -> None:
-        self._keep, self._splits, self._device = keep, splits, device
+        self._keep, self._splits, self._devices = keep, splits, devices
         self._left, self._watcher = left, watcher
         self._made: dict[Hashable, Programs] = {}
         self._told: set[str] = set()
@@ -254,7 +244,7 @@ class Compiled:
     def _compile(self, arm: TrainedArm) -> None:
         key, before = self._key(arm), self._before(arm)
         if key not in self._made:
-            self._made[key] = compile_programs(arm, self._splits[arm.data], self._device, before)
+            self._made[key] = compile_programs(arm, self._splits[arm.data], self._devices, before)
         now = self._made[key].at_a_time
         if before is not None and now != before:
             self._watcher.says(
@@ -313,11 +303,16 @@ def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watch
     return choice
 
 
-def on_device(data_set: DataSet) -> dict[str, Examples]:
-    """The splits that have examples, on the default device, as stored (uint8 for images)."""
+def most_devices(arms: tuple[TrainedArm, ...], devices: tuple[jax.Device, ...]) -> tuple[jax.Device, ...]:
+    """Those of the devices that some arm has lanes for."""
+    return max((mesh.spread(len(arm.lanes), devices).devices for arm in arms), key=len)
+
+
+def on_devices(data_set: DataSet, devices: tuple[jax.Device, ...]) -> dict[str, Examples]:
+    """The splits that have examples, whole on each device, as stored (uint8 for images)."""
     splits = {"train": data_set.train, "validation": data_set.validation, "test": data_set.test}
     return {
-        name: Examples(*jax.device_put((split.x, split.y, data_set.mean, data_set.deviation)))
+        name: Examples(*mesh.replicated((split.x, split.y, data_set.mean, data_set.deviation), devices))
         for name, split in splits.items()
         if len(split.y)
     }

@@ -35,6 +35,8 @@ class Job(NamedTuple):
     progress: dict[str, Any]
     taken: Any
     """Words and checksums, on the device."""
+    rows: int
+    """Of them that are lanes; what follows fills up a device."""
     share: float
     """Of the processor's time that writing may take."""
 
@@ -132,7 +134,7 @@ class Writer:
                 self._is_busy = True
             failure = None
             try:
-                words, checksums = jax.device_get(job.taken)
+                words, checksums = (array[: job.rows] for array in jax.device_get(job.taken))
                 progress = {**job.progress, "checksums": checksums.tolist()}
                 told = {
                     "run": str(job.run),

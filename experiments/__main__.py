@@ -309,11 +309,13 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
         copy = None if mode is None else WandbCopy(experiment, mode)
 
         from cnnlib.folder import RUN_FILES
+        from cnnlib.mesh import use_cores
         from cnnlib.plan import RateKeeper
         from cnnlib.report import ReportWriter, print_results
         from cnnlib.run import run
         from cnnlib.terminal import RunConsole, watcher_for
 
+        use_cores(experiment.devices)
         console = RunConsole()
         wish = stack.enter_context(stopping.by_signal())
         try:

@@ -25,6 +25,7 @@ FLOORS = [
     {"resolve", "train", "tracking", "counting"},
     {"folder", "report", "terminal", "demos", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
+    {"mesh"},
     {"programs"},
     {"resume", "growth", "wandb_copy", "overview", "charts", "mistakes"},
     {"arms"},

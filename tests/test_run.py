@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib import kernels, programs, report, tracking
+from cnnlib import kernels, mesh, programs, report, tracking
 from cnnlib.arms import _headline, _settings
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.data import load
@@ -21,7 +21,7 @@ from cnnlib.fields import from_dict
 from cnnlib.folder import RunFolder
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
-from cnnlib.run import first_device, kernels_for, on_device, run
+from cnnlib.run import kernels_for, on_devices, run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 
@@ -230,10 +230,10 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     _, folder, _, _ = finished
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = load(EXPERIMENT.data)
-    splits = on_device(data)
+    splits = on_devices(data, jax.devices()[:1])
     for arm in resolve(EXPERIMENT):
         numbers = numbers_of(arm)
-        made = compile_programs(arm, splits, jax.devices()[0])
+        made = compile_programs(arm, splits, jax.devices()[:1])
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
@@ -283,7 +283,7 @@ def in_the_memory(experiment, monkeypatch, free):
     description = load(experiment.data)
     arm = resolve(experiment)[0]
     monkeypatch.setattr(programs, "free_memory", lambda device: free)
-    return compile_programs(arm, on_device(description), jax.devices()[0])
+    return compile_programs(arm, on_devices(description, jax.devices()[:1]), jax.devices()[:1])
 
 
 @pytest.mark.slow
@@ -427,7 +427,7 @@ def test_a_platform_that_is_not_there_is_a_user_error(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fails)
     with pytest.raises(UserError, match="JAX finds no device"):
-        first_device()
+        mesh.devices()
 
 
 def test_metrics_say_what_results_say_of_a_lane_that_blows_up_in_its_last_step(tmp_path):

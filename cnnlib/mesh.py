@@ -1,0 +1,142 @@
+"""Lanes over devices: each trains some of an arm's models, and nothing passes between them.
+
+The cores of a CPU count as devices where JAX is told so before it starts (`use_cores`): a small model's step is as fast
+on one core as on several, so several models beside one another are as many times faster (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cnnlib.errors import UserError
+
+LANE = "lane"
+ALIGNMENT = 64
+"""Bytes. An array on the host that begins at a multiple is the CPU's array as well, for all of its devices."""
+
+
+def use_cores(count: int | None = None) -> None:
+    """Makes each core that this process may use, or `count` of them, a device of JAX's CPU backend.
+
+    To be called before anything is computed. A number in `XLA_FLAGS` stays.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", count or cores)
+
+
+def devices(most: int | None = None) -> tuple[jax.Device, ...]:
+    """The devices of JAX's default platform, `most` of them where that is a number.
+
+    Raises UserError where there are fewer, or none of the platform that was asked for.
+    """
+    try:
+        found = tuple(jax.devices())
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or "no such platform").splitlines()[0]
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}"
+        ) from error
+    if most is not None and most > len(found):
+        raise UserError(f"devices={most}: JAX has {len(found)} ({found[0].platform})")
+    return found[:most]
+
+
+class Spread(NamedTuple):
+    """The devices of an arm's lanes: equally many lanes each, the last ones filled up with copies of the last lane."""
+
+    lanes: int
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def lanes_a_device(self) -> int:
+        """Copies included."""
+        return math.ceil(self.lanes / len(self.devices))
+
+    @property
+    def sharing(self) -> int:
+        """How many of the devices share one memory."""
+        return len(self.devices) if self.devices[0].platform == "cpu" else 1
+
+    @property
+    def _by_lane(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec(LANE))
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), (LANE,), axis_types=(AxisType.Auto,))
+
+    def compiled_for(
+        self, function: Callable[..., Any], lane_arguments: int = 1, shared_arguments: int = 0, **options: Any
+    ) -> Any:
+        """`jax.jit` of a function that each device runs on its own lanes: the leading axis of the first arguments."""
+        if len(self.devices) == 1:
+            return jax.jit(function, **options)
+        specs = (PartitionSpec(LANE),) * lane_arguments + (PartitionSpec(),) * shared_arguments
+        # Our primitives have no rules for what varies over a mesh, and need none: they meet no other device's lanes.
+        mapped = jax.shard_map(
+            function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(LANE), check_vma=False
+        )
+        shardings = tuple(NamedSharding(self._mesh, spec) for spec in specs)
+        return jax.jit(mapped, in_shardings=shardings, **options)
+
+    def filled(self, tree: Any) -> Any:
+        """Arrays of the host with a leading lane axis, with the copies that fill the last device."""
+        copies = self.lanes_a_device * len(self.devices) - self.lanes
+        if not copies:
+            return tree
+        return jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], copies, axis=0)]), tree)
+
+    def put(self, tree: Any) -> Any:
+        """Arrays of the host with a leading lane axis, on the devices."""
+        return jax.device_put(self.filled(tree), None if len(self.devices) == 1 else self._by_lane)
+
+    def fetched(self, tree: Any) -> Any:
+        """Arrays with a leading lane axis, on the host, without copies."""
+        return jax.tree.map(lambda rows: rows[: self.lanes], jax.device_get(tree))
+
+    def shared(self, tree: Any) -> Any:
+        """Arrays that `replicated` has put on these devices and more, as they are on these."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+
+        def on_these(array: jax.Array) -> jax.Array:
+            by_device = {shard.device: shard.data for shard in array.addressable_shards}
+            parts = [by_device[device] for device in self.devices]
+            return (
+                parts[0] if len(parts) == 1 else jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+            )
+
+        return jax.tree.map(on_these, tree)
+
+
+def spread(lanes: int, devices: Sequence[jax.Device]) -> Spread:
+    """As many devices as share the work: with 5 lanes 3 of 4, since two of them have one lane more than the others."""
+    a_device = math.ceil(lanes / min(lanes, len(devices)))
+    return Spread(lanes, tuple(devices[: math.ceil(lanes / a_device)]))
+
+
+def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Arrays of the host, whole on each device; those of a CPU share one copy."""
+    if len(devices) == 1:
+        return jax.device_put(tree)
+    mesh = Mesh(np.array(devices), (LANE,), axis_types=(AxisType.Auto,))
+    return jax.device_put(jax.tree.map(aligned, tree), NamedSharding(mesh, PartitionSpec()))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy of it, that begins at a multiple of `ALIGNMENT`."""
+    array = np.ascontiguousarray(array)
+    if array.ctypes.data % ALIGNMENT == 0:
+        return array
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy: np.ndarray = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
