@@ -6,6 +6,7 @@ on one core as on several, so several models beside one another are as many time
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -25,11 +26,12 @@ ALIGNMENT = 64
 def use_cores(count: int | None = None) -> None:
     """Makes each core that this process may use, or `count` of them, a device of JAX's CPU backend.
 
-    To be called before anything is computed. A number in `XLA_FLAGS` stays.
+    To be called before anything is computed: what JAX has begun with stays, as does a number in `XLA_FLAGS`.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", count or cores)
+        with contextlib.suppress(RuntimeError):  # JAX has begun
+            jax.config.update("jax_num_cpu_devices", count or cores)
 
 
 def devices(most: int | None = None) -> tuple[jax.Device, ...]:

@@ -79,7 +79,7 @@ def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device]) -> None
     """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
     spread = mesh.spread(len(arm.lanes), devices)
     lanes = len(arm.lanes)
-    need = 4 * arm.count.parameters * (spread.lanes_a_device + 1) * spread.sharing
+    need = 4 * arm.count.parameters * ((lanes if spread.sharing > 1 else spread.lanes_a_device) + 1)
     if need > (free := free_memory(devices[0])):
         raise UserError(
             f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters need {size_text(need)}, "
