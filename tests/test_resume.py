@@ -494,7 +494,7 @@ def test_a_full_disk_and_one_that_is_only_read_are_clear_errors(tmp_path):
 def test_too_little_memory_says_which_arm_and_how_many_lanes_would_fit(tmp_path):
     code = "import jax, cnnlib.run; jax.devices(); print(open('/proc/self/status').read())"
     taken = int(re.search(r"VmSize:\s*(\d+) kB", done(sys.executable, "-c", code).stdout)[1])
-    many = ["arms=lenet5", "lanes.seed=0..63", "lanes.at_a_time=64", "batch_size=500", "epochs=1"]
+    many = ["arms=lenet5", "devices=1", "lanes.seed=0..63", "lanes.at_a_time=64", "batch_size=500", "epochs=1"]
     # How many addresses compilers and threads take depends on the machine, and LLVM gives up without a word to us.
     for spare in range(1_000_000, 4_500_000, 500_000):
         limit = f"-v {taken + spare}"
