@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnlib.config import SETTING_FIELDS
+from cnnlib.cost import count
 from cnnlib.errors import UserError
 from cnnlib.report import setting_text
+from cnnlib.spec import READINGS, Conv, Model
 from cnnlib.stats import mean_interval
 from cnnlib.style import STYLE
 from cnnlib.tracking import is_number
@@ -195,4 +197,65 @@ def curves_chart(found: Curves, words: str) -> dict[str, Any]:
         every = every.encode(x=x, y=y, color=color, detail="lane:N", opacity=seen(0.3))
         layers.insert(1, every.encode(tooltip=[*told, altair.Tooltip("seed:N"), number]))
     chart = altair.layer(*layers).add_params(chosen).properties(width="container", height=300)
+    return dict(chart.to_dict())
+
+
+def growth_points(
+    sides: Sequence[int], windows: Sequence[int], channels: Sequence[int], features: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Exact counts of one zero-padded layer in the three readings, an entry for each of its sizes.
+
+    Raises UserError for a window that does not fit the smallest side.
+    """
+    return [
+        {
+            "side": side,
+            "window": window,
+            "channels": inputs,
+            "features": outputs,
+            "connectivity": reading,
+            "connections": counted.connections,
+            "parameters": counted.parameters,
+        }
+        for side in sides
+        for window in windows
+        for inputs in channels
+        for outputs in features
+        for reading in reversed(READINGS)
+        for counted in [count(Model((Conv(outputs, window),)).with_connectivity(reading), (side, side, inputs))]
+    ]
+
+
+def growth_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Connections and parameters against the side, with a menu for window, channels and features (`growth_points`)."""
+    import altair
+
+    menus, chosen = [], []
+    for field, title in (("window", "side of the window"), ("channels", "channels in"), ("features", "features out")):
+        options = sorted({point[field] for point in points})
+        menu = altair.binding_select(options=options, name=f"{title}: ")
+        menus.append(altair.param(name=field, bind=menu, value=3 if 3 in options else options[0]))
+        chosen.append(f"datum.{field} == {field}")
+
+    def by_reading(channel: Any, values: Sequence[Any]) -> Any:
+        scale = altair.Scale(domain=list(STYLE), range=values)
+        return channel("connectivity:N", scale=scale, title=None, legend=altair.Legend(symbolSize=200))
+
+    color = by_reading(altair.Color, [color for color, _ in STYLE.values()])
+    shape = by_reading(altair.Shape, list(SHAPES.values()))
+    # A local layer's connections are a convolution's: the later, broken line leaves the earlier one to be seen.
+    dash = by_reading(altair.StrokeDash, [[1, 0], [1, 0], [6, 6]])
+    panels = []
+    for number in ("connections", "parameters"):
+        base = altair.Chart().encode(
+            x=altair.X("side:Q", scale=altair.Scale(type="log", base=2), title="side of the input, in pixels"),
+            y=altair.Y(f"{number}:Q", scale=altair.Scale(type="log"), title=number, axis=altair.Axis(format="~s")),
+            color=color,
+            tooltip=["connectivity:N", "side:Q", altair.Tooltip(f"{number}:Q", format=",")],
+        )
+        marks = base.mark_point(filled=True, size=50, opacity=1).encode(shape=shape)
+        lines = base.mark_line(strokeWidth=3).encode(strokeDash=dash)
+        panels.append(altair.layer(lines, marks).properties(width=320, height=300))
+    chart = altair.hconcat(*panels, data=altair.InlineData(list(points))).resolve_scale(y="shared")
+    chart = chart.add_params(*menus).transform_filter(" && ".join(chosen))
     return dict(chart.to_dict())

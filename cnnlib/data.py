@@ -299,7 +299,7 @@ PREPARED_WITH_TENSORFLOW = (
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps TFDS's log and banners from drowning the one line that tells what is wrong."""
     import absl.logging  # noqa: F401  # sets the level below when it is first imported, so first
 
@@ -313,7 +313,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@_quiet()
+@quiet()
 def _tfds(data: Data) -> _Source:
     if data.seed is not None:
         raise UserError(f"data.seed has no meaning for {data.name}: it is not generated")
@@ -344,7 +344,7 @@ def _tfds(data: Data) -> _Source:
     counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}
 
     def read() -> tuple[Split, Split]:
-        with _quiet():
+        with quiet():
             is_prepared = builder.is_prepared()
         if not is_prepared:
             _prepare(data.name, builder)
@@ -418,7 +418,7 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     cached = _cached(paths, shape)
     if cached is not None:
         return cached
-    with _quiet():
+    with quiet():
         source = builder.as_data_source(split=split)
     x, y = np.empty(shape, np.uint8), np.empty(count, np.int32)
     for start in range(0, count, 1000):

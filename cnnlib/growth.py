@@ -95,8 +95,17 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
-    """Connections and parameters against the side of the input, both axes logarithmic, a line an arm."""
+    """`draw`, into a file."""
     pyplot, _ = pyplot_for_files()
+    drawn = draw(results)
+    drawn.savefig(path, dpi=150)
+    pyplot.close(drawn)
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """A matplotlib figure: connections and parameters against the side of the input, logarithmic, a line an arm."""
+    from matplotlib import pyplot
+
     drawn, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.4), sharey=True, layout="constrained")
     for axes, count in ((left, "connections"), (right, "parameters")):
         arms = dict.fromkeys(entry["arm"] for entry in results["counts"])
@@ -133,5 +142,4 @@ def figure(results: dict[str, Any], path: Path) -> None:
     left.set_ylabel("number")
     left.legend()
     drawn.suptitle(f"{results['experiment']}: square inputs of {channels_text(results)}, one example")
-    drawn.savefig(path, dpi=150)
-    pyplot.close(drawn)
+    return drawn

@@ -26,7 +26,8 @@ from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override
 from cnnlib.cost import BYTES
-from cnnlib.demos import DEMOS, write
+from cnnlib.demo import write
+from cnnlib.demos import DEMOS
 from cnnlib.errors import Stopped, UserError
 from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
@@ -43,7 +44,7 @@ COMMANDS = {
     "report": "report DIR [DIR ...] [--out FILE]",
     "all": "all [--out DIR]",
     "results": "results [DIR]",
-    "demo": "demo NAME [--out DIR]",
+    "demo": "demo NAME [--out DIR] [--show]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
 }
@@ -80,6 +81,7 @@ def parser_for(command: str) -> Parser:
     elif command == "demo":
         parser.add_argument("name", metavar="NAME", help="a picture: `list` shows them")
         parser.add_argument("--out", metavar="DIR", default="demos", help="where it goes (demos)")
+        parser.add_argument("--show", action="store_true", help="open it in a window as well")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
     elif command != "list":
@@ -112,15 +114,17 @@ def command_list() -> None:
         print(f"{name:<{width}}  {inspect.getdoc(DEMOS.declaration(name))}")
 
 
-def command_demo(name: str, out: str) -> None:
+def command_demo(name: str, out: str, show: bool) -> None:
     demo = DEMOS.get(name)
     if not out:
         raise UserError("--out needs a folder")
     try:
-        path = write(demo, Path(out))
+        path, opened = write(demo, Path(out), show)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     print(f"{textwrap.fill(demo.look, 100)}\nwritten: {path}")
+    if show and not opened:
+        print("no window: matplotlib finds no screen here, or no toolkit to open one with (such as python3-tk)")
 
 
 def command_show(name: str, experiment: Experiment | Growth) -> None:
@@ -359,7 +363,7 @@ def main(arguments: Sequence[str]) -> int:
             command_count(options)
             return 0
         if command == "demo":
-            command_demo(options.name, options.out)
+            command_demo(options.name, options.out, options.show)
             return 0
         if command == "all":
             return command_all(options.out)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnlib.demos import DEMOS, KERNEL, PLACES, SLID, SLIDING_BOX
+from cnnlib.demos import DEMOS
+from cnnlib.demos.overlap import KERNEL, SLIDING, STANDING, draw_overlap
 from cnnlib.overlap import overlap
 from cnnlib.style import pyplot_for_files
 from experiments.__main__ import main
@@ -20,20 +21,21 @@ def pyplot():
 
 
 def test_the_result_is_drawn_as_far_as_the_function_has_slid(pyplot):
-    animation = DEMOS.get("overlap").draw()
+    count = 45
+    animation = draw_overlap(count)
     animation._draw_was_started = True  # it is looked at frame by frame: matplotlib would warn
     above, below = animation._fig.axes
-    for frame in (0, 20, len(PLACES) - 1):
+    for frame in (0, 20, count - 1):
         animation._func(frame)
-        t = PLACES[frame]
+        t = np.linspace(-1.5, 4.0, count)[frame]
         s, slid = above.lines[1].get_data()
-        np.testing.assert_allclose(slid, SLID(t - s))
+        np.testing.assert_allclose(slid, SLIDING(t - s))
         drawn = np.array(below.lines[0].get_data())
         assert drawn.shape == (2, frame + 1)
-        np.testing.assert_allclose(drawn[1, -1], overlap(SLIDING_BOX, SLID, t), atol=1e-9)
+        np.testing.assert_allclose(drawn[1, -1], overlap(STANDING, SLIDING, t), atol=1e-9)
         corners = above.collections[0].get_paths()[0].vertices
-        shaded = (SLIDING_BOX(s) * slid).sum() * (s[1] - s[0])
-        assert corners[:, 1].max() == pytest.approx((SLIDING_BOX(s) * slid).max())
+        shaded = (STANDING(s) * slid).sum() * (s[1] - s[0])
+        assert corners[:, 1].max() == pytest.approx((STANDING(s) * slid).max())
         assert shaded == pytest.approx(drawn[1, -1], abs=0.02)
     assert below.get_ylabel() and below.get_xlabel() and len(above.get_legend().get_texts()) == 3
 
@@ -63,7 +65,7 @@ def test_a_picture_is_written_and_explained(tmp_path, capsys, name):
 
 
 def test_an_animation_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("cnnlib.demos.PLACES", PLACES[20:24])
+    monkeypatch.setattr("cnnlib.demos.overlap.draw_overlap", lambda: draw_overlap(4))
     assert main(["demo", "overlap", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "overlap.gif") as image:
         assert image.n_frames == 4
@@ -72,7 +74,7 @@ def test_an_animation_is_written(tmp_path, monkeypatch):
 def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, told in (
-        (["demo", "nothing"], "no demo 'nothing'; there are: beam, flip, overlap"),
+        (["demo", "nothing"], "no demo 'nothing'; there are: beam, "),
         (["demo", "flip", "--out", ""], "--out needs a folder"),
         (["demo", "flip", "--out", str(tmp_path / "file")], "cannot write to"),
     ):

@@ -5,8 +5,9 @@ import json
 import pytest
 from matplotlib import pyplot
 
-from cnnlib import growth
+from cnnlib import charts, growth
 from cnnlib.config import EXPERIMENTS, Arm, Growth, override
+from cnnlib.demos import DEMOS
 from cnnlib.errors import UserError
 from cnnlib.spec import parse_model
 from experiments import explosion  # noqa: F401  # registers it
@@ -106,3 +107,37 @@ def test_a_layer_that_does_not_fit_a_side_is_named_with_its_arm():
     small = Growth((Arm("a", parse_model("conv:1@5:valid")),), sides=(4, 8))
     with pytest.raises(UserError, match=r"arm a: layer 0 .* on 4x4x3"):
         growth.resolve_growth(small)
+
+
+def test_the_explorer_counts_exactly_and_filters_by_its_menus():
+    sides, windows, channels, features = (32, 1000), (1, 3), (1, 3), (1, 3)
+    found = charts.growth_points(sides, windows, channels, features)
+    assert len(found) == 3 * 2**4
+    (full,) = (
+        point["connections"]
+        for point in found
+        if (point["side"], point["window"], point["channels"], point["features"]) == (32, 3, 3, 3)
+        and point["connectivity"] == "full"
+    )
+    assert full == 9_437_184
+    for point in found:
+        side, window, inputs, outputs = (point[name] for name in ("side", "window", "channels", "features"))
+        nodes = {"full": (side**2 * inputs) * (side**2 * outputs)}
+        assert point["connections"] == nodes.get(point["connectivity"], side**2 * window**2 * inputs * outputs)
+    chart = charts.growth_chart(found)
+    menus = {menu["name"]: (menu["value"], menu["bind"]["options"]) for menu in chart["params"]}
+    assert menus == {"window": (3, [1, 3]), "channels": (3, [1, 3]), "features": (3, [1, 3])}
+    told = json.dumps(chart["transform"])
+    assert all(f"datum.{name} == {name}" in told for name in menus)
+    assert [panel["layer"][0]["encoding"]["y"]["title"] for panel in chart["hconcat"]] == ["connections", "parameters"]
+
+
+def test_the_demo_draws_the_experiment(run):
+    results, _ = run
+    figure = DEMOS.get("explosion").draw()
+    for axes, count in zip(figure.axes, ("connections", "parameters"), strict=True):
+        assert axes.get_xscale() == axes.get_yscale() == "log" and axes.get_xlabel() and axes.get_title() == count
+        drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        for entry in results["counts"]:
+            assert drawn[entry["arm"]][entry["side"]] == entry[count]
+    pyplot.close(figure)

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import cnnlib
 from cnnlib import growth, report
@@ -129,7 +130,7 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
 
 
 def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
-    _, code, _ = blocks("python")
+    _, code, *_ = blocks("python")
     names: dict[str, object] = {}
     exec(compile(code, "sweep.py", "exec"), names)
     arms = Experiment(names["arms"], Data("mnist5k")).arms
@@ -142,7 +143,7 @@ def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
 
 
 def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch):
-    *_, code = blocks("python")
+    _, _, code, _ = blocks("python")
     # A reader's JAX promotes ranks; the test session's does not.
     names: dict[str, object] = {}
     exec(compile(code, "readings.py", "exec"), names)
@@ -155,3 +156,19 @@ def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch)
 def test_the_map_names_every_file():
     mapped = set(re.findall(r"`(cnnlib/\w+\.py)`", README))
     assert mapped == {f"cnnlib/{path.name}" for path in (ROOT / "cnnlib").glob("*.py") if path.stem != "__init__"}
+
+
+def test_the_example_of_own_images_makes_a_set_that_the_command_below_it_trains_on(tmp_path, monkeypatch):
+    *_, code = blocks("python")
+    (command,) = (command for command in commands() if "data.name=my_images" in command)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        for index in range(400):
+            Image.new("RGB", (40, 30), (index % 256, 100 * label, 0)).save(tmp_path / f"my_images/{name}/{index}.png")
+    exec(compile(code, "own_images.py", "exec"), {})
+    options = parser_for("run").parse_intermixed_args(shlex.split(command)[1:])
+    arms = resolve(override(EXPERIMENTS.get(options.name), options.overrides))
+    assert arms[0].input_shape == (32, 32, 3) and arms[0].description.counts["test"] == 160
+    assert arms[0].description.class_names == ("cat", "dog")

@@ -1,35 +1,16 @@
-"""The ideas behind convolutional nets as pictures: each demo draws one, and says what to look at."""
+"""Convolution as the area of an overlap, the flip, and a telescope's dirty map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnnlib.demo import DEMOS, Demo
 from cnnlib.overlap import Box, Exponential, convolve, convolved, correlate, dirty_map, point_sources
-from cnnlib.registry import Registry
-from cnnlib.style import STYLE, pyplot_for_files
-from cnnlib.tracking import write_whole
+from cnnlib.style import STYLE
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
-FRAMES_PER_SECOND = 12
-
-
-@dataclass(frozen=True)
-class Demo:
-    """A picture, and what there is to see in it."""
-
-    draw: Callable[[], Any]
-    """Makes a matplotlib figure, or an animation of one; with `pyplot`, whatever its backend."""
-    file: str
-    """What it is called: `.png` a figure, `.gif` an animation."""
-    look: str
-
-
-DEMOS: Registry[Demo] = Registry("demo")
 
 
 @DEMOS.register
@@ -65,39 +46,26 @@ def beam() -> Demo:
     )
 
 
-def write(demo: Demo, out: Path) -> Path:
-    """Draws a demo into a folder, which is made if need be; returns the file's path."""
-    pyplot, _ = pyplot_for_files()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / demo.file
-    drawn = demo.draw()
-    if path.suffix == ".gif":
-        from matplotlib.animation import PillowWriter
-
-        write_whole(path, lambda place: drawn.save(place, writer=PillowWriter(fps=FRAMES_PER_SECOND)))
-    else:
-        write_whole(path, lambda place: drawn.savefig(place, dpi=110))
-    pyplot.close("all")
-    return path
+STANDING, SLIDING = Box(1.5, 0.0), Exponential(1.2)
 
 
-SLIDING_BOX, SLID = Box(1.5, 0.0), Exponential(1.2)
-PLACES = np.linspace(-1.5, 4.0, 45)
+def draw_overlap(count: int = 45) -> Any:
+    """An animation: a box stands, an exponential slides over it, and the area of their product is drawn as it goes.
 
-
-def draw_overlap() -> Any:
-    """An animation: a box stands, an exponential slides over it, and the area of their product is drawn as it goes."""
+    A frame for each of `count` places of the exponential.
+    """
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
+    places = np.linspace(-1.5, 4.0, count)
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(6.4, 4.8), sharex=True, layout="constrained")
     s = np.linspace(-4.0, 4.0, 801)
-    above.plot(s, SLIDING_BOX(s), color=RED, label="f(s), a box")
+    above.plot(s, STANDING(s), color=RED, label="f(s), a box")
     (sliding,) = above.plot([], [], color=BLUE, label="g(t - s), mirrored and moved by t")
     shade = above.fill_between(s, np.zeros_like(s), color=GREEN, alpha=0.45, label="their product")
     above.set(ylim=(-0.05, 1.3), xlim=(-4.0, 4.0))
     above.legend(loc="upper left", ncols=3, fontsize=8)
-    areas = convolved(SLIDING_BOX, SLID, PLACES)
+    areas = convolved(STANDING, SLIDING, places)
     (drawn,) = below.plot([], [], color=GREEN, linewidth=2)
     (now,) = below.plot([], [], "o", color=GREEN)
     below.set(ylim=(-0.05, 1.1 * float(areas.max())), xlabel="s above, t below", ylabel="area = (f * g)(t)")
@@ -106,15 +74,15 @@ def draw_overlap() -> Any:
     figure.set_layout_engine("none")
 
     def update(frame: int) -> tuple[Any, ...]:
-        t = PLACES[frame]
-        sliding.set_data(s, SLID(t - s))
-        shade.set_data(s, np.zeros_like(s), SLIDING_BOX(s) * SLID(t - s))
-        drawn.set_data(PLACES[: frame + 1], areas[: frame + 1])
+        t = places[frame]
+        sliding.set_data(s, SLIDING(t - s))
+        shade.set_data(s, np.zeros_like(s), STANDING(s) * SLIDING(t - s))
+        drawn.set_data(places[: frame + 1], areas[: frame + 1])
         now.set_data([t], [areas[frame]])
         title.set_text(f"t = {t:.1f}: overlap {areas[frame]:.2f}")
         return sliding, shade, drawn, now, title
 
-    return FuncAnimation(figure, update, frames=len(PLACES), interval=1000 / FRAMES_PER_SECOND)
+    return FuncAnimation(figure, update, frames=len(places), interval=80)
 
 
 KERNEL = np.array([1.0, 2.0, 4.0])

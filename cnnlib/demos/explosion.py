@@ -1,0 +1,34 @@
+"""What a full layer costs as images grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnlib.config import EXPERIMENTS, Growth
+from cnnlib.demo import DEMOS, Demo
+
+
+@DEMOS.register
+def explosion() -> Demo:
+    """Connections and parameters against the side of the input: full, local and convolutional."""
+    return Demo(
+        draw_explosion,
+        "explosion.png",
+        "Both axes are logarithmic. Twice the side is sixteen times the connections of a full layer and four times "
+        "those of a local layer or a convolution, which are equal: sharing saves no connection. It saves parameters: "
+        "the convolution has 84 at any side. At 32x32 in colour: 9,437,184 connections when full, "
+        "82,944 with 3x3 windows.",
+    )
+
+
+def draw_explosion() -> Any:
+    """The figure of the experiment of the same name."""
+    import experiments  # noqa: F401  # registers it
+    from cnnlib.fields import to_dict
+    from cnnlib.growth import counts, draw, resolve_growth
+
+    experiment = EXPERIMENTS.get("explosion")
+    assert isinstance(experiment, Growth)
+    return draw(
+        {"experiment": "explosion", "config": to_dict(experiment), "counts": counts(resolve_growth(experiment))}
+    )

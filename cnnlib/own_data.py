@@ -1,0 +1,154 @@
+"""Your own images as a prepared data set of TensorFlow Datasets, which `data.name` then reads; without TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnlib.data import Split, quiet, stratified
+from cnnlib.errors import UserError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+VERSION = "1.0.0"
+
+
+def from_folder(
+    images: Path | str,
+    name: str,
+    data_dir: Path | str,
+    size: tuple[int, int] | None = None,
+    grey: bool = False,
+    test_share: float = 0.2,
+) -> Path:
+    """Prepares image files as the data set `name` in `data_dir`, and returns its folder.
+
+    The classes are folders: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`, of which the
+    share `test_share` of each class is for testing, by a fixed draw. `size` is the height and width in pixels to which
+    each image is scaled (None: they have one already); colours are red, green, blue, or one channel where `grey`.
+    Raises UserError where there are no images, a class is missing from a split, sizes differ, or a file is no image.
+    """
+    root = Path(images).expanduser()
+    if not root.is_dir():
+        raise UserError(f"there is no folder {images}")
+    parts = [root / split for split in ("train", "test")]
+    if any(part.is_dir() for part in parts):
+        names = sorted({path.name for part in parts for path in part.glob("*") if path.is_dir()})
+        train, test = (read_classes(part, names, size, grey) for part in parts)
+    else:
+        names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        if not 0 < test_share < 1:
+            raise UserError(f"test_share={test_share}: it must lie between 0 and 1, such as 0.2")
+        whole = read_classes(root, names, size, grey)
+        is_test = stratified(whole.y, max(1, round(test_share * len(whole.y))))
+        train, test = (Split(whole.x[mask], whole.y[mask]) for mask in (~is_test, is_test))
+    return from_arrays(name, data_dir, train, test, names)
+
+
+def read_classes(folder: Path, names: Sequence[str], size: tuple[int, int] | None, grey: bool) -> Split:
+    """The images of `folder/CLASS/*`, classes in the order of the names, files in that of theirs."""
+    from PIL import Image
+
+    x, y, first = [], [], None
+    for label, name in enumerate(names):
+        files = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in ENDINGS)
+        if not files:
+            raise UserError(f"no images in {folder / name}; endings are: {', '.join(ENDINGS)}")
+        for path in files:
+            try:
+                with Image.open(path) as image:
+                    pixels = image.convert("L" if grey else "RGB")
+            except OSError as error:
+                raise UserError(f"{path} is no image: {' '.join(str(error).split())}") from error
+            pixels = pixels if size is None else pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            first = first or (path, pixels.size)
+            if pixels.size != first[1]:
+                texts = (f"{where} is {width}x{height}" for where, (width, height) in (first, (path, pixels.size)))
+                raise UserError(f"images of one size are needed: {', '.join(texts)}; size=(HEIGHT, WIDTH) scales them")
+            x.append(np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, -1))
+            y.append(label)
+    if not x:
+        raise UserError(f"no classes in {folder}: it needs a folder of images for each")
+    return Split(np.stack(x), np.asarray(y, np.int32))
+
+
+def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, class_names: Sequence[str]) -> Path:
+    """Prepares arrays as the data set `name` in `data_dir`, and returns its folder.
+
+    An earlier set of that name goes when this one is whole. Images are uint8 `(count, height, width, channel)` with 1
+    or 3 channels, classes whole numbers from 0 on. Raises UserError for a name that is no lower-case identifier, for
+    arrays of another form, and for labels without a name.
+    """
+    import tensorflow_datasets as tfds
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"a data set's name is made of a-z, 0-9 and '_', and begins with a letter, not {name!r}")
+    for x, y in (train, test):
+        is_images = x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1:] == train.x.shape[1:]
+        if not is_images or len(x) == 0 or np.shape(y) != x.shape[:1]:
+            raise UserError(
+                f"{name}: images are uint8 (count, height, width, 1 or 3), of one size in both splits, with a class "
+                f"each, not {x.dtype} {x.shape} with {np.shape(y)} classes"
+            )
+        if y.min() < 0 or y.max() >= len(class_names):
+            raise UserError(f"{name}: classes lie in {y.min()}..{y.max()}, and there are {len(class_names)} names")
+    splits = {"train": train, "test": test}
+    # Part of its description, by which decoded examples are cached: images of as many bytes may be others.
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in (*train, *test))).hexdigest()
+
+    with tfds.core.registered.skip_registration():
+
+        class OwnImages(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+            """Images that somebody brought along."""
+
+            VERSION = tfds.core.Version(VERSION)
+            pkg_dir_path = Path()  # TFDS looks here for notes on the set, of which there are none
+
+            def _info(self) -> Any:
+                image = tfds.features.Image(shape=train.x.shape[1:])
+                features = {"image": image, "label": tfds.features.ClassLabel(names=list(class_names))}
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=f"Own images, SHA-256 {digest}.",
+                    features=tfds.features.FeaturesDict(features),
+                    supervised_keys=("image", "label"),
+                )
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {split: self._generate_examples(split) for split in splits}
+
+            def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+                x, y = splits[split]
+                for index, (pixels, label) in enumerate(zip(x, y, strict=True)):
+                    yield index, {"image": png(pixels), "label": int(label)}
+
+    OwnImages.name = name
+    root = Path(data_dir).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as beside:
+        with quiet():
+            builder = OwnImages(data_dir=beside, file_format="array_record")
+            builder.download_and_prepare()
+        made = root / name / VERSION
+        if made.exists():
+            shutil.rmtree(made)
+        made.parent.mkdir(exist_ok=True)
+        Path(builder.data_path).rename(made)
+    return made
+
+
+def png(pixels: np.ndarray) -> io.BytesIO:
+    """An image `(height, width, 1 or 3)`, uint8, as a PNG file: given bytes, TFDS encodes nothing itself."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "png")
+    file.seek(0)
+    return file

@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Many models at once, on a TPU, a GPU or a CPU
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/ablation_on_tpu.ipynb)
+#
+# An ablation changes one thing at a time, and needs many models: sizes times seeds times learning rates. Here all models of a size
+# are the *lanes* of one compiled program, and are spread over every device there is: the eight cores of a TPU host, one GPU, or
+# the cores of a CPU. No cell needs a change for that.
+
+# %%
+# In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import version
+
+if importlib.util.find_spec("cnnlib") is None:
+    kept = [f"{name}=={version(name)}" for name in ("jax", "jaxlib", "numpy")]
+    source = "cnnlib[report] @ git+https://github.com/cnnlib/cnnlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *kept, source], check=True)
+
+# %% tags=["parameters"]
+seeds = 32  # a kernel size
+sizes = [1, 3, 5, 7]  # of the kernels
+learning_rates = [0.01, 0.02]
+epochs = 12
+wandb = "off"  # or "online", with a key, or "offline": one W&B run a lane
+out = "runs/ablation_on_tpu"
+
+# %%
+from cnnlib.mesh import use_cores
+
+use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
+
+import jax
+
+print(jax.devices())
+
+# %% [markdown]
+# ## The question as data
+#
+# What changes the shape of a net makes an *arm*, and a program; what is only a number, a seed or a learning rate, makes *lanes*.
+
+# %%
+from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.spec import parse_model
+from cnnlib.sweep import points, product
+
+arms = points(
+    product(size=sizes),
+    lambda size: Arm(
+        f"kernel_{size}", parse_model(f"conv:8@{size} relu max:2 conv:16@{size} relu max:2 dense:classes")
+    ),
+)
+experiment = Experiment(
+    data=Data("mnist5k", validation=500),
+    arms=tuple(arms),
+    optim=Optim("adamw", schedule="one_cycle", learning_rate=tuple(learning_rates), weight_decay=(0.01,)),
+    lanes=Lanes(seed=tuple(range(seeds))),
+    epochs=epochs,
+    batch_size=100,
+)
+
+# %% [markdown]
+# ## How much it will be
+#
+# Programs, lanes and, where such a rate was measured on this machine before, seconds.
+
+# %%
+from rich.console import Console
+
+from cnnlib.plan import print_plan
+from cnnlib.resolve import resolve
+
+resolved = resolve(experiment)
+print_plan(resolved, len({arm.program for arm in resolved}), Console(width=100, highlight=False))
+
+# %% [markdown]
+# ## Which device gets which lanes
+#
+# Equally many each; nothing passes between them while they train.
+
+# %%
+from cnnlib.mesh import devices, spread
+
+placed = spread(len(resolved[0].lanes), devices())
+print(
+    f"{placed.lanes} lanes of each arm on {len(placed.devices)} x {placed.devices[0].device_kind}: "
+    f"{placed.lanes_a_device} each"
+)
+
+# %% [markdown]
+# ## Run it
+#
+# With W&B, each lane is a run of its own, in a group of this ablation. Where W&B fails or hangs, training goes on.
+
+# %%
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+from cnnlib.report import ReportWriter
+from cnnlib.run import run
+from cnnlib.wandb_copy import WandbCopy
+from cnnlib.watcher import Watchers
+
+with nullcontext() if wandb == "off" else closing(WandbCopy(experiment, wandb)) as copy:
+    watchers = [ReportWriter(Path(out)), *([copy] if copy else [])]
+    results = run(experiment, "ablation", Path(out), Watchers(watchers))
+
+# %%
+for arm in results["arms"]:
+    print(
+        f"{arm['name']}: {len(arm['lanes'])} lanes on {arm['devices']} devices, {arm['lanes_at_a_time']} at a time on each; "
+        f"compiled in {arm['compile_seconds']:.1f} s, trained in {arm['train_seconds_per_lane']:.2f} s a lane"
+    )
+
+# %% [markdown]
+# ## What came out
+#
+# For each size the learning rate with the best mean validation accuracy is chosen; the test set is read once, at the end.
+
+# %%
+from IPython.display import Image, Markdown, display
+
+display(Markdown((Path(out) / "table.md").read_text()))
+Image(Path(out) / "accuracy.png", width=700)
+
+# %%
+from cnnlib.comparisons import differences
+
+compared = differences(results)
+for difference in compared:
+    print(difference.sentence())
+
+# %% [markdown]
+# How small a true difference would so many seeds have shown, at this spread, in four of five such ablations? Below that, "undecided"
+# says nothing: it takes more seeds.
+
+# %%
+from cnnlib.stats import detectable_difference
+
+for difference in compared:
+    if difference.deviation:  # a few seeds may agree by chance, and then say nothing
+        least = detectable_difference(difference.deviation, difference.n, comparisons=difference.comparisons)
+        print(f"{difference.first} and {difference.second}: {100 * least:.2f} points with {difference.n} seeds")

@@ -1,0 +1,112 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Why not simply connect everything?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/explosion.ipynb)
+#
+# A full layer joins every node to every node, and loses nothing. It only costs: 3,072 x 3,072 connections for a 32x32 colour
+# image, 10^12 for a grey one of 1000x1000. A convolution has a small window, and one set of weights for all its places. Here
+# you count what that saves, exactly, without training anything.
+
+# %%
+# In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import version
+
+if importlib.util.find_spec("cnnlib") is None:
+    kept = [f"{name}=={version(name)}" for name in ("jax", "jaxlib", "numpy")]
+    source = "cnnlib[report] @ git+https://github.com/cnnlib/cnnlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *kept, source], check=True)
+
+# %% tags=["parameters"]
+sides = [8, 16, 32, 64, 128, 256, 512, 1000, 2048, 4096]  # of the square input, in pixels
+
+# %%
+from cnnlib.mesh import use_cores
+
+use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
+
+import jax
+
+print(jax.devices())
+
+# %% [markdown]
+# ## The numbers of the argument
+#
+# Counts are whole numbers, worked out from the sizes of a layer: nothing is allocated, so 10^12 connections take no memory.
+
+# %%
+from cnnlib.cost import count
+from cnnlib.spec import parse_model
+
+for text, shape in (
+    ("dense:3072", (32, 32, 3)),
+    ("dense:1000000", (1000, 1000, 1)),
+    ("conv:3@3x3", (32, 32, 3)),
+    ("conv:1@3x3", (1000, 1000, 1)),
+):
+    counted = count(parse_model(text), shape)
+    print(f"{text:14} on {shape}: {counted.connections:>17,} connections, {counted.parameters:>17,} parameters")
+
+# %% [markdown]
+# 9,437,184 against 82,944 connections for the 32x32 colour image, 10^12 against 9,000,000 for the grey one. Parameters are the
+# weights and a bias a feature, or a node where weights are not shared: 84 for the 3x3 convolution of 3 features, at any side.
+#
+# ## Two savings, not one
+#
+# A *local* layer stands between the two: small windows, but at every place weights of its own. So it tells the savings apart:
+# the small window saves connections, sharing saves parameters.
+
+# %%
+layer = parse_model("conv:3@3x3")
+for reading in (layer.full(), layer.local(), layer):
+    counted = count(reading, (32, 32, 3))
+    print(f"{reading.connectivity:5}: {counted.connections:>10,} connections, {counted.parameters:>10,} parameters")
+
+# %% [markdown]
+# ## Against the side of the image
+#
+# Both axes are logarithmic, so a power is a straight line. Twice the side: sixteen times the connections of the full layer, four
+# times those of the other two. Choose another window, or more channels, in the menus; point at a mark for its exact number.
+
+# %%
+import altair
+
+from cnnlib.charts import growth_chart, growth_points
+
+points = growth_points(sides, windows=(1, 3, 5, 7), channels=(1, 3), features=(1, 3, 16))
+altair.Chart.from_dict(growth_chart(points))
+
+# %% [markdown]
+# The same as a picture, as `python -m experiments run explosion` writes it:
+
+# %%
+from cnnlib.demos import DEMOS
+
+print(DEMOS.get("explosion").look)
+figure = DEMOS.get("explosion").draw()
+# %% [markdown]
+# ## A whole net
+#
+# One layer is not a net. LeNet-5 in the three readings, with the same nodes in every layer:
+
+# %%
+from rich.console import Console
+
+from cnnlib.architectures import lenet5
+from cnnlib.counting import print_summary, summary
+
+net = lenet5().with_num_classes(10)
+for reading in (net.full(), net.local(), net):
+    counted = count(reading, (28, 28, 1))
+    print(f"{reading.connectivity:5}: {counted.connections:>10,} connections, {counted.parameters:>10,} parameters")
+print_summary(summary(net, (28, 28, 1), batch_size=128, dtype="float32"), Console(width=100, highlight=False))

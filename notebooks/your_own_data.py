@@ -1,0 +1,146 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Your own images
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/your_own_data.ipynb)
+#
+# A folder of images, a subfolder a class, is all that is needed. They become a data set of TensorFlow Datasets, without
+# TensorFlow, and then every experiment runs on them by their name. Put your own folder into the cell below; without one, the
+# notebook draws some: strokes, in three directions.
+
+# %%
+# In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import version
+
+if importlib.util.find_spec("cnnlib") is None:
+    kept = [f"{name}=={version(name)}" for name in ("jax", "jaxlib", "numpy")]
+    source = "cnnlib[report] @ git+https://github.com/cnnlib/cnnlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *kept, source], check=True)
+
+# %% tags=["parameters"]
+images = ""  # a folder with train/CLASS/*.png and test/CLASS/*.png, or only CLASS/*.png; empty: draw some
+size = None  # (height, width) to which images are scaled; None: they are of one size already
+grey = False
+seeds = 5
+epochs = 10
+work = "runs/your_own_data"
+
+# %%
+from cnnlib.mesh import use_cores
+
+use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
+
+import jax
+
+print(jax.devices())
+
+# %% [markdown]
+# ## The images
+#
+# This cell stands for yours: it only draws when `images` is empty.
+
+# %%
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cnnlib.data import LINE_CLASSES, make_lines
+
+folder = Path(images) if images else Path(work) / "images"
+if not images:
+    drawn = make_lines(np.random.RandomState(7), count=1500, side=28)
+    for index, (pixels, label) in enumerate(zip(*drawn)):
+        place = folder / LINE_CLASSES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0]).save(place / f"{index:04}.png")
+    grey = True
+print(*sorted(path.name for path in folder.iterdir()))
+
+# %% [markdown]
+# ## A data set with a name
+#
+# Without folders `train` and `test`, a fifth of each class is kept for testing, always the same one.
+
+# %%
+from cnnlib.own_data import from_folder
+
+data_dir = Path(work) / "data"
+print(from_folder(folder, "my_images", data_dir, size=size, grey=grey))
+
+# %%
+from matplotlib import pyplot
+
+from cnnlib.config import Data
+from cnnlib.data import load
+
+data = load(Data("my_images", data_dir=str(data_dir)))
+known = data.description
+print(known.class_names, known.input_shape, known.counts)
+figure, panels = pyplot.subplots(1, 8, figsize=(9, 1.6), layout="constrained")
+for panel, image, label in zip(panels, data.train.x, data.train.y):
+    panel.imshow(image, cmap="gray_r")
+    panel.set_title(known.class_names[label], fontsize=8)
+    panel.axis("off")
+
+# %% [markdown]
+# ## Any experiment on it
+#
+# The same as `python -m experiments run fc_vs_conv data.name=my_images data.data_dir=...` in a terminal: two full nets against
+# LeNet-5. A tenth of the training images is kept aside for validation.
+
+# %%
+import experiments  # registers them
+from cnnlib.config import EXPERIMENTS, override
+from cnnlib.report import ReportWriter
+from cnnlib.run import run
+from cnnlib.watcher import Watchers
+
+experiment = override(
+    EXPERIMENTS.get("fc_vs_conv"),
+    [
+        "data.name=my_images",
+        f"data.data_dir={data_dir}",
+        f"data.validation={known.counts['train'] // 10}",
+        f"lanes.seed=0..{seeds - 1}",
+        f"epochs={epochs}",
+    ],
+)
+out = Path(work) / "run"
+results = run(experiment, "fc_vs_conv", out, Watchers([ReportWriter(out)]))
+
+# %%
+from IPython.display import Image as Picture
+from IPython.display import Markdown, display
+
+display(Markdown((out / "table.md").read_text()))
+Picture(out / "accuracy.png", width=700)
+
+# %%
+from cnnlib.comparisons import differences
+
+for difference in differences(results):
+    print(difference.sentence())
+
+# %% [markdown]
+# ## A net of your own
+#
+# In short notation, and one seed, to see whether it learns at all.
+
+# %%
+small = override(
+    experiment,
+    ["arms=lenet5", "arms.lenet5.model=conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes", "lanes.seed=0"],
+)
+result = run(small, "own_net", Path(work) / "own_net", Watchers([ReportWriter(Path(work) / "own_net")]))
+display(Markdown((Path(work) / "own_net" / "table.md").read_text()))
