@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,6 +73,24 @@ def test_an_animation_is_written(tmp_path, monkeypatch):
     assert main(["demo", "overlap", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "overlap.gif") as image:
         assert image.n_frames == 4
+
+
+def test_a_window_is_opened_where_there_is_a_screen(tmp_path, capsys, monkeypatch, pyplot):
+    opened = []
+    monkeypatch.setattr(pyplot, "show", lambda: opened.append(len(pyplot.get_fignums())))
+    monkeypatch.setattr("cnnlib.demo.pyplot_for_windows", lambda: pyplot)
+    assert main(["demo", "flip", "--out", str(tmp_path), "--show"]) == 0
+    assert opened == [1] and "no window" not in capsys.readouterr().out
+    assert main(["demo", "flip", "--out", str(tmp_path)]) == 0
+    assert opened == [1]
+
+
+def test_without_a_screen_the_picture_is_written_and_it_is_said(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if "DISPLAY" not in name and name != "MPLBACKEND"}
+    command = [sys.executable, "-m", "experiments", "demo", "flip", "--out", str(tmp_path), "--show"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "no window: matplotlib finds no screen" in done.stdout and done.stderr == ""
+    assert (tmp_path / "flip.png").exists()
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):

@@ -172,3 +172,11 @@ def test_the_example_of_own_images_makes_a_set_that_the_command_below_it_trains_
     arms = resolve(override(EXPERIMENTS.get(options.name), options.overrides))
     assert arms[0].input_shape == (32, 32, 3) and arms[0].description.counts["test"] == 160
     assert arms[0].description.class_names == ("cat", "dog")
+
+
+def test_the_table_of_pictures_names_every_demo():
+    section = README.split("## The ideas as pictures")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(iter(DEMOS))
+    words = ("Sixteen", len(list(DEMOS))), ("Eight", len(list((ROOT / "notebooks").glob("*.ipynb"))))
+    assert all(word in section for word, _ in words) and [count for _, count in words] == [16, 8]

@@ -1,0 +1,185 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What the layers see
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/abstraction.ipynb)
+#
+# Layer by layer a convolutional net is said to see more abstract things: strokes, then parts of digits, then digits. Here you train
+# LeNet-5 and a full net, and look: at their filters, their maps, the patches that excite each unit most, the evidence for a class, and
+# how well the classes can be told apart after each layer. The same questions go to both nets, and the answers are numbers where
+# they can be.
+
+# %%
+# In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import version
+
+if importlib.util.find_spec("cnnlib") is None:
+    kept = [f"{name}=={version(name)}" for name in ("jax", "jaxlib", "numpy")]
+    source = "cnnlib[report] @ git+https://github.com/cnnlib/cnnlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *kept, source], check=True)
+
+# %% tags=["parameters"]
+seeds = 5  # of the nets whose layers are probed
+epochs = 12
+
+# %%
+from cnnlib.mesh import use_cores
+
+use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
+
+import jax
+
+print(jax.devices())
+
+# %% [markdown]
+# ## Two nets, trained in memory
+#
+# By the rule of the experiment `fc_vs_conv`. What comes back is one `Net` a seed: the layers, their weights, and how well it does.
+
+# %%
+import experiments  # registers them
+from cnnlib.config import EXPERIMENTS, override
+from cnnlib.trained import train_models
+
+changes = ["arms=lenet5,lenet_300_100", f"lanes.seed=0..{seeds - 1}", f"epochs={epochs}"]
+nets, data = train_models(override(EXPERIMENTS.get("fc_vs_conv"), changes))
+conv, full = nets["lenet5"][0], nets["lenet_300_100"][0]
+for name, lanes in nets.items():
+    print(
+        f"{name}: {100 * sum(net.test_accuracy for net in lanes) / len(lanes):.1f} % on {len(data.test.y):,} test digits, mean of {len(lanes)} seeds"
+    )
+
+# %% [markdown]
+# ## Filters of the first layer
+#
+# A convolution has few and small ones. A full layer has one for each of its units, as large as the image.
+
+# %%
+from matplotlib import pyplot
+
+from cnnlib.abstraction import first_filters
+
+for name, net in (("LeNet-5", conv), ("LeNet-300-100", full)):
+    filters = first_filters(net)
+    print(f"{name}: {len(filters)} filters of {filters.shape[1]}x{filters.shape[2]}")
+    bound = abs(filters[:6]).max()
+    figure, panels = pyplot.subplots(1, 6, figsize=(9, 1.8), layout="constrained")
+    for panel, one in zip(panels, filters[..., 0]):
+        panel.imshow(one, cmap="RdBu_r", vmin=-bound, vmax=bound)
+        panel.axis("off")
+
+# %% [markdown]
+# ## One digit on its way
+#
+# Maps shrink, and there are more of them. The first still look like the digit; the second say where something is.
+
+# %%
+from cnnlib.abstraction import activations, receptive_field
+
+digit = data.test.x[400:401]
+first, second = 1, 4  # the ReLUs after the two convolutions
+maps = dict(zip((first, second), activations(conv, digit, (first, second))))
+for layer, found in maps.items():
+    figure, panels = pyplot.subplots(1, 7, figsize=(9, 1.6), layout="constrained")
+    panels[0].imshow(digit[0, ..., 0], cmap="gray_r")
+    for panel, channel in zip(panels[1:], range(6)):
+        panel.imshow(found[0, ..., channel], cmap="cividis")
+    for panel in panels:
+        panel.axis("off")
+    middle = (found.shape[1] // 2, found.shape[2] // 2)
+    seen = receptive_field(conv, layer, middle)
+    print(
+        f"{found.shape[-1]} maps of {found.shape[1]}x{found.shape[2]}; a unit sees {seen.bottom - seen.top}x{seen.right - seen.left} pixels"
+    )
+
+# %% [markdown]
+# ## What excites a unit most
+#
+# Of all test digits, the places where a unit is largest, one a digit, cut out as it sees them. A row is a unit.
+
+# %%
+from cnnlib.abstraction import strongest_patches
+from cnnlib.demos.abstraction import mosaic
+
+for layer in (first, second):
+    patches = strongest_patches(conv, data.test.x, layer, count=8)
+    units, count, height, width, _ = patches.pixels[:6].shape
+    figure, panel = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    panel.imshow(mosaic(patches.pixels[:6, ..., 0].reshape(-1, height, width), columns=count), cmap="gray")
+    panel.axis("off")
+    classes = [len(set(data.test.y[row].tolist())) for row in patches.examples]
+    print(
+        f"layer {layer}: the {count} digits of a unit are of {sum(classes) / len(classes):.1f} classes, on average over {len(classes)} units"
+    )
+
+# %% [markdown]
+# ## Evidence for a class
+#
+# Grad-CAM weighs the last maps by how much each raises the class's score. A full net has no maps: for it, each pixel times the gradient at
+# it. They are two methods, and show where a net looks, not why it is right.
+
+# %%
+from cnnlib.abstraction import class_evidence
+
+figure, panels = pyplot.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
+label = int(data.test.y[400])
+panels[0].imshow(digit[0, ..., 0], cmap="gray_r")
+panels[0].set_title(f"a {label}", fontsize=9)
+panels[1].imshow(class_evidence(conv, digit[0], label), cmap="cividis")
+panels[1].set_title("convolutional: Grad-CAM", fontsize=9)
+evidence = class_evidence(full, digit[0], label)
+panels[2].imshow(evidence, cmap="RdBu_r", vmin=-abs(evidence).max(), vmax=abs(evidence).max())
+panels[2].set_title("full: gradient x input", fontsize=9)
+for panel in panels:
+    panel.axis("off")
+
+# %% [markdown]
+# ## Can the classes be told apart yet?
+#
+# A linear classifier on what a layer puts out, fitted on training digits, its penalty chosen on validation digits, scored on test digits.
+# On the pixels it has to do all by itself; after each layer less is left to do.
+
+# %%
+from cnnlib.abstraction import linear_probes
+from cnnlib.demos.abstraction import steps
+from cnnlib.stats import mean_interval
+
+(pixels,) = linear_probes(conv, data, (None,))
+print(f"pixels: {100 * pixels.accuracy:.1f} %")
+for name, lanes in nets.items():
+    probed = [linear_probes(net, data, steps(net.model)) for net in lanes]
+    for probes in zip(*probed):
+        mean, low, high, n = mean_interval([100 * probe.accuracy for probe in probes])
+        print(
+            f"{name}, after {probes[0].name:12} {probes[0].features:5,} features: {mean:.1f} % [{low:.1f}, {high:.1f}] (95 %, t, n = {n})"
+        )
+
+# %% [markdown]
+# ## Lines, again
+#
+# Hubel and Wiesel found cells in the visual cortex that answer to bars of one orientation. Do first-layer units? Selectivity is 0 for a unit to
+# which all bars are alike, 1 for one that answers to a single orientation.
+
+# %%
+import numpy as np
+
+from cnnlib.abstraction import orientation_tuning
+from cnnlib.demos import DEMOS
+
+tuned = orientation_tuning(conv, np.arange(0, 180, 15))
+for unit, (preferred, selectivity) in enumerate(zip(tuned.preferred, tuned.selectivity)):
+    print(f"unit {unit}: prefers bars at {preferred:.0f} degrees, selectivity {selectivity:.2f}")
+
+# %%
+print(DEMOS.get("tuning").look)
+figure = DEMOS.get("tuning").draw()
