@@ -79,6 +79,7 @@ def told(tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_lane_is_the_same_on_any_number_of_devices(told):
     assert [told[count][0][0] for count in ("1", "2")] == [1, 2]  # three lanes: uneven
     for arm in (0, 1):
@@ -94,6 +95,7 @@ def test_a_lane_is_the_same_on_any_number_of_devices(told):
         assert fingerprints[0] == fingerprints[1] and len(set(fingerprints[0])) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_to_another_number_of_devices(told):
     assert told["stopped"]
     assert [devices for devices, _ in told["moved"]] == [1, 1]
@@ -101,6 +103,7 @@ def test_a_checkpoint_moves_to_another_number_of_devices(told):
         assert lane["parameters_sha256"] == own["parameters_sha256"]
 
 
+@pytest.mark.slow
 def test_devices_tell_each_other_nothing_and_share_the_examples(told):
     assert told["collectives"] == [[], [], [], []]
     assert told["copies"] == 1

@@ -326,6 +326,7 @@ def test_statistics_are_part_of_the_fingerprint_where_there_are_any():
     assert sha256(parameters, statistics) == sha256(joined)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_norms_ends_as_one_that_was_not_interrupted(tmp_path):
     net = parse_model("avg:4 conv:4@3:nobias norm relu dense:8:nobias norm relu dense:classes")
     experiment = replace(EXPERIMENT, arms=(Arm("conv", net),), augment=Augment(shift=1))

@@ -254,6 +254,7 @@ def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     assert one["lanes"] == two["lanes"]  # and nothing of the first is left in the second
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
