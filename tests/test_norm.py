@@ -170,7 +170,13 @@ def test_no_maximum_is_taken_before_a_norm_whose_scale_may_be_negative():
 
 
 @pytest.mark.parametrize(
-    "text", [NORMED, "conv:2@3:nobias norm tanh residual(norm conv:2@3 norm|conv:2@1 norm) dense:3"]
+    "text",
+    [
+        NORMED,
+        pytest.param(
+            "conv:2@3:nobias norm tanh residual(norm conv:2@3 norm|conv:2@1 norm) dense:3", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_the_three_readings_stay_one_function_in_training_too(text, float64):
     model, shape = parse_model(text), (7, 6, 2)

@@ -83,6 +83,7 @@ def interrupted(out, epochs, experiment=EXPERIMENT):
     return watcher, str(stopped.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(whole, tmp_path):
     watcher, told = interrupted(tmp_path, 1)
     assert told == "stopped after epoch 1 of 3 of full, which is saved" and watcher.epochs == [("full", 1)]

@@ -99,7 +99,7 @@ def differ(a, b):
     return any(not np.allclose(x, y, **TOLERANCE) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("text", [CONV, FULL])
+@pytest.mark.parametrize("text", [CONV, pytest.param(FULL, marks=pytest.mark.slow)])
 def test_a_lane_equals_the_same_model_trained_alone(text):
     numbers = lanes(7, 8, 9, learning_rate=[0.01, 0.02, 0.005], label_smoothing=[0.0, 0.1, 0.2])
     initialize, epoch = jax.jit(train.initialize(recipe(text))), jax.jit(train.epoch(recipe(text)))
