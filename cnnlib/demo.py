@@ -54,5 +54,5 @@ def pyplot_for_windows() -> Any | None:
     from matplotlib.backends.registry import BackendFilter, backend_registry
 
     # Asked for its backend, matplotlib looks for the first that works here; Agg, which draws files, always does.
-    files_only = backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)  # type: ignore[no-untyped-call]
-    return None if pyplot.get_backend().lower() in files_only else pyplot
+    windows = backend_registry.list_builtin(BackendFilter.INTERACTIVE)  # type: ignore[no-untyped-call]
+    return pyplot if pyplot.get_backend().lower() in windows else None

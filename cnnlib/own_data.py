@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib.data import Split, quiet, stratified
+from cnnlib.data import SOURCES, Split, quiet, stratified
 from cnnlib.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -31,43 +31,52 @@ def from_folder(
     """Prepares image files as the data set `name` in `data_dir`, and returns its folder.
 
     The classes are folders: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`, of which the
-    share `test_share` of each class is for testing, by a fixed draw. `size` is the height and width in pixels to which
-    each image is scaled (None: they have one already); colours are red, green, blue, or one channel where `grey`.
-    Raises UserError where there are no images, a class is missing from a split, sizes differ, or a file is no image.
+    share `test_share` of each class is for testing, by a fixed draw; what is hidden is left out. `size` is the height
+    and width in pixels to which each image is scaled (None: they have one already); colours are red, green, blue, or
+    one channel where `grey`, what is transparent is white, and photographs stand upright. Raises UserError where there
+    are no images, a class is missing from a split, sizes differ, or a file is no image of 8 bits a channel.
     """
+    if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
+        raise UserError(f"size={size}: height and width in pixels, such as (32, 32)")
     root = Path(images).expanduser()
     if not root.is_dir():
         raise UserError(f"there is no folder {images}")
     parts = [root / split for split in ("train", "test")]
     if any(part.is_dir() for part in parts):
-        names = sorted({path.name for part in parts for path in part.glob("*") if path.is_dir()})
+        names = sorted({name for part in parts for name in folders(part)})
         train, test = (read_classes(part, names, size, grey) for part in parts)
     else:
-        names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        names = folders(root)
         if not 0 < test_share < 1:
             raise UserError(f"test_share={test_share}: it must lie between 0 and 1, such as 0.2")
         whole = read_classes(root, names, size, grey)
-        is_test = stratified(whole.y, max(1, round(test_share * len(whole.y))))
+        is_test = stratified(whole.y, round(test_share * len(whole.y)))
+        for label, class_name in enumerate(names):
+            own = is_test[whole.y == label]
+            if own.all() or not own.any():
+                raise UserError(
+                    f"class {class_name} has too few images, {len(own)}: test_share={test_share} leaves none of it to train "
+                    "on or none to test with"
+                )
         train, test = (Split(whole.x[mask], whole.y[mask]) for mask in (~is_test, is_test))
     return from_arrays(name, data_dir, train, test, names)
 
 
+def folders(place: Path) -> list[str]:
+    """The names of the folders in a folder, without those that a notebook or an archive hides there."""
+    found = place.iterdir() if place.is_dir() else ()
+    return sorted(path.name for path in found if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
+
+
 def read_classes(folder: Path, names: Sequence[str], size: tuple[int, int] | None, grey: bool) -> Split:
     """The images of `folder/CLASS/*`, classes in the order of the names, files in that of theirs."""
-    from PIL import Image
-
     x, y, first = [], [], None
     for label, name in enumerate(names):
-        files = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in ENDINGS)
+        files = sorted(path for path in (folder / name).glob("[!.]*") if path.suffix.lower() in ENDINGS)
         if not files:
             raise UserError(f"no images in {folder / name}; endings are: {', '.join(ENDINGS)}")
         for path in files:
-            try:
-                with Image.open(path) as image:
-                    pixels = image.convert("L" if grey else "RGB")
-            except OSError as error:
-                raise UserError(f"{path} is no image: {' '.join(str(error).split())}") from error
-            pixels = pixels if size is None else pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            pixels = read_image(path, size, grey)
             first = first or (path, pixels.size)
             if pixels.size != first[1]:
                 texts = (f"{where} is {width}x{height}" for where, (width, height) in (first, (path, pixels.size)))
@@ -77,6 +86,24 @@ def read_classes(folder: Path, names: Sequence[str], size: tuple[int, int] | Non
     if not x:
         raise UserError(f"no classes in {folder}: it needs a folder of images for each")
     return Split(np.stack(x), np.asarray(y, np.int32))
+
+
+def read_image(path: Path, size: tuple[int, int] | None, grey: bool) -> Any:
+    """An image file as Pillow's image in red, green and blue, or grey: upright, what is transparent white, scaled."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path} has more than 8 bits a channel: it must be saved with 8")
+            if image.has_transparency_data:
+                opaque = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
+            image = image.convert("L" if grey else "RGB")
+    except OSError as error:
+        raise UserError(f"{path} is no image: {' '.join(str(error).split())}") from error
+    return image if size is None else image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
 def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, class_names: Sequence[str]) -> Path:
@@ -90,6 +117,8 @@ def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, clas
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"a data set's name is made of a-z, 0-9 and '_', and begins with a letter, not {name!r}")
+    if name in SOURCES or re.fullmatch(r"dsd_.*", name) or name in tfds.list_builders(with_community_datasets=False):
+        raise UserError(f"{name!r} is another data set, which would be read in its place; my_{name} is not")
     for x, y in (train, test):
         is_images = x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1:] == train.x.shape[1:]
         if not is_images or len(x) == 0 or np.shape(y) != x.shape[:1]:

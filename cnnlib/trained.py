@@ -49,12 +49,12 @@ def train_models(experiment: Experiment) -> tuple[dict[str, list[Net]], DataSet]
     """Trains every lane of every arm; returns the models by arm, a lane each, and the data.
 
     The numbers are those of `run`, to rounding, which the steps of a training enlarge. Arms are compiled and trained
-    beside one another. Raises UserError where an arm has data of its own, where a lane diverges, and for whatever `run`
+    beside one another. Raises UserError where arms have different data, where a lane diverges, and for whatever `run`
     refuses.
     """
     arms = resolve(experiment)
     if len({arm.data for arm in arms}) > 1:
-        raise UserError("models that are looked at side by side need the same data: an arm has data of its own")
+        raise UserError("models that are looked at side by side need the same data: these arms have different ones")
     devices = most_devices(arms, mesh.devices(experiment.devices))
     for arm in arms:
         check_parameters_fit(arm, devices)

@@ -29,9 +29,9 @@ LINE_FILTERS = ("vertical", "horizontal", "diagonal", "antidiagonal")
 def line_filter(kind: str, size: int = 3) -> np.ndarray:
     """A filter `(size, size)` for lines of one orientation: size - 1 on the line through its middle, -1 beside it.
 
-    It sums to 0 across the line, so wholly: a flat area gives 0, a line of its own orientation size (size - 1), and one
-    of another orientation 0 where it passes through the middle. Raises UserError for an orientation that is not in
-    `LINE_FILTERS`, and for a size without a middle or with nothing beside it.
+    It sums to 0 across the line, and so as a whole: a flat area gives 0, a line of its own orientation
+    size (size - 1), and one of another orientation 0 where it passes through the middle. Raises UserError for an
+    orientation that is not in `LINE_FILTERS`, and for a size without a middle or with nothing beside it.
     """
     if kind not in LINE_FILTERS:
         raise UserError(f"no line filter {kind!r}; there are: {', '.join(LINE_FILTERS)}")
@@ -184,7 +184,8 @@ def matrix_of(
 ) -> np.ndarray:
     """The weights `(place, pixel)` of a full layer that computes what `slide` does, from a flattened image.
 
-    A row holds the filter's numbers at the pixels under it and zeros elsewhere; every row holds the same numbers.
+    A row holds the filter's numbers at the pixels under it and zeros elsewhere: without padding every row holds the
+    same numbers, with it those over the zeros are left out.
     Pixels are row by row, a pixel's channels beside each other. Raises UserError as `steps` does.
     """
     shape, kernel = _checked_shape(shape), np.asarray(kernel, np.float64)

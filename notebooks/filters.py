@@ -86,7 +86,7 @@ through = {
 }
 for other in LINE_FILTERS:
     print(
-        f"{kind} filter in the middle of a {other} line: {slide(strokes((7, 7), [through[other]]), line_filter(kind))[2, 2]:g}"
+        f"{kind} filter in the middle of a line, {other}: {slide(strokes((7, 7), [through[other]]), line_filter(kind))[2, 2]:g}"
     )
 
 # %% [markdown]
@@ -126,14 +126,17 @@ print(
 )
 figure = DEMOS.get("product").draw()
 # %% [markdown]
-# And what a net's convolutional layer computes, and gets its gradients of, is this:
+# And this is what a net's convolutional layer computes. (TPUs and GPUs round products unless they are asked not to.)
 
 # %%
 import jax.numpy as jnp
 
 from cnnlib.ops import conv2d
 
-layer = conv2d(
-    jnp.asarray(image, jnp.float32)[None, :, :, None], jnp.asarray(kernels, jnp.float32)[:, :, None], padding="VALID"
-)
+with jax.default_matmul_precision("highest"):
+    layer = conv2d(
+        jnp.asarray(image, jnp.float32)[None, :, :, None],
+        jnp.asarray(kernels, jnp.float32)[:, :, None],
+        padding="VALID",
+    )
 print(f"the layer and sliding differ by {np.abs(np.asarray(layer[0]) - slid).max():.1e} at most, in single precision")

@@ -85,11 +85,15 @@ for arm in resolve(experiment):
 # %%
 from pathlib import Path
 
+from rich.console import Console
+
 from cnnlib.report import ReportWriter
 from cnnlib.run import run
+from cnnlib.terminal import LineWatcher
 from cnnlib.watcher import Watchers
 
-results = run(experiment, "fc_vs_conv", Path(out), Watchers([ReportWriter(Path(out))]))
+watchers = Watchers([LineWatcher(Console()), ReportWriter(Path(out))])
+results = run(experiment, "fc_vs_conv", Path(out), watchers)
 models = sum(len(arm["lanes"]) for arm in results["arms"])
 print(
     f"{models} models in {results['wall_seconds']:.0f} s, compilation included, on {results['device']['count']} x {results['device']['kind']}"
@@ -136,7 +140,8 @@ altair.Chart.from_dict(curves_chart(curves, "validation accuracy")).properties(w
 # %% [markdown]
 # ## What they get wrong
 #
-# `report` makes one page of a run, with all of this, what each net takes for what, and its worst mistakes; it opens in any browser.
+# `report` makes one page of a run, with all of this, what each net takes for what, and its worst mistakes; it opens in any browser
+# (in Colab, the list of files at the left has it to download).
 
 # %%
 from experiments.__main__ import main

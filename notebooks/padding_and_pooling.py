@@ -12,7 +12,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/padding_and_pooling.ipynb)
 #
 # A window that must stay inside the image has fewer places than there are pixels, and sees the border less than the middle. Zeros
-# around the image mend the first and half of the second. Pooling then makes the map smaller, on purpose: it keeps that something
+# around the image mend the first, and the second in part. Pooling then makes the map smaller, on purpose: it keeps that something
 # was there, and forgets where exactly. How much of a small shift that hides is measured below, and so is whether it helps.
 
 # %%
@@ -128,9 +128,11 @@ figure = DEMOS.get("shifts").draw()
 # %% [markdown]
 # ## Does it help a net?
 #
-# Textbooks say that pooling saves computing and reduces overfitting. The experiment `pooling` trains the same net with max pooling,
-# average pooling, strides and none of them, ten seeds each, and compares accuracy, multiply-adds and the gap between training and test.
-# Its measured answer is in [RESULTS.md](https://github.com/cnnlib/cnnlib/blob/main/docs/RESULTS.md#pooling); here is its question:
+# Textbooks say that pooling saves computing and reduces overfitting. The experiment `pooling` trains one net with max pooling, mean
+# pooling, a stride of 2 in their place, or none, ten seeds each. On 3,500 digits the gap between training and test is 2.8 points with
+# max pooling, 2.9 with means, 4.6 with strides, 4.9 with none: a maximum or mean narrows it, a smaller map alone does not. Strides take
+# the fewest multiply-adds of these four.
+# [All of it](https://github.com/cnnlib/cnnlib/blob/main/docs/RESULTS.md#pooling); its question and its nets:
 
 # %%
 import experiments  # registers them

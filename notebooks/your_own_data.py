@@ -12,7 +12,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/your_own_data.ipynb)
 #
 # A folder of images, a subfolder a class, is all that is needed. They become a data set of TensorFlow Datasets, without
-# TensorFlow, and then every experiment runs on them by their name. Put your own folder into the cell below; without one, the
+# TensorFlow, and then experiments on images run on them by that name. Put your own folder into the cell below; without one, the
 # notebook draws some: strokes, in three directions.
 
 # %%
@@ -65,7 +65,7 @@ if not images:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[..., 0]).save(place / f"{index:04}.png")
     grey = True
-print(*sorted(path.name for path in folder.iterdir()))
+print(*sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
 
 # %% [markdown]
 # ## A data set with a name
@@ -100,10 +100,15 @@ for panel, image, label in zip(panels, data.train.x, data.train.y):
 # LeNet-5. A tenth of the training images is kept aside for validation.
 
 # %%
+from dataclasses import replace
+
+from rich.console import Console
+
 import experiments  # registers them
-from cnnlib.config import EXPERIMENTS, override
+from cnnlib.config import EXPERIMENTS, Arm, Lanes, override
 from cnnlib.report import ReportWriter
 from cnnlib.run import run
+from cnnlib.terminal import LineWatcher
 from cnnlib.watcher import Watchers
 
 experiment = override(
@@ -114,10 +119,11 @@ experiment = override(
         f"data.validation={known.counts['train'] // 10}",
         f"lanes.seed=0..{seeds - 1}",
         f"epochs={epochs}",
+        f"batch_size={min(100, known.counts['train'] // 5)}",
     ],
 )
 out = Path(work) / "run"
-results = run(experiment, "fc_vs_conv", out, Watchers([ReportWriter(out)]))
+results = run(experiment, "fc_vs_conv", out, Watchers([LineWatcher(Console()), ReportWriter(out)]))
 
 # %%
 from IPython.display import Image as Picture
@@ -135,12 +141,13 @@ for difference in differences(results):
 # %% [markdown]
 # ## A net of your own
 #
-# In short notation, and one seed, to see whether it learns at all.
+# In short notation (see `full_vs_conv`), and one seed, so without an interval: to see whether it learns at all.
 
 # %%
-small = override(
-    experiment,
-    ["arms=lenet5", "arms.lenet5.model=conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes", "lanes.seed=0"],
-)
-result = run(small, "own_net", Path(work) / "own_net", Watchers([ReportWriter(Path(work) / "own_net")]))
-display(Markdown((Path(work) / "own_net" / "table.md").read_text()))
+from cnnlib.spec import parse_model
+
+net = parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")
+small = replace(experiment, arms=(Arm("own_net", net),), lanes=Lanes(seed=(0,)))
+out = Path(work) / "own_net"
+result = run(small, "own_net", out, Watchers([LineWatcher(Console()), ReportWriter(out)]))
+display(Markdown((out / "table.md").read_text()))

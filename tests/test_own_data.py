@@ -58,6 +58,26 @@ def test_images_are_scaled_and_made_grey_where_it_is_asked_for(tmp_path):
     assert set(np.unique(data.train.x).tolist()) == {6}  # 0.299 r + 0.587 g + 0.114 b, of (0 or 1, 10, 0)
 
 
+def test_what_is_hidden_is_left_out_and_photographs_are_upright_and_opaque(tmp_path):
+    images = tmp_path / "images"
+    for part in ("train", "test"):
+        draw(images / part, {"a": 1}, size=(8, 4))
+    (images / "train" / ".ipynb_checkpoints").mkdir()
+    (images / "train" / "a" / "._000.png").write_bytes(b"what an archive hides")
+    clear = np.zeros((8, 4, 4), np.uint8)  # black, and transparent but for the first row
+    clear[0, :, 3] = 255
+    Image.fromarray(clear).save(images / "train" / "a" / "001.png")
+    lying = Image.new("RGB", (8, 4), "red")
+    told = lying.getexif()
+    told[0x0112] = 6  # to be turned by a quarter
+    lying.save(images / "train" / "a" / "002.jpg", exif=told)
+    from_folder(images, "mine", tmp_path / "tfds")
+    data = load(Data("mine", data_dir=str(tmp_path / "tfds")))
+    assert data.description.class_names == ("a",) and data.train.x.shape == (3, 8, 4, 3)
+    (ink,) = (image for image in data.train.x if image[0, 0].tolist() == [0, 0, 0] and image[1, 0, 0] == 255)
+    assert (ink[1:] == 255).all()
+
+
 def test_a_set_is_made_anew_and_read_anew(tmp_path):
     for value in (1, 2):
         split = Split(np.full((3, 4, 4, 1), value, np.uint8), np.zeros(3, np.int32))
@@ -73,8 +93,18 @@ def test_what_is_wrong_is_one_line(tmp_path):
     broken = draw(tmp_path / "broken", {"a": 1})
     (broken / "a" / "b.png").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
+    draw(tmp_path / "few", {"a": 20, "b": 1})
+    deep = draw(tmp_path / "deep", {"a": 0}) / "a"
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(deep / "000.png")
     for call, told in (
         (lambda: from_folder(tmp_path / "nowhere", "x", tmp_path), "there is no folder"),
+        (lambda: from_folder(tmp_path / "few", "x", tmp_path), "class b has too few images, 1: test_share=0.2"),
+        (lambda: from_folder(tmp_path / "deep", "x", tmp_path), "000.png has more than 8 bits"),
+        (lambda: from_folder(tmp_path / "few", "x", tmp_path, size=32), r"size=32: height and width.*\(32, 32\)"),
+        (lambda: from_folder(tmp_path / "few", "x", tmp_path, size=(0, 3)), "height and width"),
+        (lambda: from_arrays("mnist", tmp_path, *[split(4)] * 2, ["a"]), "'mnist' is another data set.*my_mnist"),
+        (lambda: from_arrays("lines", tmp_path, *[split(4)] * 2, ["a"]), "'lines' is another data set"),
+        (lambda: from_arrays("dsd_4x4", tmp_path, *[split(4)] * 2, ["a"]), "'dsd_4x4' is another data set"),
         (lambda: from_folder(tmp_path / "empty", "x", tmp_path), "no classes in"),
         (lambda: from_folder(tmp_path / "uneven", "x", tmp_path), r"000.png is 5x6, .*zzz.png is 3x3; size="),
         (lambda: from_folder(tmp_path / "uneven2", "x", tmp_path), "no images in .*test/b"),

@@ -75,7 +75,7 @@ def test_what_cannot_be_trained_is_one_line():
     wild = replace(EXPERIMENT, arms=EXPERIMENT.arms[:1], optim=Optim("sgd", learning_rate=(1e8,)))
     large = replace(EXPERIMENT, arms=(Arm("vast", parse_model("dense:100000000 dense:classes")),))
     for experiment, told in (
-        (own, "an arm has data of its own"),
+        (own, "these arms have different ones"),
         (wild, "arm full: the lane of seed 3 has diverged"),
         (large, "arm vast: 2 lanes of"),
         (replace(EXPERIMENT, data=Data("nothing")), "no data set 'nothing'"),

@@ -97,7 +97,7 @@ def tuning() -> Demo:
         "tuning.png",
         "Trained to tell vertical, horizontal and diagonal lines apart, most units respond best to bars along the "
         "lines of a class (dashed), of random filters no more than chance has it: a half. Above, a curve's distance "
-        "from the middle is the response to a bar of that direction. Few units are very selective, but on average "
+        "from the middle is the response to a bar of that direction. A few units are very selective; on average "
         "they are hardly more so than random ones.",
     )
 

@@ -12,6 +12,7 @@ from cnnlib import windows
 from cnnlib.config import Data
 from cnnlib.data import load
 from cnnlib.demo import DEMOS, Demo
+from cnnlib.errors import UserError
 from cnnlib.stats import mean_interval
 from cnnlib.style import STYLE
 
@@ -157,9 +158,14 @@ def draw_shifts() -> Any:
 
 
 def some_digits(count: int) -> np.ndarray:
-    """Test digits of mnist5k with `FREE` zeros around each, 0 to 1, as many of each class: `(count, height, width)`."""
+    """Test digits of mnist5k with `FREE` zeros around each, 0 to 1: `(count, height, width)`, spread over the classes.
+
+    Raises UserError for more digits than there are.
+    """
     x = load(Data("mnist5k")).test.x  # in order of their class
-    chosen = x[:: len(x) // count, :, :, 0] / 255.0
+    if not 1 <= count <= len(x):
+        raise UserError(f"count={count}: there are {len(x):,} test digits")
+    chosen = x[np.linspace(0, len(x), count, endpoint=False).astype(int), :, :, 0] / 255.0
     return np.pad(chosen, ((0, 0), (FREE, FREE), (FREE, FREE)))
 
 
