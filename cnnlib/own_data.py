@@ -55,8 +55,8 @@ def from_folder(
             own = is_test[whole.y == label]
             if own.all() or not own.any():
                 raise UserError(
-                    f"class {class_name} has too few images, {len(own)}: test_share={test_share} leaves none of it to train "
-                    "on or none to test with"
+                    f"class {class_name} has too few images, {len(own)}: test_share={test_share} leaves none of it to "
+                    "train on or none to test with"
                 )
         train, test = (Split(whole.x[mask], whole.y[mask]) for mask in (~is_test, is_test))
     return from_arrays(name, data_dir, train, test, names)

@@ -87,3 +87,9 @@ def test_pooling_narrows_the_gap_between_training_and_test():
     assert max(gap["max"], gap["mean"]) < min(gap["none"], gap["stride"])
     found = ahead("pooling")
     assert found["max", "none"] == found["max", "stride"] == "max"
+    text = " ".join((ROOT / "notebooks" / "padding_and_pooling.py").read_text().replace("\n#", " ").split())
+    max_gap, mean_gap, stride_gap, none_gap = (f"{100 * gap[name]:.1f}" for name in ("max", "mean", "stride", "none"))
+    assert (
+        f"{max_gap} points with max pooling, {mean_gap} with means, {stride_gap} with strides, {none_gap} with none"
+        in text
+    )
