@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 def avoid_wrong_products() -> None:
     """Keeps a JAX whose dense products may be wrong from computing them so, before it starts.
 
-    On a CPU with AVX2 and not AVX-512, jaxlib 0.7.2 and 0.8.0 give wrong numbers for a matrix product now and then (one
-    of ten on an AMD EPYC of 2021), with nothing but JAX in the program; not so without XNNPACK, which they compute it
-    with, and not from 0.8.3 on. A choice in `XLA_FLAGS` stays.
+    On an AMD EPYC (Zen 3: AVX2, no AVX-512) jaxlib 0.7.2 and 0.8.0 give wrong numbers for up to half of the matrix
+    products of 250x784 by 784x300, with nothing but JAX in the program; not so without XNNPACK, which they compute them
+    with, and not with 0.8.3. Other processors were not tried. A choice in `XLA_FLAGS` stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     try:
