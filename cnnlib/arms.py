@@ -254,14 +254,14 @@ def result_of(
 ) -> dict[str, Any]:
     """The arm's part of `results.json`; `states` and `distances` (from a convolution) are on the host."""
     lanes = arm.lanes
-    lane_results = _lane_results(lanes, sums, states)
+    lane_results = lane_results_of(lanes, sums, states)
     if distances is not None:
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
     if any(arm.experiment.optim.l1):
         for lane, result in enumerate(lane_results):
             result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), states.parameters))
-    settings = _settings(lane_results)
+    settings = settings_of(lane_results)
     return {
         **described_arm(arm),
         "compile_seconds": programs.compile_seconds,
@@ -270,7 +270,7 @@ def result_of(
         "memory_bytes": programs.memory_bytes,
         "epochs": arm.experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),
-        **_headline(settings),
+        **headline_of(settings),
         "settings": settings,
         "lanes": lane_results,
     }
@@ -321,7 +321,10 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
     return {**means, "status": "diverged" if gone else "ok"}
 
 
-def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State) -> list[dict[str, Any]]:
+def lane_results_of(
+    lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State
+) -> list[dict[str, Any]]:
+    """What each lane came to, with the fingerprint of what it has learned."""
     epochs, diverged, *model = states.epochs, states.diverged, states.parameters, states.statistics
     results = []
     for lane, numbers in enumerate(lanes):
@@ -331,7 +334,7 @@ def _lane_results(lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], 
     return results
 
 
-def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def settings_of(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lanes grouped by their traced numbers, seeds aside, with the test accuracy of the seeds that are ok."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for lane in lanes:
@@ -354,7 +357,7 @@ def _settings(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return settings
 
 
-def _headline(settings: list[dict[str, Any]]) -> dict[str, Any]:
+def headline_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """The arm's test accuracy: that of its only setting, or of the one that validation chooses.
 
     The rule: fewest diverged lanes, then highest mean validation accuracy. Without validation examples nothing is

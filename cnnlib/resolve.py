@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.budget import Match, match
@@ -70,6 +71,27 @@ class TrainedArm(ResolvedArm):
             one.passes,
             one.compute_dtype,
         )
+
+
+class Part(NamedTuple):
+    """Of an experiment, what one job trains: an arm, and of its lanes those of some seeds."""
+
+    arm: str
+    seeds: tuple[int, ...] | None = None
+    """None: all of its lanes."""
+
+    def of(self, arms: Sequence[TrainedArm]) -> tuple[TrainedArm, ...]:
+        """That arm, with those of its lanes; raises UserError where there are none."""
+        for arm in arms:
+            if arm.name == self.arm:
+                if self.seeds is None:
+                    return (arm,)
+                lanes = arm.experiment.lanes
+                unknown = set(self.seeds) - set(lanes.seed)
+                if unknown:
+                    raise UserError(f"arm {arm.name} has no lanes of seed {', '.join(map(str, sorted(unknown)))}")
+                return (replace(arm, experiment=replace(arm.experiment, lanes=replace(lanes, seed=self.seeds))),)
+        raise UserError(f"no arm {self.arm!r}; there are: {', '.join(arm.name for arm in arms)}")
 
 
 def resolve(experiment: Experiment, described: Callable[[Data], Description] = describe) -> tuple[TrainedArm, ...]:

@@ -16,12 +16,12 @@ import jax
 from cnnlib import folder, kernels, mesh, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
-from cnnlib.data import DataSet, load
+from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import Stopped, UserError
 from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of
-from cnnlib.resolve import TrainedArm, resolve
+from cnnlib.resolve import Part, TrainedArm, resolve
 from cnnlib.resume import Left, differences, fingerprint, identity, latest, read_arm, refusal
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.train import Examples
@@ -39,17 +39,20 @@ def run(
     force: bool = False,
     stop: Callable[[], bool] = lambda: False,
     writer: Writer | None = None,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
     Returns what `results.json` holds. With `resume` the run in `out` goes on, and a finished one is only read; where
     going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
-    what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. Raises
-    UserError, with nothing written, for whatever does not fit together or does not fit in the memory; and later for a
-    disk that takes no more: what was saved before stays.
+    what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. With
+    `part` only that is trained, as one job of several, and the results are those of its arm. Raises UserError, with
+    nothing written, for whatever does not fit together or does not fit in the memory; and later for a disk that takes
+    no more: what was saved before stays.
     """
     began = time.perf_counter()
-    asked = resolve(experiment)
+    chosen = part.of if part else tuple
+    asked = chosen(resolve(experiment))
     devices = most_devices(asked, mesh.devices(experiment.devices))
     device = devices[0]
     with contextlib.ExitStack() as stack:
@@ -62,9 +65,16 @@ def run(
         else:
             stack.enter_context(held)
         data_sets = {data: load(data) for data in dict.fromkeys(arm.data for arm in asked)}
-        arms = resolve(
-            experiment,
-            lambda data: data_sets[replace(data, train=None)].description.with_training(data.train),
+        arms = chosen(
+            resolve(
+                experiment,
+                # Of arms of other jobs only what is known without reading.
+                lambda data: (
+                    data_sets[replace(data, train=None)].description.with_training(data.train)
+                    if replace(data, train=None) in data_sets
+                    else describe(data)
+                ),
+            )
         )
         for arm in arms:
             check_parameters_fit(arm, devices)

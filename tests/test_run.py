@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cnnlib import kernels, mesh, programs, report, tracking
-from cnnlib.arms import _headline, _settings
+from cnnlib.arms import headline_of, settings_of
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.data import load
 from cnnlib.errors import UserError
@@ -176,9 +176,9 @@ def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not()
         accuracies = {f"{split}_accuracy": accuracy for split in ("test", "train", "validation")}
         return {**numbers, **accuracies, "status": status}
 
-    settings = _settings([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
+    settings = settings_of([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
     assert settings[1]["validation_accuracy"] == 0.9 and settings[1]["test_accuracy"]["n"] == 1
-    assert _headline(settings)["chosen_setting"] == 0  # the other is better on average, but lost a lane
+    assert headline_of(settings)["chosen_setting"] == 0  # the other is better on average, but lost a lane
 
 
 @pytest.mark.parametrize(
