@@ -267,6 +267,7 @@ def result_of(
         "compile_seconds": programs.compile_seconds,
         "lanes_at_a_time": programs.at_a_time,
         "devices": len(programs.spread.devices),
+        "mesh": [programs.spread.groups, programs.spread.shards],
         "memory_bytes": programs.memory_bytes,
         "epochs": arm.experiment.epochs,
         "train_seconds_per_lane": train_seconds / len(lanes),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from cnnlib.config import Augment
 from cnnlib.spec import Shape
@@ -26,22 +28,44 @@ def central(x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch .
     return x[tuple(index)]
 
 
-def augmented(key: Key[Array, ""], x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch ..."]:
-    """A batch with each example cropped, shifted and flipped at random; `key` draws for the whole batch."""
+class Draws(NamedTuple):
+    """What chance decides about each example of a batch; None where `augment` asks for nothing of the kind."""
+
+    crop: Int[Array, "batch axis"] | None
+    shift: Int[Array, "batch axis"] | None
+    flip: Bool[Array, " batch"] | None
+
+
+def drawn(key: Key[Array, ""], batch: int, spatial: Shape, augment: Augment) -> Draws:
+    """The draws for a whole batch of examples of size `spatial`, whoever then changes which part of it."""
     key_crop, key_shift, key_flip = jax.random.split(key, 3)
-    batch, spatial = x.shape[0], x.shape[1:-1]
+    crop = shift = flip = None
     if augment.crop is not None:
         most = jnp.asarray([n - augment.crop + 1 for n in spatial])
-        starts = jax.random.randint(key_crop, (batch, len(spatial)), 0, most[None, :])
-        x = _windows(x, starts, (augment.crop,) * len(spatial))
+        crop = jax.random.randint(key_crop, (batch, len(spatial)), 0, most[None, :])
     if augment.shift:
-        pad = [(0, 0), *((augment.shift, augment.shift) for _ in spatial), (0, 0)]
-        starts = jax.random.randint(key_shift, (batch, len(spatial)), 0, 2 * augment.shift + 1)
-        x = _windows(jnp.pad(x, pad), starts, x.shape[1:-1])
+        shift = jax.random.randint(key_shift, (batch, len(spatial)), 0, 2 * augment.shift + 1)
     if augment.flip:
-        flipped = jax.random.bernoulli(key_flip, 0.5, (batch,) + (1,) * (x.ndim - 1))
-        x = jnp.where(flipped, jnp.flip(x, axis=-2), x)
+        flip = jax.random.bernoulli(key_flip, 0.5, (batch,))
+    return Draws(crop, shift, flip)
+
+
+def changed(x: Num[Array, "batch ..."], draws: Draws, augment: Augment) -> Num[Array, "batch ..."]:
+    """Examples cropped, shifted and flipped, each by its own draws."""
+    spatial = x.shape[1:-1]
+    if draws.crop is not None:
+        x = _windows(x, draws.crop, (augment.crop or 0,) * len(spatial))
+    if draws.shift is not None:
+        pad = [(0, 0), *((augment.shift, augment.shift) for _ in spatial), (0, 0)]
+        x = _windows(jnp.pad(x, pad), draws.shift, x.shape[1:-1])
+    if draws.flip is not None:
+        x = jnp.where(draws.flip.reshape((-1,) + (1,) * (x.ndim - 1)), jnp.flip(x, axis=-2), x)
     return x
+
+
+def augmented(key: Key[Array, ""], x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch ..."]:
+    """A batch with each example cropped, shifted and flipped at random."""
+    return changed(x, drawn(key, x.shape[0], x.shape[1:-1], augment), augment)
 
 
 def _windows(x: Array, starts: Array, size: Shape) -> Array:

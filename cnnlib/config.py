@@ -40,12 +40,18 @@ class Data:
     """Seed of one fixed permutation of the places of every example, all channels alike; None: each stays in place."""
     seed: int | None = None
     """Seed of a generated data set; None: the one that the data set is known by."""
+    stream: bool | None = None
+    """Read the examples while training goes on, a chunk at a time, instead of keeping all of them on the device: all
+    lanes see the same chunks, each in its own order. None: where they would take too much of the memory."""
+    workers: int = 0
+    """Processes that read ahead for a stream, with the same outcome for any number; 0: threads of this process."""
 
     def __post_init__(self) -> None:
         require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
         within = self.shuffle_pixels is None or 0 <= self.shuffle_pixels < 2**32
         require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
         require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
+        require(0 <= self.workers <= 256, f"data.workers must be in 0..256, not {self.workers}")
         require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")
 
 
@@ -170,7 +176,19 @@ class Wandb:
         )
 
 
-OWN_FIELDS = ("data", "augment", "optim", "lanes", "epochs", "passes", "batch_size", "reshuffle", "compute_dtype")
+OWN_FIELDS = (
+    "data",
+    "augment",
+    "optim",
+    "lanes",
+    "epochs",
+    "passes",
+    "batch_size",
+    "reshuffle",
+    "accumulate",
+    "remat",
+    "compute_dtype",
+)
 """Fields of an experiment that each of its arms may have of its own."""
 
 
@@ -233,8 +251,17 @@ class Experiment:
     """Examples a step; a pass drops the last, incomplete batch of its order."""
     reshuffle: bool = True
     """Draw the order of the examples anew for each pass; false: the order in which they are stored, each time."""
+    accumulate: int = 1
+    """Equal pieces that each batch is cut into, looked at one after another, with their gradients added up: as large a
+    batch in a fraction of the memory. Not with norms, whose statistics are those of a whole batch."""
+    remat: bool = False
+    """Keep, from forward to backward, only the maps after each pooling and residual, and compute the others again:
+    deeper nets and larger images in the same memory, for up to a third more time."""
     devices: int | None = None
-    """Devices that lanes are spread over, each whole on one. None: all that JAX has; of a CPU each core is one."""
+    """Devices that lanes are spread over. None: all that JAX has; of a CPU each core is one."""
+    mesh: tuple[int, ...] | None = None
+    """LANES,SHARDS: groups of devices that lanes are spread over, and devices in a group, which share each batch. None:
+    as many groups as share the lanes, and of the devices left as many a group as divide the batch; on a CPU one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
     comparisons: tuple[str, ...] = ()
@@ -256,6 +283,19 @@ class Experiment:
         require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
         require(self.devices is None or self.devices >= 1, f"devices must be at least 1, not {self.devices}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(
+            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+            f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
+        )
+        if self.mesh is not None:
+            is_pair = len(self.mesh) == 2 and min(self.mesh) >= 1
+            require(is_pair, f"mesh must be two numbers of at least 1, LANES,SHARDS, not {value_text(self.mesh)}")
+            pieces = self.mesh[1] * self.accumulate
+            require(
+                self.batch_size % pieces == 0,
+                f"batch_size={self.batch_size} cannot be shared by {self.mesh[1]} devices of mesh="
+                f"{value_text(self.mesh)}" + (f" in {self.accumulate} pieces" if self.accumulate > 1 else ""),
+            )
         if self.lanes.combine == "zip":
             lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
             require(

@@ -26,7 +26,9 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
     def answer(parameters: Parameters, statistics: Statistics, examples: Examples) -> Answers:
         count = examples.y.shape[0]
         size = min(batch_size, count)
-        positions = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
+        rounds = -(-count // (size * recipe.shards))  # devices that share batches share these, too
+        positions = jnp.minimum(jnp.arange(rounds * recipe.shards * size), count - 1).reshape(-1, rounds, size)
+        own = positions[0 if recipe.data_axis is None else jax.lax.axis_index(recipe.data_axis)]
 
         def step(_: None, index: Int[Array, " batch"]) -> tuple[None, Answers]:
             x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
@@ -34,7 +36,9 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
             losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
             return None, Answers(output.argmax(-1), losses)
 
-        _, batches = jax.lax.scan(step, None, positions)
+        _, batches = jax.lax.scan(step, None, own)
+        if recipe.data_axis is not None:
+            batches = jax.lax.all_gather(batches, recipe.data_axis)
         return Answers(*(batch.reshape(-1)[:count] for batch in batches))
 
     return answer

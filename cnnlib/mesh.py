@@ -1,4 +1,6 @@
-"""Lanes over devices: each trains some of an arm's models, and nothing passes between them.
+"""A mesh of devices, (lane, data): lanes are spread over the first axis, and nothing passes between them.
+
+Along the second axis devices share each batch of the same lanes, and add up their gradients.
 
 The cores of a CPU count as devices where JAX is told so before it starts (`use_cores`): a small model's step is as fast
 on one core as on several, so several models beside one another are as many times faster (benchmarks/README.md).
@@ -18,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnnlib.errors import UserError
 
-LANE = "lane"
+LANE, DATA = "lane", "data"
 ALIGNMENT = 64
 """Bytes. An array on the host that begins at a multiple is the CPU's array as well, for all of its devices."""
 
@@ -56,11 +58,24 @@ class Spread(NamedTuple):
 
     lanes: int
     devices: tuple[jax.Device, ...]
+    """Those of the first lanes first."""
+    shards: int = 1
+    """Devices that share the batches of the same lanes."""
+
+    @property
+    def groups(self) -> int:
+        """Into which the lanes are divided."""
+        return len(self.devices) // self.shards
+
+    @property
+    def data_axis(self) -> str | None:
+        """Of the mesh, where batches are shared."""
+        return DATA if self.shards > 1 else None
 
     @property
     def lanes_a_device(self) -> int:
         """Copies included."""
-        return math.ceil(self.lanes / len(self.devices))
+        return math.ceil(self.lanes / self.groups)
 
     @property
     def sharing(self) -> int:
@@ -73,7 +88,8 @@ class Spread(NamedTuple):
 
     @property
     def _mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices), (LANE,), axis_types=(AxisType.Auto,))
+        grid = np.array(self.devices).reshape(self.groups, self.shards)
+        return Mesh(grid, (LANE, DATA), axis_types=(AxisType.Auto,) * 2)
 
     def compiled_for(
         self, function: Callable[..., Any], lane_arguments: int = 1, shared_arguments: int = 0, **options: Any
@@ -91,7 +107,7 @@ class Spread(NamedTuple):
 
     def filled(self, tree: Any) -> Any:
         """Arrays of the host with a leading lane axis, with the copies that fill the last device."""
-        copies = self.lanes_a_device * len(self.devices) - self.lanes
+        copies = self.lanes_a_device * self.groups - self.lanes
         if not copies:
             return tree
         return jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], copies, axis=0)]), tree)
@@ -118,10 +134,31 @@ class Spread(NamedTuple):
         return jax.tree.map(on_these, tree)
 
 
-def spread(lanes: int, devices: Sequence[jax.Device]) -> Spread:
-    """As many devices as share the work: with 5 lanes 3 of 4, since two of them have one lane more than the others."""
-    a_device = math.ceil(lanes / min(lanes, len(devices)))
-    return Spread(lanes, tuple(devices[: math.ceil(lanes / a_device)]))
+def spread(lanes: int, devices: Sequence[jax.Device], batch_size: int, mesh: tuple[int, int] | None = None) -> Spread:
+    """The mesh that was asked for, or lanes over as many devices as share the work, then batches over those left.
+
+    With 5 lanes 3 of 4 devices, since two of them have one lane more than the others; with 3 lanes and 8 devices 2 for
+    each lane. A batch is shared by as many devices as divide it; the cores of a CPU share none, since one lane keeps
+    them busy, and adding up costs more than it gains (`python -m benchmarks mesh`). Raises UserError for a mesh that
+    needs more devices, or lanes, than there are.
+    """
+    if mesh is None:
+        a_device = math.ceil(lanes / min(lanes, len(devices)))
+        groups = math.ceil(lanes / a_device)
+        left = 1 if devices[0].platform == "cpu" else len(devices) // groups
+        shards = max(number for number in range(1, left + 1) if batch_size % number == 0)
+    else:
+        groups, shards = mesh
+        if groups * shards > len(devices):
+            raise UserError(
+                f"mesh={groups},{shards} needs {groups * shards} devices: "
+                f"JAX has {len(devices)} ({devices[0].platform})"
+            )
+        if math.ceil(lanes / math.ceil(lanes / groups)) != groups:
+            raise UserError(
+                f"mesh={groups},{shards}: {lanes} lanes leave some of {groups} groups of devices without any"
+            )
+    return Spread(lanes, tuple(devices[: groups * shards]), shards)
 
 
 def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:

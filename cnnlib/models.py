@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -94,6 +95,8 @@ class Normalised(nn.Module):
     variance towards the unbiased one.) Computed in float32 whatever the type of its input (float64 in float64).
     """
 
+    data_axis: str | None
+
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], training: bool) -> Float[Array, "batch ..."]:
         channels = x.shape[-1:]
@@ -102,7 +105,7 @@ class Normalised(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         variance = self.variable("batch_stats", "variance", jnp.ones, channels, jnp.float32)
         if training:
-            y, *batch = ops.batch_norm(x, scale, bias, EPSILON)
+            y, *batch = ops.batch_norm(x, scale, bias, EPSILON, self.data_axis)
             for running, seen in zip((mean, variance), batch, strict=True):
                 running.value = (DECAY * running.value + (1 - DECAY) * seen).astype(running.value.dtype)
             return y
@@ -136,18 +139,33 @@ class Network(nn.Module):
 
     layers: tuple[Layer, ...]
     compute_dtype: DTypeLike = jnp.float32
+    data_axis: str | None = None
+    """The axis of a mesh along which devices share each batch of training (`ops.batch_norm`)."""
+    remat: bool = False
+    """Keep of a forward pass only what enters a stretch of layers (`stretches`), and compute the rest again."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], training: bool = False) -> Float[Array, "batch ..."]:
         x = x.astype(self.compute_dtype)
+        if not self.remat:
+            return self.apply_stretch(x, 0, len(self.layers), training)
+        for first, end in stretches(self.layers):
+            again = nn.remat(Network.apply_stretch, static_argnums=(2, 3, 4))
+            x = again(self, x, first, end, training)
+        return x
+
+    def apply_stretch(self, x: Array, first: int, end: int, training: bool) -> Array:
+        """Layers `first` to before `end`."""
         early = pools_before_bias(self.layers)
-        for index, layer in enumerate(self.layers):
+        for index in range(first, end):
             if index not in early.values():
                 pool = early.get(index)
-                x = self.apply_layer(layer, x, training, f"layer_{index}", None if pool is None else self.layers[pool])
+                after = None if pool is None else self.layers[pool]
+                x = self.apply_layer(self.layers[index], x, training, f"layer_{index}", after)
         return x
 
     def apply_layer(self, layer: Layer, x: Array, training: bool, name: str, pool: Layer | None) -> Array:
+        """One layer, and with a convolution the pooling that comes before its bias."""
         match layer:
             case Conv() | Local() | Full() | Dense():
                 return Affine(layer, self.compute_dtype, pool, name=name)(x)
@@ -158,11 +176,23 @@ class Network(nn.Module):
             case Activation():
                 return ACTIVATIONS[layer.function](x)
             case Norm():
-                return Normalised(name=name)(x, training)
+                return Normalised(self.data_axis, name=name)(x, training)
             case Residual():
-                branch = Network(layer.layers, self.compute_dtype, name=name)(x, training)
-                shortcut = Network(layer.shortcut, self.compute_dtype, name=f"{name}_shortcut")(x, training)
+                own = (self.compute_dtype, self.data_axis)
+                branch = Network(layer.layers, *own, name=name)(x, training)
+                shortcut = Network(layer.shortcut, *own, name=f"{name}_shortcut")(x, training)
                 return shortcut + branch
+
+
+def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
+    """Where maps are cheapest to keep: layers up to each pooling, and residuals alone; first and end of each."""
+    ends = {0, len(layers)}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, MaxPool | AvgPool | Residual):
+            ends.add(index + 1)
+        if isinstance(layer, Residual):
+            ends.add(index)
+    return list(itertools.pairwise(sorted(ends)))
 
 
 def max_pool(x: Array, layer: MaxPool) -> Array:
@@ -209,6 +239,8 @@ def training_logits(
     return jnp.asarray(output, jnp.float32), changed.get("batch_stats", {})
 
 
-def network(model: Model, compute_dtype: DTypeLike = jnp.float32) -> Network:
+def network(
+    model: Model, compute_dtype: DTypeLike = jnp.float32, data_axis: str | None = None, remat: bool = False
+) -> Network:
     """The Flax module of a model; its `Dense(NUM_CLASSES)` must have been given their number."""
-    return Network(model.layers, compute_dtype)
+    return Network(model.layers, compute_dtype, data_axis, remat)

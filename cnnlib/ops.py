@@ -128,49 +128,53 @@ def batch_norm(
     scale: Float[Array, " channel"],
     bias: Float[Array, " channel"],
     epsilon: float,
+    over: str | None = None,
 ) -> tuple[Float[Array, "batch *spatial channel"], Float[Array, " channel"], Float[Array, " channel"]]:
     """Each channel less its mean, over its deviation, times scale, plus bias; and the mean and variance that it had.
 
     Both are over batch and positions. The variance is biased (a mean of squares), and the deviation the root of it and
     `epsilon`. All is computed in float32, or in the type of `x` where that is wider; the result has the type of `x`.
+    Inside `shard_map`, `over` is the axis of the mesh along which devices have equal parts of the batch: mean and
+    variance are those of all of it.
     """
-    y, mean, variance = _batch_norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, bias, epsilon)
+    y, mean, variance = _batch_norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, bias, epsilon, over)
     return y.astype(x.dtype), mean, variance
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    normal, mean, variance = _normal(x, epsilon)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, over: str | None) -> tuple[Array, Array, Array]:
+    normal, mean, variance = _normal(x, epsilon, over)
     return normal * _channels(scale, x) + _channels(bias, x), mean, variance
 
 
 @_batch_norm.defjvp
 def _batch_norm_derivative(
-    epsilon: float, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+    epsilon: float, over: str | None, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
     """In a form whose transpose takes two sums over the map, those that are the gradients of bias and scale."""
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    normal, mean, variance = _normal(x, epsilon)
+    normal, mean, variance = _normal(x, epsilon, over)
     deviation = jnp.sqrt(variance + epsilon)
-    gain, dmean, along = scale / deviation, _mean(dx), _mean(normal * dx)
+    gain, dmean, along = scale / deviation, _mean(dx, over), _mean(normal * dx, over)
     y = normal * _channels(scale, x) + _channels(bias, x)
     dy = dx * _channels(gain, x) + normal * _channels(dscale - gain * along, x) + _channels(dbias - gain * dmean, x)
     return (y, mean, variance), (dy, dmean, 2 * deviation * along)
 
 
-def _normal(x: Array, epsilon: float) -> tuple[Array, Array, Array]:
+def _normal(x: Array, epsilon: float, over: str | None) -> tuple[Array, Array, Array]:
     """Channels of mean 0 and deviation 1, with the mean and variance that they had.
 
     The mean comes off before squares are taken: a difference of two large sums would be of rounding errors only.
     """
-    mean = _mean(x)
+    mean = _mean(x, over)
     centred = x - _channels(mean, x)
-    variance = _mean(jnp.square(centred))
+    variance = _mean(jnp.square(centred), over)
     return centred * _channels(1 / jnp.sqrt(variance + epsilon), x), mean, variance
 
 
-def _mean(x: Array) -> Array:
-    return x.sum(axis=tuple(range(x.ndim - 1))) / math.prod(x.shape[:-1])
+def _mean(x: Array, over: str | None) -> Array:
+    total = x.sum(axis=tuple(range(x.ndim - 1))) / math.prod(x.shape[:-1])
+    return total if over is None else jax.lax.pmean(total, over)  # type: ignore[no-untyped-call]
 
 
 def _channels(values: Array, x: Array) -> Array:

@@ -77,9 +77,9 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
 
 def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device]) -> None:
     """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
-    spread = mesh.spread(len(arm.lanes), devices)
+    spread = spread_of(arm, devices)
     lanes = len(arm.lanes)
-    need = 4 * arm.count.parameters * ((lanes if spread.sharing > 1 else spread.lanes_a_device) + 1)
+    need = 4 * arm.count.parameters * (spread.lanes_a_device * spread.sharing + 1)
     if need > (free := free_memory(devices[0])):
         raise UserError(
             f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters need {size_text(need)}, "
@@ -140,8 +140,8 @@ def compile_programs(
     does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
     """
     lanes, wanted, device = len(arm.lanes), arm.experiment.lanes.at_a_time, devices[0]
-    spread = mesh.spread(lanes, devices)
-    recipe, numbers, splits = recipe_of(arm), spread.filled(numbers_of(arm)), spread.shared(splits)
+    spread = spread_of(arm, devices)
+    recipe, numbers, splits = recipe_of(arm, spread), spread.filled(numbers_of(arm)), spread.shared(splits)
     most = spread.lanes_a_device
     at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
     too_many: str | None = None
@@ -245,12 +245,21 @@ def numbers_of(arm: TrainedArm) -> LaneNumbers:
     return LaneNumbers(*(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))  # type: ignore[arg-type]
 
 
-def recipe_of(arm: TrainedArm) -> Recipe:
+def spread_of(arm: TrainedArm, devices: Sequence[jax.Device]) -> Spread:
+    """The devices of an arm's lanes; raises UserError for a mesh that they cannot have."""
+    one = arm.experiment
+    asked = None if one.mesh is None else (one.mesh[0], one.mesh[1])
+    # So that a batch can be cut into the pieces of `accumulate` on each of the devices that share it.
+    return mesh.spread(len(arm.lanes), devices, one.batch_size // one.accumulate, asked)
+
+
+def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:
     """What is static in training an arm's models. Arms of equal recipes, data and lanes share their programs."""
     experiment = arm.experiment
     dtype = jnp.dtype(experiment.compute_dtype)
+    shards, data_axis = (1, None) if spread is None else (spread.shards, spread.data_axis)
     return Recipe(
-        network(arm.model, dtype),
+        network(arm.model, dtype, data_axis, experiment.remat),
         arm.input_shape,
         experiment.optim,
         experiment.augment,
@@ -259,6 +268,9 @@ def recipe_of(arm: TrainedArm) -> Recipe:
         experiment.data.train,
         experiment.reshuffle,
         experiment.passes,
+        experiment.accumulate,
+        shards,
+        data_axis,
         start=None if arm.start is None else network(arm.model.with_connectivity(arm.start), dtype),
     )
 

@@ -58,7 +58,15 @@ class TrainedArm(ResolvedArm):
         """What decides which program trains it: arms of one program differ in traced numbers only."""
         one, optim = self.experiment, self.experiment.optim
         rule = (optim.name, optim.schedule, any(optim.l1))
-        sizes = (one.batch_size, one.epochs, one.data.train, len(self.lanes), one.lanes.at_a_time, one.devices)
+        sizes = (
+            one.batch_size,
+            one.epochs,
+            one.data.train,
+            len(self.lanes),
+            one.lanes.at_a_time,
+            one.devices,
+            one.mesh,
+        )
         return (
             self.model,
             self.start,
@@ -69,6 +77,8 @@ class TrainedArm(ResolvedArm):
             sizes,
             one.reshuffle,
             one.passes,
+            one.accumulate,
+            one.remat,
             one.compute_dtype,
         )
 
@@ -110,7 +120,7 @@ def resolve(experiment: Experiment, described: Callable[[Data], Description] = d
     arms = []
     for arm in resolve_arms(experiment.arms, inputs):
         one, description = own[arm.name], descriptions[own[arm.name].data]
-        check_norms(arm, one.batch_size)
+        check_norms(arm, one.batch_size, one.accumulate)
         output_shape = arm.model.shapes(arm.input_shape)[-1]
         if output_shape != (description.num_classes,):
             raise UserError(
@@ -140,13 +150,18 @@ def check_optim(optim: Optim) -> None:
         raise UserError("optim.l1_threshold is a multiple of optim.l1, which is 0: it would do nothing")
 
 
-def check_norms(arm: ResolvedArm, batch_size: int) -> None:
-    """Raises UserError for a norm whose mean would be over one value."""
+def check_norms(arm: ResolvedArm, batch_size: int, accumulate: int) -> None:
+    """Raises UserError for a norm whose mean would be over one value, or over less than a batch."""
     for layer in layers(arm.model, arm.input_shape):
         if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
             raise UserError(
                 f"arm {arm.name}: batch_size=1 leaves the norm of {shape_text(layer.input_shape)} one value a channel, "
                 "which it makes zero; it needs at least 2"
+            )
+        if layer.layer == Norm() and accumulate > 1:
+            raise UserError(
+                f"arm {arm.name}: accumulate={accumulate} with norms: their statistics are those of a whole batch; "
+                "remat=true or a smaller batch_size take less memory, too"
             )
 
 

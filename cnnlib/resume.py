@@ -25,8 +25,11 @@ from cnnlib.resolve import TrainedArm
 Says = Callable[[str], None]
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 """Of JAX, that change numbers."""
-NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir", "comparisons")
+NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir", "data.workers", "comparisons")
 """Fields that may change between sessions without a word."""
+
+ONLY_ROUNDING = ("lanes.at_a_time", "devices", "mesh", "accumulate", "remat")
+"""Ends of the names of fields that change no more than the last bits; arms may have them of their own."""
 
 
 def identity(name: str, experiment: Experiment, devices: Sequence[jax.Device], cpu_kernels: str) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
     for field in dict.fromkeys((*old, *new)):
         if old.get(field) != new.get(field) and not field.startswith(NEVER_IN_THE_NUMBERS):
             text = f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}"
-            (told if field in ("lanes.at_a_time", "devices") else refused).append(text)
+            (told if field.endswith(ONLY_ROUNDING) else refused).append(text)
     for part in ("experiment", "code_sha256", "data_sha256"):
         if before.get(part) != after.get(part):
             what = {"experiment": "the experiment", "code_sha256": "cnnlib's code", "data_sha256": "the data"}[part]

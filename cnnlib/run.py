@@ -20,7 +20,7 @@ from cnnlib.data import DataSet, describe, load
 from cnnlib.errors import Stopped, UserError
 from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
-from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of
+from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of, spread_of
 from cnnlib.resolve import Part, TrainedArm, resolve
 from cnnlib.resume import Left, differences, fingerprint, identity, latest, read_arm, refusal
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
@@ -315,7 +315,7 @@ def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watch
 
 def most_devices(arms: tuple[TrainedArm, ...], devices: tuple[jax.Device, ...]) -> tuple[jax.Device, ...]:
     """Those of the devices that some arm has lanes for."""
-    return max((mesh.spread(len(arm.lanes), devices).devices for arm in arms), key=len)
+    return max((spread_of(arm, devices).devices for arm in arms), key=len)
 
 
 def on_devices(data_set: DataSet, devices: tuple[jax.Device, ...]) -> dict[str, Examples]:

@@ -1,9 +1,9 @@
 """The heart: one model's training as pure functions of keys and numbers, and the map that makes lanes of them.
 
 Read it top to bottom. What is static (network, training rule, sizes) is closed over; everything else is an argument.
-`initialize` and `epoch` are written for one model, as what evaluation.py tests it with; `over_lanes` maps any of them
-over a population, and the caller compiles the result. Examples are drawn, augmented and normalised inside the program:
-between two epochs nothing but a few sums leaves the device.
+`initialize`, `epoch` and its like for streams, `chunk`, are written for one model, as what evaluation.py tests it with;
+`over_lanes` maps any of them over a population, and the caller compiles the result. Examples are drawn, augmented and
+normalised inside the program: between two epochs nothing but a few sums leaves the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
-from cnnlib.augment import augmented, normalize
+from cnnlib.augment import Draws, changed, drawn, normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.equivalence import expand
 from cnnlib.models import Network, Parameters, Statistics, initial, training_logits
@@ -83,6 +83,11 @@ class Recipe(NamedTuple):
     """That one model trains on, drawn by its order seed; None: all there are."""
     reshuffle: bool = True
     passes: int = 1
+    accumulate: int = 1
+    """Equal pieces of a batch, looked at one after another; more than one only of a network without norms."""
+    shards: int = 1
+    """Devices that share each batch, along the axis `data_axis` of the mesh that the function is mapped over."""
+    data_axis: str | None = None
     start: Network | None = None
     """The reading of the network that draws the initial weights, where it is another one."""
 
@@ -131,48 +136,146 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
         count = own.shape[0]
         per_pass = count // recipe.batch_size
         steps = recipe.passes * per_pass
-        rule = optimizer(recipe.optim, numbers, total_steps=steps * recipe.epochs)
-        keys = keys_of(numbers)
 
         def order(number: Int[Array, ""]) -> Int[Array, " count"]:
             if not recipe.reshuffle:
                 return jnp.arange(count)
-            return jax.random.permutation(jax.random.fold_in(keys.order, number), count)
+            return jax.random.permutation(jax.random.fold_in(keys_of(numbers).order, number), count)
 
         orders = jax.lax.map(order, state.epochs * recipe.passes + jnp.arange(recipe.passes))
         batches = own[orders[:, : per_pass * recipe.batch_size]].reshape(steps, recipe.batch_size)
-
-        def loss(
-            parameters: Parameters, statistics: Statistics, x: Array, y: Array
-        ) -> tuple[Array, tuple[Array, Statistics]]:
-            output, statistics = training_logits(recipe.network, parameters, statistics, x)
-            targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
-            return optax.softmax_cross_entropy(output, targets).mean(), ((output.argmax(-1) == y).sum(), statistics)
-
-        def step(carry: tuple[Any, ...], batch: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
-            parameters, statistics, optimizer_state = carry
-            index, number = batch
-            key = jax.random.fold_in(keys.augment, state.epochs * steps + number)
-            x = augmented(key, examples.x[index], recipe.augment)
-            x = normalize(x, examples.mean, examples.deviation)
-            (value, (correct, statistics)), gradient = jax.value_and_grad(loss, has_aux=True)(
-                parameters, statistics, x, examples.y[index]
-            )
-            update, optimizer_state = rule.update(gradient, optimizer_state, parameters)
-            return (optax.apply_updates(parameters, update), statistics, optimizer_state), (value, correct)
-
+        step = one_step(recipe, numbers, examples, total_steps=steps * recipe.epochs)
         model = (state.parameters, state.statistics, state.optimizer_state)
-        (parameters, statistics, optimizer_state), (values, corrects) = jax.lax.scan(
-            step, model, (batches, jnp.arange(steps))
-        )
+        model, (values, corrects) = jax.lax.scan(step, model, (batches, state.epochs * steps + jnp.arange(steps)))
         sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), jnp.asarray(steps * recipe.batch_size, jnp.int32))
-        # The last step's loss is that of the parameters before it, so these are looked at as well.
-        finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
-        trained = State(parameters, statistics, optimizer_state, state.epochs + 1, state.diverged)
-        frozen = state._replace(diverged=jnp.ones((), bool))
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen), sums
+        return after(state, model, sums, epochs=1), sums
 
     return train
+
+
+class Place(NamedTuple):
+    """Where a chunk of a stream lies in the training."""
+
+    pass_number: Int[Array, ""]
+    """From the start of the training."""
+    number: Int[Array, ""]
+    """Of the chunk in its pass."""
+    first_step: Int[Array, ""]
+    """From the start of the training."""
+    steps: Int[Array, ""]
+    """That it is good for: what follows in it is filling."""
+    ends_epoch: Bool[Array, ""]
+
+
+def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Examples, Place], tuple[State, Sums]]:
+    """The function that trains a model on a chunk of a stream: `train(state, numbers, examples, place)`.
+
+    All models see the same chunks, each in its own order, which is drawn anew for each pass (`reshuffle`). What a
+    diverged model keeps is what it had before the chunk.
+    """
+
+    def train(state: State, numbers: LaneNumbers, examples: Examples, place: Place) -> tuple[State, Sums]:
+        count = examples.y.shape[0]
+        order = jnp.arange(count)
+        if recipe.reshuffle:
+            key = jax.random.fold_in(keys_of(numbers).order, place.pass_number)
+            order = jax.random.permutation(jax.random.fold_in(key, place.number), count)
+            order = order[jnp.argsort(order >= place.steps * recipe.batch_size, stable=True)]  # filling last
+        batches = order.reshape(-1, recipe.batch_size)
+        step = one_step(recipe, numbers, examples, total_steps)
+
+        def step_or_not(model: Any, batch: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
+            index, number = batch
+            nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+            taken = jax.lax.cond(
+                number < place.steps,
+                lambda model: step(model, (index, place.first_step + number)),
+                lambda model: (model, nothing),
+                model,
+            )
+            return taken[0], taken[1]
+
+        model = (state.parameters, state.statistics, state.optimizer_state)
+        model, (values, corrects) = jax.lax.scan(step_or_not, model, (batches, jnp.arange(batches.shape[0])))
+        examples_seen = place.steps * recipe.batch_size
+        sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), examples_seen)
+        return after(state, model, sums, epochs=place.ends_epoch.astype(jnp.int32)), sums
+
+    return train
+
+
+def after(state: State, model: tuple[Any, ...], sums: Sums, epochs: int | Int[Array, ""]) -> State:
+    """The state with what it has been trained to, or diverged with what it was."""
+    parameters, statistics, optimizer_state = model
+    # The last step's loss is that of the parameters before it, so these are looked at as well.
+    finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
+    trained = State(parameters, statistics, optimizer_state, state.epochs + epochs, state.diverged)
+    frozen = state._replace(diverged=jnp.ones((), bool))
+    kept: State = jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, frozen)
+    return kept
+
+
+def one_step(
+    recipe: Recipe, numbers: LaneNumbers, examples: Examples, total_steps: int
+) -> Callable[[Any, tuple[Array, Array]], tuple[Any, tuple[Array, Array]]]:
+    """The function that trains a model on one batch: `step(model, (index, number)) -> (model, (loss, correct))`.
+
+    `model` is parameters, statistics and optimiser state, `index` says which examples, `number` counts steps from the
+    start of the training. Of a batch that devices share, each takes its rows; `accumulate` pieces of these are looked
+    at one after another, and their gradients added up.
+    """
+    rule = optimizer(recipe.optim, numbers, total_steps)
+    key_augment = keys_of(numbers).augment
+
+    def loss(
+        parameters: Parameters, statistics: Statistics, x: Array, y: Array
+    ) -> tuple[Array, tuple[Array, Statistics]]:
+        output, statistics = training_logits(recipe.network, parameters, statistics, x)
+        targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
+        losses = optax.softmax_cross_entropy(output, targets)
+        return losses.sum() / recipe.batch_size, ((output.argmax(-1) == y).sum(), statistics)
+
+    def step(model: Any, batch: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
+        parameters, statistics, optimizer_state = model
+        index, number = batch
+        key = jax.random.fold_in(key_augment, number)
+        # Drawn for all of the batch, whoever looks at which part of it.
+        draws = drawn(key, recipe.batch_size, examples.x.shape[1:-1], recipe.augment)
+
+        def piece(index: Array, draws: Draws) -> tuple[Any, Statistics]:
+            """Sums over some of the batch's examples."""
+            x = normalize(changed(examples.x[index], draws, recipe.augment), examples.mean, examples.deviation)
+            (value, (correct, seen)), gradient = jax.value_and_grad(loss, has_aux=True)(
+                parameters, statistics, x, examples.y[index]
+            )
+            return (gradient, value, correct), seen
+
+        if recipe.data_axis is None:
+            rows: tuple[Array, Draws] = (index, draws)
+        else:
+            size = recipe.batch_size // recipe.shards
+            first = jax.lax.axis_index(recipe.data_axis) * size
+            rows = jax.tree.map(lambda all_rows: jax.lax.dynamic_slice_in_dim(all_rows, first, size), (index, draws))
+        if recipe.accumulate == 1:
+            sums, statistics = piece(*rows)
+        else:
+            pieces = jax.tree.map(lambda r: r.reshape(recipe.accumulate, -1, *r.shape[1:]), rows)
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(piece, *first_of(pieces))[0])
+            sums, _ = jax.lax.scan(
+                lambda so_far, rows: (jax.tree.map(jnp.add, so_far, piece(*rows)[0]), None), zero, pieces
+            )
+        if recipe.data_axis is not None:
+            sums = jax.lax.psum(sums, recipe.data_axis)  # type: ignore[no-untyped-call]
+        gradient, value, correct = sums
+        update, optimizer_state = rule.update(gradient, optimizer_state, parameters)
+        return (optax.apply_updates(parameters, update), statistics, optimizer_state), (value, correct)
+
+    return step
+
+
+def first_of(tree: Any) -> Any:
+    """The first rows of arrays with a leading axis."""
+    return jax.tree.map(lambda rows: rows[0], tree)
 
 
 def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"]:

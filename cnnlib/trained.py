@@ -16,7 +16,14 @@ from cnnlib.config import Experiment
 from cnnlib.data import DataSet, load
 from cnnlib.errors import UserError
 from cnnlib.models import Parameters, Statistics
-from cnnlib.programs import check_parameters_fit, compile_cache, numbers_of, preferred_at_a_time, recipe_of
+from cnnlib.programs import (
+    check_parameters_fit,
+    compile_cache,
+    numbers_of,
+    preferred_at_a_time,
+    recipe_of,
+    spread_of,
+)
 from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.run import most_devices, on_devices
 from cnnlib.spec import Model, Shape
@@ -73,7 +80,8 @@ def train_arm(
     if devices[0].platform == "cpu" and arm.model.connectivity != "full":
         with COMPILING_KERNELS:  # once, and not by two arms at the same time
             kernels.chosen()
-    spread, recipe = mesh.spread(len(arm.lanes), devices), recipe_of(arm)
+    spread = spread_of(arm, devices)
+    recipe = recipe_of(arm, spread)
     wanted = arm.experiment.lanes.at_a_time
     most = spread.lanes_a_device
     at_a_time = min(wanted or preferred_at_a_time(arm.model.connectivity, most, devices[0].platform), most)
