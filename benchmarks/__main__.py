@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | ops | memory | tracking | mnist1d`: speed and memory; `benchmarks/README.md`."""
+"""`python -m benchmarks step | lanes | mesh | ops | memory | tracking | mnist1d`: speed, memory; see README.md here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import lanes, memory, mnist1d, operations, peers, step, tracking
+from benchmarks import lanes, memory, mesh, mnist1d, operations, peers, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
@@ -28,6 +28,8 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
         case "lanes":
             counts = tuple(options.lanes or lanes.LANES)
             yield from (lanes.measure(net, options.batch_size, options.rounds, counts) for net in nets)
+        case "mesh":
+            yield from (mesh.measure(net, options.batch_size, options.rounds) for net in nets)
         case "ops":
             yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
@@ -41,7 +43,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step", "lanes", "ops", "memory", "tracking", "mnist1d"])
+    parser.add_argument("benchmark", choices=["step", "lanes", "mesh", "ops", "memory", "tracking", "mnist1d"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.rounds, options.epochs, *(options.lanes or [1])) < 1:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
-    if options.benchmark == "mnist1d":
+    if options.benchmark in ("mesh", "mnist1d"):
         use_cores()  # as `python -m experiments run` does
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}

@@ -20,9 +20,9 @@ from cnnlib import mesh
 from cnnlib.config import Experiment, override
 from cnnlib.data import load
 from cnnlib.errors import UserError
+from cnnlib.feeds import Resident
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
-from cnnlib.run import on_devices
 from experiments.mnist1d import mnist1d
 
 EVALUATE_EVERY = 250
@@ -84,9 +84,9 @@ def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
     """A call that trains all lanes of the experiment's arm from their start, and the seconds its compilation took."""
     (arm,) = resolve(experiment)
     devices = mesh.devices()
-    splits = on_devices(load(arm.data), devices)
-    programs = compile_programs(arm, splits, devices)
-    numbers, examples = programs.spread.put(numbers_of(arm)), programs.spread.shared(splits["train"])
+    feed = Resident(load(arm.data), devices)
+    programs = compile_programs(arm, feed, devices)
+    numbers, examples = programs.spread.put(numbers_of(arm)), feed.examples(arm, programs.spread)["train"]
 
     def call() -> None:
         states, _ = programs.initialize(numbers)

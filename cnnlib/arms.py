@@ -19,14 +19,16 @@ from cnnlib import tracking
 from cnnlib.checkpoint import Snapshot, layout, restored, sha256
 from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
+from cnnlib.feeds import ArmFeed, Feed, Tested
 from cnnlib.folder import RunFolder
+from cnnlib.hosts import ALONE, Hosts
 from cnnlib.optim import sparsity
 from cnnlib.predictions import answers_of, write_answers
 from cnnlib.programs import Programs, numbers_of, size_text
 from cnnlib.resolve import TrainedArm
 from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
-from cnnlib.train import Answers, Examples, Keys, State, Sums
+from cnnlib.train import Keys, State, Sums
 from cnnlib.watcher import EpochReport, Watcher
 from cnnlib.writer import Job, Writer
 
@@ -35,7 +37,7 @@ class Training(NamedTuple):
     """What every arm of a session trains with."""
 
     experiment: Experiment
-    splits: dict[Data, dict[str, Examples]]
+    fed: dict[Data, Feed]
     folder: RunFolder
     watcher: Watcher
     stop: Callable[[], bool]
@@ -45,11 +47,19 @@ class Training(NamedTuple):
     """None where there are to be no checkpoints."""
     unwritten: list[FinishedArm]
     """Arms whose last checkpoint is still being written."""
+    hosts: Hosts = ALONE
 
     def is_due(self, epoch: int) -> bool:
-        """Whether there is to be a checkpoint after an epoch that is not the last."""
+        """Whether there is to be a checkpoint after an epoch that is not the last: process 0, which writes it, says."""
         every, share = self.experiment.checkpoint.every, self.experiment.checkpoint.share
-        return every > 0 and epoch % every == 0 and self.writer is not None and (share == 1.0 or self.writer.is_ready())
+        if every == 0 or epoch % every:
+            return False
+        is_ready = self.writer is not None and (share == 1.0 or self.writer.is_ready())
+        return self.hosts.from_first(b"due" if is_ready else b"no") == b"due"
+
+    def is_to_stop(self) -> bool:
+        """Whether somebody, on any host, wants the run to end."""
+        return self.hosts.agreed(self.stop())
 
 
 def train_arm(
@@ -108,6 +118,10 @@ class SoFar:
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: list[float] | None = None
     train_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """Of these, for examples; at most."""
+    stream: Any = None
+    """Where the arm is in a stream of examples."""
 
 
 def run_arm(
@@ -118,24 +132,59 @@ def run_arm(
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
-    experiment, spread = arm.experiment, programs.spread
-    numbers, splits = spread.put(numbers_of(arm)), spread.shared(training.splits[arm.data])
+    spread = programs.spread
+    numbers = spread.put(numbers_of(arm))
     so_far = SoFar()
     states, keys = programs.initialize(numbers)
     if in_flight is not None:
         states = put_back(arm, programs, keys, in_flight)
         known = in_flight.progress
         best = None if known.best is None else [float(number) for number in known.best]
-        so_far = SoFar(known.epoch, list(known.lines), best, float(known.train_seconds))
+        times = (float(known.train_seconds), float(known.waited_seconds))
+        so_far = SoFar(known.epoch, list(known.lines), best, *times, known.stream)
     training.watcher.training_begins(arm.name, so_far.epoch)
+    feed = training.fed[arm.data].to(arm, programs, so_far.stream, so_far.waited_seconds)
+    with contextlib.closing(feed):
+        states, validation = train_epochs(training, arm, programs, feed, states, keys, so_far, metrics)
+        if validation is None:
+            validation = spread.fetched(feed.validate(states))
+        tested = feed.test(states)
+        known = spread.fetched(feed.fit(states, numbers))
+        distances = programs.distance and spread.fetched(programs.distance(states.parameters))
+        states = spread.fetched(states)
+        sums = {"test": sums_of(tested), "train": known, "validation": validation}
+        result = result_of(arm, programs, states, distances, sums, so_far)
+        diverged = np.asarray(states.diverged)
+        predicted, loss = map(np.asarray, tested.answers)
+        kept = answers_of(tested.labels, feed.test_examples, predicted, loss, diverged)
+        write_answers(training.folder, arm.name, kept)
+    return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
+
+
+def train_epochs(
+    training: Training,
+    arm: TrainedArm,
+    programs: Programs,
+    feed: ArmFeed,
+    states: State,
+    keys: Keys,
+    so_far: SoFar,
+    metrics: tracking.JsonLines,
+) -> tuple[State, Sums | None]:
+    """Trains all lanes from what they have come to up to the last epoch, each of them told, written and maybe kept.
+
+    Returns the states, and what they are worth on the validation examples where that is known. Raises Stopped.
+    """
+    experiment, spread = arm.experiment, programs.spread
+    numbers = spread.put(numbers_of(arm))
     jax.block_until_ready(states)  # type: ignore[no-untyped-call]
     idle_since = time.perf_counter()
     validation: Sums | None = None
 
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
-        states, sums = programs.epoch(states, numbers, splits["train"])
-        validated = programs.validate and programs.validate(states.parameters, states.statistics, splits["validation"])
+        states, sums = feed.train(states, numbers)
+        validated = feed.validate(states)
         is_due = epoch == experiment.epochs or training.is_due(epoch)
         taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
         return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
@@ -144,9 +193,9 @@ def run_arm(
         states, going = dispatch(states, so_far.epoch + 1)
     while so_far.epoch < experiment.epochs:
         epoch, ended = so_far.epoch + 1, going
-        # The device has the next epoch to do while this one's sums are fetched, written and shown.
-        is_last = epoch == experiment.epochs or training.stop()
-        if not is_last:
+        is_last = epoch == experiment.epochs or training.is_to_stop()
+        if feed.runs_ahead and not is_last:
+            # The device has the next epoch to do while this one's sums are fetched, written and shown.
             states, going = dispatch(states, epoch + 1)
         sums, diverged = spread.fetched((ended.train, ended.diverged))
         seconds = time.perf_counter() - idle_since
@@ -160,30 +209,27 @@ def run_arm(
         metrics.write(report.lines)
         so_far.epoch, so_far.train_seconds = epoch, so_far.train_seconds + seconds
         so_far.lines += report.lines
+        so_far.stream, so_far.waited_seconds = feed.position, feed.waited
         training.watcher.epoch_ends(report)
-        wants_to_stop, taken = training.stop(), ended.snapshot
+        wants_to_stop, taken = training.is_to_stop(), ended.snapshot
+        is_last = is_last or (wants_to_stop and not feed.runs_ahead)
         if is_last and taken is None and programs.snapshot is not None:
             taken = programs.snapshot((states, keys))
+        if taken is not None:
+            taken = spread.fetched_by_first(taken)
         if taken is not None and training.writer is not None:
             save(training, arm, programs, taken, so_far, report.means.get("validation_accuracy"))
         write_finished(training)
-        if wants_to_stop and (is_last or taken is not None):
+        is_kept = programs.snapshot is not None and (is_last or ended.snapshot is not None)
+        if wants_to_stop and (is_last or is_kept):
             if training.writer is not None:
                 training.writer.wait()
                 write_finished(training)
-            how = "which is saved" if taken is not None else "of which nothing is saved: checkpoint.every=0"
+            how = "which is saved" if is_kept else "of which nothing is saved: checkpoint.every=0"
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
-    model = (states.parameters, states.statistics)
-    if validation is None and programs.validate is not None:
-        validation = spread.fetched(programs.validate(*model, splits["validation"]))
-    answers = spread.fetched(programs.predict(*model, splits["test"]))
-    known = spread.fetched(programs.fit(*model, numbers, splits["train"]))
-    distances = programs.distance and spread.fetched(programs.distance(states.parameters))
-    states = spread.fetched(states)
-    sums = {"test": sums_of(answers, splits["test"]), "train": known, "validation": validation}
-    result = result_of(arm, programs, states, distances, sums, so_far.train_seconds)
-    keep_answers(training, arm, answers, states, splits["test"])
-    return FinishedArm(tracking.plain(result), tracking.plain(so_far.lines), training.seconds())
+        if not (feed.runs_ahead or is_last):
+            states, going = dispatch(states, epoch + 1)
+    return states, validation
 
 
 def report_of(
@@ -224,6 +270,8 @@ def save(
         lines=so_far.lines,
         best=so_far.best,
         train_seconds=so_far.train_seconds,
+        waited_seconds=so_far.waited_seconds,
+        stream=so_far.stream,
         wall_seconds=training.seconds(),
     )
     assert training.writer is not None
@@ -250,7 +298,7 @@ def result_of(
     states: State,
     distances: np.ndarray | None,
     sums: dict[str, Sums | None],
-    train_seconds: float,
+    so_far: SoFar,
 ) -> dict[str, Any]:
     """The arm's part of `results.json`; `states` and `distances` (from a convolution) are on the host."""
     lanes = arm.lanes
@@ -270,24 +318,19 @@ def result_of(
         "mesh": [programs.spread.groups, programs.spread.shards],
         "memory_bytes": programs.memory_bytes,
         "epochs": arm.experiment.epochs,
-        "train_seconds_per_lane": train_seconds / len(lanes),
+        "train_seconds_per_lane": so_far.train_seconds / len(lanes),
+        **({} if so_far.stream is None else {"waited_seconds": so_far.waited_seconds}),
         **headline_of(settings),
         "settings": settings,
         "lanes": lane_results,
     }
 
 
-def sums_of(answers: Answers, examples: Examples) -> Sums:
+def sums_of(tested: Tested) -> Sums:
     """The sums over all examples, lane by lane, in the precision of the host."""
-    correct = (answers.predicted == np.asarray(examples.y)).sum(axis=1)
-    return Sums(answers.loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), answers.loss.shape[1]))  # type: ignore[arg-type]
-
-
-def keep_answers(training: Training, arm: TrainedArm, answers: Answers, states: State, examples: Examples) -> None:
-    """Writes what the arm's models answer to the test examples."""
-    labels, x = (np.asarray(array) for array in (examples.y, examples.x))
-    kept = answers_of(labels, x, answers.predicted, answers.loss, np.asarray(states.diverged))  # type: ignore[arg-type]
-    write_answers(training.folder, arm.name, kept)
+    predicted, loss = tested.answers
+    correct = (predicted == tested.labels).sum(axis=1)
+    return Sums(loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), loss.shape[1]))  # type: ignore[arg-type]
 
 
 def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:

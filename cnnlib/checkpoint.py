@@ -150,9 +150,14 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> Any:
         orbax = self._orbax
+        # Of a run on several hosts process 0 reads and writes alone, and waits for nobody.
+        alone = {"primary_host": 0, "active_processes": {0}}
+        self._folder.mkdir(parents=True, exist_ok=True)
         return orbax.CheckpointManager(
             self._folder.absolute(),
             options=orbax.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=orbax.options.MultiprocessingOptions(**alone),
                 preservation_policy=_LatestAndBest(self._keep, self),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=False,
@@ -160,7 +165,11 @@ class Checkpoints:
             ),
             item_handlers={
                 # Weights do not compress, and one file is what is cheapest to write.
-                STATE: orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
+                STATE: orbax.PyTreeCheckpointHandler(
+                    use_ocdbt=False,
+                    use_compression=False,
+                    multiprocessing_options=orbax.options.MultiprocessingOptions(**alone),
+                ),
                 PROGRESS: orbax.JsonCheckpointHandler(),
             },
         )

@@ -23,18 +23,17 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
     Norms use their running statistics. The last batch is filled up with copies of the last example, which are cut off.
     """
 
+    answer_at = answers_at(recipe)
+
     def answer(parameters: Parameters, statistics: Statistics, examples: Examples) -> Answers:
         count = examples.y.shape[0]
         size = min(batch_size, count)
         rounds = -(-count // (size * recipe.shards))  # devices that share batches share these, too
         positions = jnp.minimum(jnp.arange(rounds * recipe.shards * size), count - 1).reshape(-1, rounds, size)
-        own = positions[0 if recipe.data_axis is None else jax.lax.axis_index(recipe.data_axis)]
+        own = positions[shard_of(recipe)]
 
         def step(_: None, index: Int[Array, " batch"]) -> tuple[None, Answers]:
-            x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
-            output = logits(recipe.network, parameters, statistics, x)
-            losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
-            return None, Answers(output.argmax(-1), losses)
+            return None, answer_at(parameters, statistics, examples, index)
 
         _, batches = jax.lax.scan(step, None, own)
         if recipe.data_axis is not None:
@@ -42,6 +41,25 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
         return Answers(*(batch.reshape(-1)[:count] for batch in batches))
 
     return answer
+
+
+def answers_at(recipe: Recipe) -> Callable[[Parameters, Statistics, Examples, Int[Array, " batch"]], Answers]:
+    """The function that has a model answer the examples at some positions."""
+
+    def answer(
+        parameters: Parameters, statistics: Statistics, examples: Examples, index: Int[Array, " batch"]
+    ) -> Answers:
+        x = normalize(central(examples.x[index], recipe.augment), examples.mean, examples.deviation)
+        output = logits(recipe.network, parameters, statistics, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(output, examples.y[index])
+        return Answers(output.argmax(-1), losses)
+
+    return answer
+
+
+def shard_of(recipe: Recipe) -> int | Int[Array, ""]:
+    """Which of the devices that share batches this is."""
+    return 0 if recipe.data_axis is None else jax.lax.axis_index(recipe.data_axis)
 
 
 def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Sums]:
@@ -59,6 +77,37 @@ def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Sta
     return test
 
 
+def evaluate_first(
+    recipe: Recipe, batch_size: int = 500
+) -> Callable[[Parameters, Statistics, Examples, Int[Array, ""]], Sums]:
+    """`evaluate` on the first of the examples: `test(parameters, statistics, examples, count) -> sums`.
+
+    In the time that these take, however many there are.
+    """
+    answer_at = answers_at(recipe)
+
+    def test(parameters: Parameters, statistics: Statistics, examples: Examples, count: Int[Array, ""]) -> Sums:
+        size = min(batch_size, examples.y.shape[0])
+        at_once = size * recipe.shards
+
+        def next_batch(number: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+            positions = number * at_once + shard_of(recipe) * size + jnp.arange(size)
+            index = jnp.minimum(positions, examples.y.shape[0] - 1)
+            predicted, loss = answer_at(parameters, statistics, examples, index)
+            counts = positions < count
+            correct = ((predicted == examples.y[index]) & counts).sum()
+            return so_far[0] + jnp.where(counts, loss, 0.0).sum(), so_far[1] + correct
+
+        nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+        sums = jax.lax.fori_loop(0, (count + at_once - 1) // at_once, next_batch, nothing)
+        if recipe.data_axis is not None:
+            sums = jax.lax.psum(sums, recipe.data_axis)  # type: ignore[no-untyped-call]
+        loss, correct = sums
+        return Sums(loss, correct, jnp.asarray(count))
+
+    return test
+
+
 def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""]]:
     """The function that measures how far a local or full net is from a convolution: `distance(parameters)`.
 
@@ -69,9 +118,9 @@ def distance_from_conv(recipe: Recipe) -> Callable[[Parameters], Float[Array, ""
     return lambda parameters: project(model, parameters, recipe.input_shape, "conv").total
 
 
-def fit(recipe: Recipe) -> Callable[[Parameters, Statistics, LaneNumbers, Examples], Sums]:
+def fit(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, LaneNumbers, Examples], Sums]:
     """The function that tests a model on what it was trained on: `known(parameters, statistics, numbers, examples)`."""
-    test = evaluate(recipe)
+    test = evaluate(recipe, batch_size)
 
     def known(parameters: Parameters, statistics: Statistics, numbers: LaneNumbers, examples: Examples) -> Sums:
         if recipe.examples is not None:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnnlib.errors import UserError
+from cnnlib.hosts import ALONE, Hosts
 
 LANE, DATA = "lane", "data"
 ALIGNMENT = 64
@@ -61,6 +62,8 @@ class Spread(NamedTuple):
     """Those of the first lanes first."""
     shards: int = 1
     """Devices that share the batches of the same lanes."""
+    hosts: Hosts = ALONE
+    """Whose devices they are, those of process 0 first."""
 
     @property
     def groups(self) -> int:
@@ -78,9 +81,15 @@ class Spread(NamedTuple):
         return math.ceil(self.lanes / self.groups)
 
     @property
+    def own_device(self) -> jax.Device:
+        """The first of this host."""
+        return next(device for device in self.devices if device.process_index == self.hosts.process)
+
+    @property
     def sharing(self) -> int:
         """How many of the devices share one memory."""
-        return len(self.devices) if self.devices[0].platform == "cpu" else 1
+        own = [device for device in self.devices if device.process_index == self.hosts.process]
+        return len(own) if self.devices[0].platform == "cpu" else 1
 
     @property
     def _by_lane(self) -> NamedSharding:
@@ -114,33 +123,69 @@ class Spread(NamedTuple):
 
     def put(self, tree: Any) -> Any:
         """Arrays of the host with a leading lane axis, on the devices."""
-        return jax.device_put(self.filled(tree), None if len(self.devices) == 1 else self._by_lane)
+        if len(self.devices) == 1:
+            return jax.device_put(tree)
+        if self.hosts.count == 1:
+            return jax.device_put(self.filled(tree), self._by_lane)
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_callback(rows.shape, self._by_lane, lambda own: rows[own]),
+            self.filled(tree),
+        )
 
     def fetched(self, tree: Any) -> Any:
-        """Arrays with a leading lane axis, on the host, without copies."""
-        return jax.tree.map(lambda rows: rows[: self.lanes], jax.device_get(tree))
+        """Arrays with a leading lane axis, on every host, without copies."""
+        if self.hosts.count == 1:
+            return jax.tree.map(lambda rows: rows[: self.lanes], jax.device_get(tree))
+        arrays, structure = jax.tree.flatten(tree)
+        found = self.hosts.gathered([self._own_rows(array) for array in arrays])
+        return jax.tree.unflatten(structure, self._joined(found))
+
+    def fetched_by_first(self, tree: Any) -> Any:
+        """The same on process 0 of several; None on the others. Of one process, still on its devices and with copies:
+        whoever writes them fetches them, and nobody waits."""
+        if self.hosts.count == 1:
+            return tree
+        arrays, structure = jax.tree.flatten(tree)
+        found = self.hosts.gathered_by_first([self._own_rows(array) for array in arrays])
+        return None if found is None else jax.tree.unflatten(structure, self._joined(found))
+
+    def _own_rows(self, array: jax.Array) -> np.ndarray:
+        """Of the lanes whose first device is one of this host's."""
+        by_device = {shard.device: shard.data for shard in array.addressable_shards}
+        own = [np.asarray(by_device[device]) for device in self.devices[:: self.shards] if device in by_device]
+        return np.concatenate(own) if own else np.zeros((0, *array.shape[1:]), array.dtype)
+
+    def _joined(self, parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+        """The rows of all hosts, whose devices are in the order of their processes."""
+        return [np.concatenate(rows)[: self.lanes] for rows in zip(*parts, strict=True)]
 
     def shared(self, tree: Any) -> Any:
         """Arrays that `replicated` has put on these devices and more, as they are on these."""
         sharding = NamedSharding(self._mesh, PartitionSpec())
 
-        def on_these(array: jax.Array) -> jax.Array:
+        def on_these(array: jax.Array) -> Any:
             by_device = {shard.device: shard.data for shard in array.addressable_shards}
-            parts = [by_device[device] for device in self.devices]
-            return (
-                parts[0] if len(parts) == 1 else jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-            )
+            parts = [by_device[device] for device in self.devices if device in by_device]
+            if len(self.devices) == 1:
+                return parts[0]
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
         return jax.tree.map(on_these, tree)
 
 
-def spread(lanes: int, devices: Sequence[jax.Device], batch_size: int, mesh: tuple[int, int] | None = None) -> Spread:
+def spread(
+    lanes: int,
+    devices: Sequence[jax.Device],
+    batch_size: int,
+    mesh: tuple[int, int] | None = None,
+    hosts: Hosts = ALONE,
+) -> Spread:
     """The mesh that was asked for, or lanes over as many devices as share the work, then batches over those left.
 
     With 5 lanes 3 of 4 devices, since two of them have one lane more than the others; with 3 lanes and 8 devices 2 for
     each lane. A batch is shared by as many devices as divide it; the cores of a CPU share none, since one lane keeps
     them busy, and adding up costs more than it gains (`python -m benchmarks mesh`). Raises UserError for a mesh that
-    needs more devices, or lanes, than there are.
+    needs more devices, or lanes, than there are, and where a host is left without any.
     """
     if mesh is None:
         a_device = math.ceil(lanes / min(lanes, len(devices)))
@@ -158,14 +203,22 @@ def spread(lanes: int, devices: Sequence[jax.Device], batch_size: int, mesh: tup
             raise UserError(
                 f"mesh={groups},{shards}: {lanes} lanes leave some of {groups} groups of devices without any"
             )
-    return Spread(lanes, tuple(devices[: groups * shards]), shards)
+    used = tuple(devices[: groups * shards])
+    idle = set(range(hosts.count)) - {device.process_index for device in used} if hosts.count > 1 else ()
+    if idle:
+        raise UserError(
+            f"a mesh of {groups},{shards} leaves nothing to do for process {', '.join(map(str, sorted(idle)))} of "
+            f"{hosts.count}: {lanes} lanes need fewer hosts, or mesh=LANES,SHARDS to share batches"
+        )
+    return Spread(lanes, used, shards, hosts)
 
 
 def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Arrays of the host, whole on each device; those of a CPU share one copy."""
+    """Arrays of the host, whole on each of its devices; those of a CPU share one copy."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
     if len(devices) == 1:
         return jax.device_put(tree)
-    mesh = Mesh(np.array(devices), (LANE,), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(own), (LANE,), axis_types=(AxisType.Auto,))
     return jax.device_put(jax.tree.map(aligned, tree), NamedSharding(mesh, PartitionSpec()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +39,16 @@ class Answers(NamedTuple):
 
 
 def answers_of(
-    labels: np.ndarray, examples: np.ndarray, predicted: np.ndarray, loss: np.ndarray, diverged: np.ndarray
+    labels: np.ndarray,
+    examples_at: Callable[[np.ndarray], np.ndarray],
+    predicted: np.ndarray,
+    loss: np.ndarray,
+    diverged: np.ndarray,
 ) -> Answers:
-    """What to keep of all answers `(lane, example)`; `examples` are `(example, ...)`, `diverged` is `(lane,)`."""
+    """What to keep of all answers `(lane, example)`; `examples_at` gives the examples of some indices.
+
+    `diverged` is `(lane,)`.
+    """
     predicted = np.where(diverged[:, None], -1, predicted).astype(np.int32)
     loss = np.where(diverged[:, None], np.nan, loss).astype(np.float32)
     fine = ~diverged
@@ -49,7 +57,7 @@ def answers_of(
         is_mistake = (predicted[fine] != labels).mean(axis=0) > 0.5
         by_loss = np.argsort(-loss[fine].mean(axis=0, dtype=np.float64), kind="stable")
         worst = by_loss[is_mistake[by_loss]][:MOST_MISTAKES].astype(np.int32)
-    return Answers(labels.astype(np.int32), predicted, loss, worst, examples[worst])
+    return Answers(labels.astype(np.int32), predicted, loss, worst, examples_at(worst))
 
 
 def write_answers(folder: RunFolder, arm: str, answers: Answers) -> None:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from cnnlib import checkpoint, evaluation, kernels, mesh, train
 from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
+from cnnlib.hosts import ALONE, Hosts
 from cnnlib.mesh import Spread
 from cnnlib.models import network
 from cnnlib.resolve import TrainedArm
@@ -32,6 +33,12 @@ from cnnlib.train import Examples, Recipe, State
 
 CPU_GROUP = 8
 """Lanes of a full net that gain from one another on a CPU; more outgrow its cache (`python -m benchmarks lanes`)."""
+
+
+EVALUATION_BYTES = 2**26
+"""500 examples of 105x105x3 as float32."""
+PLACE = train.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
+"""Of the types of the numbers that say where a chunk lies."""
 
 
 def preferred_at_a_time(connectivity: Connectivity, lanes: int, platform: str) -> int:
@@ -75,12 +82,12 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
     return int(found[1]) if found else otherwise
 
 
-def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device]) -> None:
+def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device], hosts: Hosts = ALONE) -> None:
     """Raises UserError where the parameters alone, with the gradient of one lane, are more than the memory has free."""
-    spread = spread_of(arm, devices)
+    spread = spread_of(arm, devices, hosts)
     lanes = len(arm.lanes)
     need = 4 * arm.count.parameters * (spread.lanes_a_device * spread.sharing + 1)
-    if need > (free := free_memory(devices[0])):
+    if need > (free := free_memory(spread.own_device)):
         raise UserError(
             f"arm {arm.name}: {lanes} lanes of {arm.count.parameters:,} parameters need {size_text(need)}, "
             f"{size_text(free)} are free; fewer lanes (lanes.seed) may fit"
@@ -127,21 +134,29 @@ def memory_of(compiled: Any) -> int:
     )
 
 
+class Feed(Protocol):
+    """What programs need to know of where their examples come from (`feeds.py`)."""
+
+    is_streamed: bool
+
+    def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
+        """What the programs of an arm take of each part: arrays on its devices, or the shapes of a chunk."""
+
+
 def compile_programs(
-    arm: TrainedArm,
-    splits: dict[str, Examples],
-    devices: Sequence[jax.Device],
-    before: int | None = None,
+    arm: TrainedArm, feed: Feed, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
 ) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
-    The lanes are spread over the devices, each of which has the examples (`mesh.replicated`).
+    The lanes are spread over the devices, each of which has the examples, or a chunk of them.
     `before` is how many there were in the session that this one goes on with. Raises UserError where one lane at a time
     does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
     """
     lanes, wanted, device = len(arm.lanes), arm.experiment.lanes.at_a_time, devices[0]
-    spread = spread_of(arm, devices)
-    recipe, numbers, splits = recipe_of(arm, spread), spread.filled(numbers_of(arm)), spread.shared(splits)
+    spread = spread_of(arm, devices, hosts)
+    recipe, numbers = recipe_of(arm, spread), shapes(spread.filled(numbers_of(arm)))
+    splits, tested_at_once = feed.examples(arm, spread), evaluation_batch(arm)
+    place = shapes(PLACE)
     most = spread.lanes_a_device
     at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
     too_many: str | None = None
@@ -157,22 +172,37 @@ def compile_programs(
     while True:
 
         def mapped(
-            function: Callable[..., Any], lane_arguments: int, at_a_time: int = at_a_time, **options: Any
+            function: Callable[..., Any],
+            lane_arguments: int,
+            shared_arguments: int = 1,
+            at_a_time: int = at_a_time,
+            **options: Any,
         ) -> Any:
             own = train.over_lanes(function, at_a_time, lane_arguments)
-            return spread.compiled_for(own, lane_arguments, shared_arguments=1, **options)
+            return spread.compiled_for(own, lane_arguments, shared_arguments, **options)
 
-        epoch = mapped(train.epoch(recipe), 2, donate_argnums=0)
-        predict, evaluate = (mapped(make(recipe), 2) for make in (evaluation.predict, evaluation.evaluate))
-        compiled = {"train": epoch.lower(states, numbers, splits["train"]).compile()}
-        compiled["test"] = predict.lower(*model, splits["test"]).compile()
-        fit = mapped(evaluation.fit(recipe), 3)
-        compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
+        predict = mapped(evaluation.predict(recipe, tested_at_once), 2)
+        compiled = {"test": predict.lower(*model, splits["test"]).compile()}
+        if feed.is_streamed:
+            chunk = mapped(train.chunk(recipe, arm.steps), 2, shared_arguments=2, donate_argnums=0)
+            compiled["train"] = chunk.lower(states, numbers, splits["train"], place).compile()
+            first = mapped(evaluation.evaluate_first(recipe, tested_at_once), 2, shared_arguments=2)
+            compiled["fit"] = first.lower(*model, splits["train"], place.steps).compile()
+        else:
+            epoch = mapped(train.epoch(recipe), 2, donate_argnums=0)
+            compiled["train"] = epoch.lower(states, numbers, splits["train"]).compile()
+            fit = mapped(evaluation.fit(recipe, tested_at_once), 3)
+            compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
         if "validation" in splits:
-            compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
-        # The examples are on the device already: what a program takes includes them, what is free does not.
+            if feed.is_streamed:  # chunks of all parts are alike
+                compiled["validation"] = compiled["fit"]
+            else:
+                evaluate = mapped(evaluation.evaluate(recipe, tested_at_once), 2)
+                compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
+        # The examples are on the device already: what a program takes includes them, what is free does not. Of a stream
+        # there are two chunks beside that which a program takes.
         need = max(
-            memory_of(program) - size_of(splits["train" if name == "fit" else name])
+            memory_of(program) + (2 if feed.is_streamed else -1) * size_of(splits["train" if name == "fit" else name])
             for name, program in compiled.items()
         )
         if has_freed_weights(arm.model):
@@ -182,7 +212,8 @@ def compile_programs(
         # While an epoch runs, the state before it may wait to be written.
         need += size_of(states) // len(spread.devices) if keep else 0
         need *= spread.sharing
-        free = free_memory(device)  # by now the programs themselves have taken their part, which a `ulimit` counts
+        # By now the programs themselves have taken their part, which a `ulimit` counts.
+        free = hosts.lowest(free_memory(spread.own_device))
         if need <= free:
             break
         each = f" on each of {len(spread.devices)} devices" if len(spread.devices) > 1 else ""
@@ -232,6 +263,21 @@ def has_freed_weights(model: Model) -> bool:
     return any(isinstance(layer, Local | Full) for layer in walk(model.layers))
 
 
+def evaluation_batch(arm: TrainedArm) -> int:
+    """Examples that are evaluated together: 500, or as many as take `EVALUATION_BYTES` as float32, or a piece of
+    `accumulate`."""
+    one = arm.experiment
+    fitting = EVALUATION_BYTES // (4 * math.prod(arm.input_shape))
+    most = one.batch_size // one.accumulate if one.accumulate > 1 else 500
+    return max(1, min(500, fitting, most))
+
+
+def shapes(tree: Any) -> Any:
+    """The shapes of arrays."""
+    shape: Any = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda array: shape(array.shape, array.dtype), tree)
+
+
 def size_of(tree: Any) -> int:
     """Bytes of all arrays of a tree, or of those that it has the shapes of."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -245,12 +291,12 @@ def numbers_of(arm: TrainedArm) -> LaneNumbers:
     return LaneNumbers(*(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))  # type: ignore[arg-type]
 
 
-def spread_of(arm: TrainedArm, devices: Sequence[jax.Device]) -> Spread:
+def spread_of(arm: TrainedArm, devices: Sequence[jax.Device], hosts: Hosts = ALONE) -> Spread:
     """The devices of an arm's lanes; raises UserError for a mesh that they cannot have."""
     one = arm.experiment
     asked = None if one.mesh is None else (one.mesh[0], one.mesh[1])
     # So that a batch can be cut into the pieces of `accumulate` on each of the devices that share it.
-    return mesh.spread(len(arm.lanes), devices, one.batch_size // one.accumulate, asked)
+    return mesh.spread(len(arm.lanes), devices, one.batch_size // one.accumulate, asked, hosts)
 
 
 def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:

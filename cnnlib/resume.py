@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ import numpy as np
 from cnnlib import checkpoint, kernels, tracking
 from cnnlib.checkpoint import Checkpoints, Unreadable
 from cnnlib.config import Experiment, LaneNumbers
-from cnnlib.data import DataSet
+from cnnlib.data import DataSet, StreamedSet, fingerprint_of_stream
 from cnnlib.errors import UserError
 from cnnlib.fields import flat, to_dict
 from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json
+from cnnlib.hosts import Hosts
 from cnnlib.resolve import TrainedArm
 
 Says = Callable[[str], None]
@@ -32,26 +33,31 @@ ONLY_ROUNDING = ("lanes.at_a_time", "devices", "mesh", "accumulate", "remat")
 """Ends of the names of fields that change no more than the last bits; arms may have them of their own."""
 
 
-def identity(name: str, experiment: Experiment, devices: Sequence[jax.Device], cpu_kernels: str) -> dict[str, Any]:
+def identity(name: str, experiment: Experiment, device: jax.Device, devices: int, cpu_kernels: str) -> dict[str, Any]:
     """What two sessions must share for their numbers to be those of one."""
     return {
         "experiment": name,
         "config": flat(to_dict(experiment)),
         "code_sha256": tracking.code_sha256(),
         "versions": {**tracking.versions(), "numpy": np.__version__},
-        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "kernels": cpu_kernels},
+        "device": {"platform": device.platform, "kind": device.device_kind, "kernels": cpu_kernels},
         "settings": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
             **{name: getattr(jax.config, name) for name in SETTINGS},
         },
-        "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count(), "devices": len(devices)},
+        "machine": {"processor": kernels.processor()[:200], "cores": os.cpu_count(), "devices": devices},
     }
 
 
-def fingerprint(data_sets: Iterable[DataSet]) -> str:
-    """SHA-256 over all examples and classes of all splits."""
+def fingerprint(data_sets: Iterable[DataSet | StreamedSet]) -> str:
+    """SHA-256 over all examples and classes of all splits; of a stream, over those that `StreamedSet` looks at."""
     digest = hashlib.sha256()
-    arrays = (array for one in data_sets for split in (one.train, one.validation, one.test) for array in split)
+    known = list(data_sets)
+    for one in known:
+        if isinstance(one, StreamedSet):
+            digest.update(fingerprint_of_stream(one).encode())
+    resident = [one for one in known if isinstance(one, DataSet)]
+    arrays = (array for one in resident for split in (one.train, one.validation, one.test) for array in split)
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data if array.size else b"")
@@ -178,6 +184,10 @@ class Progress(NamedTuple):
     best: list[float] | None
     """The epoch of the highest mean validation accuracy so far, and that accuracy."""
     train_seconds: float
+    waited_seconds: float
+    """Of these, for examples of a stream; at most."""
+    stream: Any
+    """Where the arm is in a stream of examples, as `feeds.StreamedFeed.position` tells it; None without one."""
     wall_seconds: float
     """Of the whole run, all sessions together. Arms that are finished are kept apart, in `arms/`."""
 
@@ -266,6 +276,7 @@ def read_checkpoint(
         and isinstance(progress.lines, list)
         and all(isinstance(line, dict) for line in progress.lines)
         and tracking.is_number(progress.train_seconds)
+        and tracking.is_number(progress.waited_seconds)
         and tracking.is_number(progress.wall_seconds)
         and (progress.best is None or (isinstance(progress.best, list) and all(map(tracking.is_number, progress.best))))
         and len(progress.best or (0, 0)) == 2
@@ -284,3 +295,25 @@ def refusal(folder: Path, found: Differences) -> UserError:
         f"the run in {folder} cannot be resumed to the same numbers: {'; '.join(found.refused)}; --force goes on with "
         f"it all the same, and the results say so; without --resume it is moved aside and a new one begins"
     )
+
+
+def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
+    """Raises UserError on all hosts where one would not compute what process 0 does."""
+    first = json.loads(hosts.from_first(json.dumps(this).encode()))
+    refused = differences(first, json.loads(json.dumps(this))).refused
+    hosts.same("differences from process 0:", "; ".join(refused) or "none")
+
+
+def passed_on(hosts: Hosts, left: Left) -> Left:
+    """What process 0 found of earlier sessions, on all hosts."""
+    if hosts.count == 1:
+        return left
+    finished = {name: list(arm) for name, arm in left.finished.items()}
+    in_flight = {name: [list(arm.progress), arm.words.shape] for name, arm in left.in_flight.items()}
+    told = json.loads(hosts.from_first(json.dumps(tracking.plain([finished, in_flight])).encode()))
+    known = Left({name: FinishedArm(*arm) for name, arm in told[0].items()}, {})
+    for name, (progress, shape) in told[1].items():
+        own = left.in_flight[name].words.tobytes() if hosts.is_first else None
+        words = np.frombuffer(hosts.from_first(own), np.uint32).reshape(shape)
+        known.in_flight[name] = InFlight(Progress(*progress), words)
+    return known

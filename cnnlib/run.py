@@ -13,18 +13,29 @@ from typing import Any
 
 import jax
 
-from cnnlib import folder, kernels, mesh, tracking
+from cnnlib import feeds, folder, kernels, mesh, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
-from cnnlib.data import DataSet, describe, load
+from cnnlib.data import describe
 from cnnlib.errors import Stopped, UserError
+from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
+from cnnlib.hosts import ALONE, Hosts
 from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of, spread_of
 from cnnlib.resolve import Part, TrainedArm, resolve
-from cnnlib.resume import Left, differences, fingerprint, identity, latest, read_arm, refusal
+from cnnlib.resume import (
+    Left,
+    check_alike,
+    differences,
+    fingerprint,
+    identity,
+    latest,
+    passed_on,
+    read_arm,
+    refusal,
+)
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
-from cnnlib.train import Examples
 from cnnlib.watcher import Beginning, Watcher, Watchers
 from cnnlib.writer import Writer
 
@@ -40,31 +51,35 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     writer: Writer | None = None,
     part: Part | None = None,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
     Returns what `results.json` holds. With `resume` the run in `out` goes on, and a finished one is only read; where
     going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
     what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. With
-    `part` only that is trained, as one job of several, and the results are those of its arm. Raises UserError, with
+    `part` only that is trained, as one job of several, and the results are those of its arm. With `hosts` the processes
+    of a run on several call this together; `out` of all but process 0 is for nobody to read. Raises UserError, with
     nothing written, for whatever does not fit together or does not fit in the memory; and later for a disk that takes
     no more: what was saved before stays.
     """
     began = time.perf_counter()
     chosen = part.of if part else tuple
     asked = chosen(resolve(experiment))
-    devices = most_devices(asked, mesh.devices(experiment.devices))
-    device = devices[0]
+    devices = most_devices(asked, mesh.devices(experiment.devices), hosts)
+    device = next(device for device in devices if device.process_index == hosts.process)
     with contextlib.ExitStack() as stack:
         log = tracking.Log()
         stack.callback(log.close)
         watcher = Watchers((watcher, log))
-        held = earlier_run(out, watcher) if resume else None
+        held = earlier_run(out, watcher) if resume and hosts.is_first else None
         if held is None:
             folder.check(out)
         else:
             stack.enter_context(held)
-        data_sets = {data: load(data) for data in dict.fromkeys(arm.data for arm in asked)}
+        data_sets = {
+            data: feeds.read_or_open(data, device, watcher.says) for data in dict.fromkeys(arm.data for arm in asked)
+        }
         arms = chosen(
             resolve(
                 experiment,
@@ -77,10 +92,17 @@ def run(
             )
         )
         for arm in arms:
-            check_parameters_fit(arm, devices)
+            feeds.check_streamable(arm, data_sets[arm.data])
+            check_parameters_fit(arm, devices, hosts)
         changes: list[str] = []
         cpu_kernels = kernels_for(arms, device, watcher)
-        this = {**identity(name, experiment, devices, cpu_kernels), "data_sha256": fingerprint(data_sets.values())}
+        this = {
+            **identity(name, experiment, device, len(devices), cpu_kernels),
+            "data_sha256": fingerprint(data_sets.values()),
+        }
+        this["settings"]["streamed"] = [one.description.name for one in data_sets.values() if feeds.is_streamed(one)]
+        check_alike(hosts, this)
+        results = None
         if held is not None:
             found = differences(held.record["identity"], this)
             if found.refused and not force:
@@ -88,27 +110,28 @@ def run(
             changes = [*found.refused, *found.told]
             for text in changes:
                 watcher.says(f"since the run began: {text}")
-            if not found.refused and (results := finished_results(held, arms)) is not None:
-                watcher.says(f"the run in {out} is finished: there is nothing left to do")
-                return results
-        splits = {data: on_devices(data_set, devices) for data, data_set in data_sets.items()}
+            results = None if found.refused else finished_results(held, arms)
+        if hosts.agreed(results is not None):
+            watcher.says(f"the run in {out} is finished: there is nothing left to do")
+            return results or {}
+        fed = {data: feeds.feed_of(data_set, devices) for data, data_set in data_sets.items()}
         for data_set in data_sets.values():
-            known, count = data_set.description, len(data_set.train.y)
+            known, count = data_set.description, data_set.description.counts["train"]
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
-        left = Left({}, {}) if held is None else what_is_left(held, arms, watcher)
-        programs = Compiled(experiment.compile_cache, splits, devices, left, watcher)
+        left = passed_on(hosts, Left({}, {}) if held is None else what_is_left(held, arms, watcher))
+        programs = Compiled(experiment.compile_cache, fed, devices, hosts, left, watcher)
         programs.compile(arms[:MOST_AHEAD])
         if held is None:
             held = stack.enter_context(RunFolder(out))
             if (earlier := held.make_room()) is not None:
                 watcher.says(f"the files of an earlier run moved to {earlier}")
         seconds = left.seconds - began
-        if not experiment.checkpoint.every or len(left.finished) == len(arms):
+        if not experiment.checkpoint.every or len(left.finished) == len(arms) or not hosts.is_first:
             writer = None
         elif writer is None:
             writer = stack.enter_context(contextlib.closing(Writer()))
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
-        training = Training(experiment, splits, held, watcher, stop, clock, writer, [])
+        training = Training(experiment, fed, held, watcher, stop, clock, writer, [], hosts)
         try:
             beginning = begin(held, name, experiment, this, left, changes, force)
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
@@ -132,6 +155,7 @@ def run(
                     "platform": device.platform,
                     "kind": device.device_kind,
                     "count": len(devices),
+                    "hosts": hosts.count,
                     "kernels": cpu_kernels,
                 },
                 "machine": tracking.machine(),
@@ -212,12 +236,13 @@ class Compiled:
     def __init__(
         self,
         keep: bool,
-        splits: dict[Data, dict[str, Examples]],
+        fed: dict[Data, Feed],
         devices: tuple[jax.Device, ...],
+        hosts: Hosts,
         left: Left,
         watcher: Watcher,
     ) -> None:
-        self._keep, self._splits, self._devices = keep, splits, devices
+        self._keep, self._fed, self._devices, self._hosts = keep, fed, devices, hosts
         self._left, self._watcher = left, watcher
         self._made: dict[Hashable, Programs] = {}
         self._told: set[str] = set()
@@ -254,7 +279,7 @@ class Compiled:
     def _compile(self, arm: TrainedArm) -> None:
         key, before = self._key(arm), self._before(arm)
         if key not in self._made:
-            self._made[key] = compile_programs(arm, self._splits[arm.data], self._devices, before)
+            self._made[key] = compile_programs(arm, self._fed[arm.data], self._devices, before, self._hosts)
         now = self._made[key].at_a_time
         if before is not None and now != before:
             self._watcher.says(
@@ -313,16 +338,8 @@ def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watch
     return choice
 
 
-def most_devices(arms: tuple[TrainedArm, ...], devices: tuple[jax.Device, ...]) -> tuple[jax.Device, ...]:
+def most_devices(
+    arms: tuple[TrainedArm, ...], devices: tuple[jax.Device, ...], hosts: Hosts = ALONE
+) -> tuple[jax.Device, ...]:
     """Those of the devices that some arm has lanes for."""
-    return max((spread_of(arm, devices).devices for arm in arms), key=len)
-
-
-def on_devices(data_set: DataSet, devices: tuple[jax.Device, ...]) -> dict[str, Examples]:
-    """The splits that have examples, whole on each device, as stored (uint8 for images)."""
-    splits = {"train": data_set.train, "validation": data_set.validation, "test": data_set.test}
-    return {
-        name: Examples(*mesh.replicated((split.x, split.y, data_set.mean, data_set.deviation), devices))
-        for name, split in splits.items()
-        if len(split.y)
-    }
+    return max((spread_of(arm, devices, hosts).devices for arm in arms), key=len)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
@@ -156,15 +157,15 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
 class Place(NamedTuple):
     """Where a chunk of a stream lies in the training."""
 
-    pass_number: Int[Array, ""]
+    pass_number: Int[Array, ""] | np.int32
     """From the start of the training."""
-    number: Int[Array, ""]
+    number: Int[Array, ""] | np.int32
     """Of the chunk in its pass."""
-    first_step: Int[Array, ""]
+    first_step: Int[Array, ""] | np.int32
     """From the start of the training."""
-    steps: Int[Array, ""]
+    steps: Int[Array, ""] | np.int32
     """That it is good for: what follows in it is filling."""
-    ends_epoch: Bool[Array, ""]
+    ends_epoch: Bool[Array, ""] | np.bool_
 
 
 def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Examples, Place], tuple[State, Sums]]:
@@ -184,22 +185,16 @@ def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Exa
         batches = order.reshape(-1, recipe.batch_size)
         step = one_step(recipe, numbers, examples, total_steps)
 
-        def step_or_not(model: Any, batch: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
-            index, number = batch
-            nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32))
-            taken = jax.lax.cond(
-                number < place.steps,
-                lambda model: step(model, (index, place.first_step + number)),
-                lambda model: (model, nothing),
-                model,
-            )
-            return taken[0], taken[1]
+        def next_step(number: Int[Array, ""], so_far: Any) -> Any:
+            model, loss, correct = so_far
+            model, (value, corrects) = step(model, (batches[number], place.first_step + number))
+            return model, loss + value, correct + corrects
 
         model = (state.parameters, state.statistics, state.optimizer_state)
-        model, (values, corrects) = jax.lax.scan(step_or_not, model, (batches, jnp.arange(batches.shape[0])))
-        examples_seen = place.steps * recipe.batch_size
-        sums = Sums(values.sum() * recipe.batch_size, corrects.sum(), examples_seen)
-        return after(state, model, sums, epochs=place.ends_epoch.astype(jnp.int32)), sums
+        nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+        model, loss, correct = jax.lax.fori_loop(0, place.steps, next_step, (model, *nothing))
+        sums = Sums(loss * recipe.batch_size, correct, jnp.asarray(place.steps * recipe.batch_size))
+        return after(state, model, sums, epochs=jnp.asarray(place.ends_epoch, jnp.int32)), sums
 
     return train
 

@@ -15,6 +15,7 @@ from cnnlib import evaluation, kernels, mesh, train
 from cnnlib.config import Experiment
 from cnnlib.data import DataSet, load
 from cnnlib.errors import UserError
+from cnnlib.feeds import on_devices
 from cnnlib.models import Parameters, Statistics
 from cnnlib.programs import (
     check_parameters_fit,
@@ -25,7 +26,7 @@ from cnnlib.programs import (
     spread_of,
 )
 from cnnlib.resolve import TrainedArm, resolve
-from cnnlib.run import most_devices, on_devices
+from cnnlib.run import most_devices
 from cnnlib.spec import Model, Shape
 from cnnlib.train import Examples
 
@@ -62,6 +63,8 @@ def train_models(experiment: Experiment) -> tuple[dict[str, list[Net]], DataSet]
     arms = resolve(experiment)
     if len({arm.data for arm in arms}) > 1:
         raise UserError("models that are looked at side by side need the same data: these arms have different ones")
+    if arms[0].data.stream:
+        raise UserError("data.stream=true: models that are looked at have their examples in memory")
     devices = most_devices(arms, mesh.devices(experiment.devices))
     for arm in arms:
         check_parameters_fit(arm, devices)

@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
-from cnnlib import stopping
+from cnnlib import hosts, stopping
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override
 from cnnlib.cost import BYTES
@@ -33,12 +34,14 @@ from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:
+    from cnnlib.hosts import Hosts
     from cnnlib.results_page import Asked
 
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...]",
-    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]",
+    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]\n           "
+    "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]",
     "runs": "runs [DIR]",
     "compare": "compare DIR DIR [DIR ...]",
     "report": "report DIR [DIR ...] [--out FILE]",
@@ -95,6 +98,10 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
         parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
         parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
+        parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")
+        parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
+        parser.add_argument("--processes", metavar="N", type=int, help="how many there are, one a host")
+        parser.add_argument("--process-id", metavar="I", type=int, help="which this one is, from 0 on")
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
     return parser
 
@@ -300,6 +307,41 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
 
 
 def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
+    """Trains; with `--distributed` as one of several processes, of which process 0 writes and tells."""
+    wanted = hosts.asked(options.distributed, options.coordinator, options.processes, options.process_id)
+    if wanted is None:
+        return trained(name, experiment, out, options, hosts.ALONE)
+
+    from cnnlib.mesh import use_cores
+
+    use_cores(experiment.devices)
+    with hosts.join(*wanted) as joined:
+        if joined.is_first:
+            status = trained(name, experiment, out, options, joined)
+        else:
+            with tempfile.TemporaryDirectory(prefix="cnnlib-") as scratch:
+                status = followed(name, experiment, Path(scratch) / "run", options, joined)
+    return status
+
+
+def followed(name: str, experiment: Experiment, scratch: Path, options: argparse.Namespace, joined: Hosts) -> int:
+    """What a process does that is not the first of a run on several hosts: it trains with the others, and says so."""
+    from cnnlib.run import run
+    from cnnlib.watcher import Watcher
+
+    print(f"process {joined.process} of {joined.count} trains {name}; process 0 tells and writes", flush=True)
+    with stopping.by_signal() as wish:
+        try:
+            how = {"resume": options.resume, "force": options.force, "stop": wish.is_made}
+            run(experiment, name, scratch, Watcher(), **how, hosts=joined)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return 128 + (wish.signal or signal.SIGTERM)
+    return 0
+
+
+def trained(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, joined: Hosts) -> int:
+    """Trains, writes and tells."""
     from cnnlib.watcher import Notice, Watcher, Watchers
     from cnnlib.writer import Writer
 
@@ -332,12 +374,13 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
                     ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
                 how = {"resume": options.resume, "force": options.force, "stop": wish.is_made, "writer": writer}
+                how["hosts"] = joined
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
             command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
             place = [] if options.out is None else ["--out", options.out]
             print(f"{stopped}; go on with: {command} {shlex.join([*place, '--resume'])}", file=sys.stderr)
-            return 128 + wish.signal
+            return 128 + (wish.signal or signal.SIGTERM)
     print_results(results, console)
     console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -416,4 +459,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         end(128 + signal.SIGINT)
+    if "--distributed" in sys.argv:  # JAX would wait for processes that have died
+        end(status)
     sys.exit(status)

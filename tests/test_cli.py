@@ -231,7 +231,7 @@ WRONG = [
     (["run", "fc_vs_conv", "epochs=9999999999999"], "2**31 steps"),
     (
         ["run", "fc_vs_conv", "arms.lenet5.model=dense:99999999999 dense:classes"],
-        "5 lanes of 79,499,999,999,215 parameters need 1,",
+        "5 lanes of 79,499,999,999,215 parameters need ",
     ),
     (["run", "fc_vs_conv", "arms.lenet5.model=max:2:5 dense:classes"], "padding of 5"),
     (["run", "fc_vs_conv", "lanes.seed="], "at least one lane"),

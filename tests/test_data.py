@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import shutil
 import sys
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -14,13 +16,17 @@ from cnnlib.data import (
     LINE_CLASSES,
     channel_statistics,
     describe,
+    fingerprint_of_stream,
     load,
     make_dsd,
     make_lines,
+    open_splits,
     shuffled,
+    size_in_bytes,
     stratified,
 )
 from cnnlib.errors import UserError
+from cnnlib.sources import NOISE, Arrays, SizedLines, spaced
 
 
 @pytest.mark.parametrize("name", ["mnist5k", "mnist1d", "lines"])
@@ -34,6 +40,7 @@ def test_what_is_described_is_what_is_loaded(name):
         assert x.shape[1:] == description.input_shape
         assert y.dtype == np.int32 and set(y) == set(range(description.num_classes))
     assert description.counts == {"train": 3700, "validation": 300, "test": 1000}
+    assert size_in_bytes(Data(name)) == sum(x.nbytes for x, _ in (data_set.train, data_set.validation, data_set.test))
 
 
 def test_mnist5k_is_cut_by_class_and_always_in_the_same_place():
@@ -137,6 +144,13 @@ def test_statistics_leave_validation_and_test_out():
         (Data("imagenet2012"), "images of one size"),
         (Data("cifar10", data_dir="/nowhere"), "/nowhere is no folder"),
         (Data("cifar10", seed=1), "data.seed has no meaning"),
+        (Data("lines_15x100"), "the side must be in 16..2048, the examples in 12..1000000000"),
+        (Data("lines_2049x100"), "the side must be in 16..2048"),
+        (Data("lines_16x11"), "the examples in 12..1000000000"),
+        (Data("lines_16x1000000001"), "the examples in 12..1000000000"),
+        (Data("lines_16x100", data_dir="/tmp"), "data.data_dir has no meaning"),
+        (Data("lines_16x100", validation=100), "leaves nothing to train on"),
+        (Data("lines_2048x1000000000"), "takes 4194345.9 GB"),
     ],
 )
 def test_what_cannot_be_had_is_said_in_one_line(data, part, tmp_path, monkeypatch, capfd):
@@ -282,3 +296,190 @@ def test_dsd_has_the_signal_in_one_patch():
     for name in ("dsd_0x3", "dsd_4x999"):
         with pytest.raises(UserError, match=r"must be in 1\.\.256"):
             describe(Data(name))
+
+
+# By position.
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mnist5k", {}),
+        ("mnist5k", {"validation": 60, "shuffle_pixels": 3}),
+        ("dsd_4x3", {"validation": 60, "shuffle_pixels": 3}),
+        ("lines_32x200", {}),
+        ("lines_32x200", {"validation": 60}),
+        ("lines_32x200", {"validation": 60, "shuffle_pixels": 3}),
+    ],
+)
+def test_what_is_opened_is_what_is_loaded(name, changes):
+    data = Data(name, **changes)
+    opened, loaded = open_splits(data), load(data)
+    assert opened.description == loaded.description == describe(data)
+    for statistic in ("mean", "deviation"):
+        np.testing.assert_array_equal(getattr(opened, statistic), getattr(loaded, statistic), strict=True)
+    some = np.random.RandomState(0).permutation(50)
+    for split in ("train", "validation", "test"):
+        source, (x, y) = getattr(opened, split), getattr(loaded, split)
+        assert source.count == len(y) and source.input_shape == x.shape[1:] and source.dtype == x.dtype
+        np.testing.assert_array_equal(source.labels(), y, strict=True)
+        for indices in (some[:0], some) if len(y) else (some[:0],):
+            read = source.read(indices)
+            np.testing.assert_array_equal(read.x, x[indices], strict=True)
+            np.testing.assert_array_equal(read.y, y[indices], strict=True)
+    whole = (loaded.train, loaded.validation, loaded.test)
+    assert size_in_bytes(data) == sum(split.x.nbytes for split in whole)
+
+
+def test_more_than_the_memory_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(data_module, "physical_memory", lambda: 250 * 32 * 32)
+    load(Data("lines_32x200"))
+    with pytest.raises(UserError, match=r"data\.stream=true"):
+        load(Data("lines_32x201"))
+
+
+def test_statistics_of_many_examples_are_those_of_evenly_spaced_ones(monkeypatch):
+    data = Data("lines_32x200", validation=20)
+    train = load(data).train
+    monkeypatch.setattr(data_module, "PIECE_BYTES", 7 * 32 * 32)
+    for most, indices in ((180, np.arange(180)), (60, np.arange(0, 180, 3)), (7, spaced(180, 7))):
+        monkeypatch.setattr(data_module, "MEASURED", most)
+        opened = open_splits(data)
+        mean, deviation = channel_statistics(train.x[indices])
+        np.testing.assert_array_equal((opened.mean, opened.deviation), (mean, deviation))
+    assert spaced(180, 7).tolist() == [0, 25, 51, 77, 102, 128, 154]
+    assert spaced(0, 7).tolist() == []
+
+
+def test_statistics_do_not_depend_on_how_an_array_is_cut():
+    x = np.random.RandomState(0).randint(0, 256, (1100, 31, 32, 2)).astype(np.uint8)  # more than 2**20 places
+    mean, deviation = channel_statistics(x)
+    np.testing.assert_allclose(mean, x.reshape(-1, 2).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(deviation, x.reshape(-1, 2).astype(float).std(0), rtol=1e-6)
+
+
+def test_a_stream_is_known_again_by_its_fingerprint(monkeypatch):
+    def of(**changes):
+        return fingerprint_of_stream(open_splits(Data(**{"name": "lines_32x200", "validation": 20, **changes})))
+
+    assert of() == of()
+    others = ({"seed": 1}, {"validation": 21}, {"validation": 0}, {"shuffle_pixels": 0}, {"name": "lines_32x201"})
+    assert len({of(), *(of(**changes) for changes in others)}) == 6
+    opened = open_splits(Data("mnist5k"))
+    before = fingerprint_of_stream(opened)
+    opened.test.x[spaced(1000, 64)[-1], 5, 5, 0] += 1
+    assert fingerprint_of_stream(opened) != before
+
+
+MASK = 2**64 - 1
+
+
+def philox(key, counter):
+    """Random words of 64 bits, written down from Salmon et al. 2011: Philox-4x64 with 10 rounds, one block a count."""
+    while True:
+        counter += 1
+        words, (low, high) = [counter >> shift & MASK for shift in (0, 64, 128, 192)], key
+        for _ in range(10):
+            first, second = words[0] * 0xD2E7470EE14C6C93, words[2] * 0xCA5A826395121157
+            words = [second >> 64 ^ words[1] ^ low, second & MASK, first >> 64 ^ words[3] ^ high, first & MASK]
+            low, high = low + 0x9E3779B97F4A7C15 & MASK, high + 0xBB67AE8584CAA73B & MASK
+        yield from words
+
+
+def line_by_hand(side, seed, split, index):
+    """An image of `lines_SIDExCOUNT` pixel by pixel."""
+    words = philox((seed, split), index << 64)
+    how_long, how_bright, how_low, how_far = (next(words) for _ in range(4))
+    noise = [word >> 8 * byte & 255 for word in (next(words) for _ in range(-(-side * side // 8))) for byte in range(8)]
+    levels = [round(40 * NormalDist().inv_cdf((byte + 0.5) / 256)) for byte in range(256)]
+    shortest, longest = -(-side * 2 // 7), side // 2
+    length, width = shortest + how_long % (longest - shortest + 1), max(1, round(side / 28))
+    tall = width if index % 3 == 1 else length
+    broad = (width, length, length + width - 1)[index % 3]
+    top, left = how_low % (side - tall + 1), how_far % (side - broad + 1)
+    image = np.zeros((side, side, 1), np.uint8)
+    for row in range(side):
+        for column in range(side):
+            along, across = (column - left, row - top) if index % 3 == 1 else (row - top, column - left)
+            if index % 3 == 2:
+                across -= length - 1 - along if how_bright >> 63 else along
+            is_stroke = 0 <= along < length and 0 <= across < width
+            level = levels[noise[row * side + column]] + (96 + how_bright % 160 if is_stroke else 0)
+            image[row, column] = min(max(level, 0), 255)
+    return image
+
+
+@pytest.mark.parametrize(("side", "count"), [(16, 1000), (28, 1000), (45, 1000), (84, 10)])
+def test_sized_lines_are_those_that_are_drawn_by_hand(side, count):
+    for seed, split in ((0, 0), (2**32 - 1, 1)):
+        source = SizedLines(side, count, seed, split)
+        indices = np.array([0, 1, 2, 9, 7, count - 1, 5])
+        x, y = source.read(indices)
+        assert y.tolist() == [index % 3 for index in indices]
+        for image, index in zip(x, indices.tolist(), strict=True):
+            np.testing.assert_array_equal(image, line_by_hand(side, seed, split, index))
+
+
+def test_sized_lines_are_seen_as_lines_are():
+    assert NOISE.std() == pytest.approx(40, abs=0.5) and NOISE.mean() == 0
+    opened = open_splits(Data("lines_28x1000"))
+    assert describe(Data("lines_28x1000")).counts == {"train": 1000, "validation": 0, "test": 250}
+    assert describe(Data("lines_28x1000000")).counts["test"] == 10_000
+    np.testing.assert_allclose((opened.mean, opened.deviation), statistics_of_lines(), rtol=0.02)
+    x, y = opened.test.read(np.arange(240))
+    strokes = (x >= 150).sum(axis=(1, 2, 3))  # no noise is that bright
+    assert [strokes[y == label].mean() for label in range(3)] == pytest.approx([strokes.mean()] * 3, rel=0.15)
+    right = 0
+    for image, label in zip(x[..., 0].astype(float), y, strict=True):
+        views = {"vertical": [image.T], "horizontal": [image], "diagonal": [skewed(image), skewed(image[:, ::-1])]}
+        right += int(np.argmax([max(longest_run(view) for view in views[name]) for name in LINE_CLASSES]) == label)
+    assert right >= 0.9 * len(y)
+    # No two images are alike, whatever the split and seed.
+    images = [SizedLines(28, 1000, seed, split).read(np.arange(300)).x for seed in (0, 1) for split in (0, 1)]
+    assert len({image.tobytes() for part in images for image in part}) == 1200
+
+
+def statistics_of_lines():
+    x = load(Data("lines")).train.x.astype(float)
+    return [x.mean()], [x.std()]
+
+
+def test_a_prepared_set_is_opened_without_decoding_what_is_not_read(tiny, tmp_path, monkeypatch):
+    from PIL import Image
+
+    name, folder = tiny
+    data = Data(name, data_dir=str(folder), validation=6)
+    assert size_in_bytes(data) == 42 * 5 * 4 * 3  # prepares it
+    decoded = []
+    monkeypatch.setattr(
+        Image, "open", lambda *given, old=Image.open, **named: decoded.append(1) or old(*given, **named)
+    )
+    opened = open_splits(data)
+    assert len(decoded) == 24  # for mean and deviation
+    assert opened.train.labels().tolist() == [int(x[0, 0, 0]) % 3 for x in opened.train.read(np.arange(24)).x]
+    del decoded[:]
+    x, y = opened.validation.read(np.array([3, 1]))
+    assert len(decoded) == 2 and y.tolist() == [int(image[0, 0, 0]) % 3 for image in x]
+    assert {path.name for path in (tmp_path / "cache").rglob("*.npy")} == {"train-y.npy"}
+    loaded = load(data)
+    assert opened.description == loaded.description
+    np.testing.assert_array_equal(opened.validation.read(np.arange(6)).x, loaded.validation.x)
+    np.testing.assert_array_equal((opened.mean, opened.deviation), (loaded.mean, loaded.deviation))
+
+
+@pytest.mark.parametrize("name", ["lines_256x300000", "tiny_colors"])
+def test_sources_are_cheap_to_hand_to_another_process(name, tiny):
+    data = Data("lines_256x300000") if name != "tiny_colors" else Data(name, data_dir=str(tiny[1]))
+    source = open_splits(data).test if name == "tiny_colors" else data_module._origin(data).open()[1]
+    again = pickle.loads(pickle.dumps(source))
+    assert len(pickle.dumps(source)) < 1000
+    np.testing.assert_array_equal(again.read(np.array([5])).x, source.read(np.array([5])).x)
+
+
+def test_arrays_in_a_file_are_read_by_position(tmp_path):
+    x, y = load(Data("mnist5k")).test
+    np.save(tmp_path / "x.npy", x)
+    source = Arrays(np.load(tmp_path / "x.npy", mmap_mode="r"), y.astype(np.int64))
+    read = source.read(np.array([900, 3, 3]))
+    np.testing.assert_array_equal(read.x, x[[900, 3, 3]])
+    assert read.y.dtype == np.int32 and type(read.x) is np.ndarray

@@ -14,12 +14,13 @@ import experiments
 
 FLOORS = [
     {"errors", "cache", "style", "tables", "watcher", "stopping", "markup"},
-    {"writer", "overlap"},
+    {"writer", "overlap", "hosts"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "primitives", "windows"},
     {"budget", "ops", "fields"},
     {"config"},
-    {"sweep"},
+    {"sweep", "sources"},
+    {"stream", "prepared"},
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits", "own_data"},
     {"resolve", "train", "tracking", "counting"},
@@ -47,6 +48,9 @@ WITHOUT_JAX = {
     "fields",
     "experiments.*",
     "data",
+    "sources",
+    "prepared",
+    "stream",
     "own_data",
     "resolve",
     "tracking",
@@ -118,7 +122,9 @@ def test_declarations_and_counts_do_without_jax():
             assert not heavy, f"{name} imports {heavy}"
 
 
-@pytest.mark.parametrize(("library", "knows"), [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker")])
+@pytest.mark.parametrize(
+    ("library", "knows"), [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker"), ("grain", "stream")]
+)
 def test_only_one_file_knows(library, knows):
     assert {name for name, path in files() if any(m.split(".")[0] == library for m in imports(path))} == {knows}
 

@@ -21,9 +21,10 @@ from cnnlib import mesh
 from cnnlib.config import Arm, Augment, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.data import load
 from cnnlib.errors import Stopped
-from cnnlib.programs import compile_programs, numbers_of
+from cnnlib.feeds import Resident, on_devices
+from cnnlib.programs import compile_programs
 from cnnlib.resolve import resolve
-from cnnlib.run import on_devices, run
+from cnnlib.run import run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 
@@ -77,8 +78,7 @@ told["resumed"] = [change for session in results["resumed"] for change in sessio
 
 def collectives(arm, devices, **fields):
     arm = replace(arm, experiment=replace(arm.experiment, **fields))
-    splits = on_devices(load(arm.data), devices)
-    made = compile_programs(arm, splits, devices)
+    made = compile_programs(arm, Resident(load(arm.data), devices), devices)
     words = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     programs = {"epoch": made.epoch, "predict": made.predict, "fit": made.fit, "snapshot": made.snapshot}
     return {name: sorted(set(re.findall(words, program.as_text()))) for name, program in programs.items()}

@@ -16,7 +16,7 @@ DIVERGED = np.array([False, False, False, True])
 
 
 def answers():
-    return answers_of(LABELS, np.arange(8, dtype=np.uint8).reshape(4, 2, 1), PREDICTED, LOSS, DIVERGED)
+    return answers_of(LABELS, np.arange(8, dtype=np.uint8).reshape(4, 2, 1).__getitem__, PREDICTED, LOSS, DIVERGED)
 
 
 def test_mistakes_of_most_lanes_come_first_by_loss_and_diverged_lanes_do_not_count():
@@ -24,7 +24,7 @@ def test_mistakes_of_most_lanes_come_first_by_loss_and_diverged_lanes_do_not_cou
     assert found.worst.tolist() == [2, 1]  # the first example has the highest loss, but all lanes are right
     assert found.worst_examples[:, :, 0].tolist() == [[4, 5], [2, 3]]
     assert found.predicted[3].tolist() == [-1] * 4 and np.isnan(found.loss[3]).all()
-    none = answers_of(LABELS, np.zeros((4, 2, 1)), PREDICTED, LOSS, np.ones(4, bool))
+    none = answers_of(LABELS, np.zeros((4, 2, 1)).__getitem__, PREDICTED, LOSS, np.ones(4, bool))
     assert none.worst.shape == (0,) and (none.predicted == -1).all()
 
 

@@ -17,11 +17,12 @@ from cnnlib.arms import headline_of, settings_of
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.data import load
 from cnnlib.errors import UserError
+from cnnlib.feeds import Resident
 from cnnlib.fields import from_dict
 from cnnlib.folder import RunFolder
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
-from cnnlib.run import kernels_for, on_devices, run
+from cnnlib.run import kernels_for, run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 
@@ -230,10 +231,11 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     _, folder, _, _ = finished
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = load(EXPERIMENT.data)
-    splits = on_devices(data, jax.devices()[:1])
+    feed = Resident(data, jax.devices()[:1])
+    splits = feed.splits
     for arm in resolve(EXPERIMENT):
         numbers = numbers_of(arm)
-        made = compile_programs(arm, splits, jax.devices()[:1])
+        made = compile_programs(arm, feed, jax.devices()[:1])
         states, _ = made.initialize(numbers)
         for epoch in (1, 2):
             states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
@@ -284,7 +286,7 @@ def in_the_memory(experiment, monkeypatch, free):
     description = load(experiment.data)
     arm = resolve(experiment)[0]
     monkeypatch.setattr(programs, "free_memory", lambda device: free)
-    return compile_programs(arm, on_devices(description, jax.devices()[:1]), jax.devices()[:1])
+    return compile_programs(arm, Resident(description, jax.devices()[:1]), jax.devices()[:1])
 
 
 @pytest.mark.slow

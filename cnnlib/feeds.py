@@ -1,0 +1,299 @@
+"""Where the examples of a run come from: all on the devices from the start, or read while training goes on.
+
+A `Feed` is a data set as a run has it; what it gives an arm, `Resident.to` or `Streamed.to`, trains and tests its
+models, and whoever asks need not know which of the two it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnlib import mesh, stream
+from cnnlib.config import Data
+from cnnlib.data import DataSet, StreamedSet, load, open_splits, size_in_bytes
+from cnnlib.errors import UserError
+from cnnlib.mesh import Spread
+from cnnlib.programs import Programs, free_memory, size_text
+from cnnlib.resolve import TrainedArm
+from cnnlib.sources import Source
+from cnnlib.train import Answers, Examples, Place, State, Sums
+
+STREAM_SHARE = 0.25
+"""Of the free memory: a data set that would take more is streamed, unless `data.stream` says otherwise."""
+AHEAD = 2
+"""Chunks that a device may have before it: one that it works on, one that is there when it is done."""
+
+
+class Tested(NamedTuple):
+    """What the models of an arm answered to the test examples."""
+
+    labels: np.ndarray
+    """`(example,)`."""
+    answers: Answers
+    """`(lane, example)`, on the host."""
+
+
+class Resident:
+    """A data set in the memory of the devices."""
+
+    is_streamed = False
+
+    def __init__(self, data_set: DataSet, devices: Sequence[jax.Device]) -> None:
+        self.splits = on_devices(data_set, devices)
+
+    def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
+        """What the programs of an arm take of each part."""
+        shared: dict[str, Examples] = spread.shared(self.splits)
+        return shared
+
+    def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> ResidentFeed:
+        """What an arm's models are trained and tested with."""
+        assert position is None, "nothing is read while training goes on"
+        return ResidentFeed(programs, programs.spread.shared(self.splits))
+
+
+class ResidentFeed:
+    """A data set in the memory of the devices that have an arm's lanes."""
+
+    runs_ahead = True
+    """Whether an epoch can be set going before what the last one came to is known."""
+    position = None
+    waited = 0.0
+
+    def __init__(self, programs: Programs, splits: dict[str, Examples]) -> None:
+        self._programs, self._splits = programs, splits
+
+    def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
+        """One epoch of all lanes; returns before it is over."""
+        trained: tuple[State, Sums] = self._programs.epoch(states, numbers, self._splits["train"])
+        return trained
+
+    def validate(self, states: State) -> Sums | None:
+        """What all lanes are worth on the validation examples, on the devices; None where there are none."""
+        if self._programs.validate is None:
+            return None
+        sums: Sums = self._programs.validate(states.parameters, states.statistics, self._splits["validation"])
+        return sums
+
+    def fit(self, states: State, numbers: Any) -> Sums:
+        """What they are worth on what they were trained on."""
+        sums: Sums = self._programs.fit(states.parameters, states.statistics, numbers, self._splits["train"])
+        return sums
+
+    def test(self, states: State) -> Tested:
+        """What they answer to each test example."""
+        test = self._splits["test"]
+        answers = self._programs.predict(states.parameters, states.statistics, test)
+        return Tested(np.asarray(test.y), self._programs.spread.fetched(answers))
+
+    def test_examples(self, indices: np.ndarray) -> np.ndarray:
+        """Some test examples, as stored."""
+        examples: np.ndarray = np.asarray(self._splits["test"].x)[indices]
+        return examples
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Streamed:
+    """A data set of which a chunk at a time is on the devices."""
+
+    is_streamed = True
+
+    def __init__(self, data_set: StreamedSet) -> None:
+        self.data_set = data_set
+
+    def steps_a_chunk(self, arm: TrainedArm) -> int:
+        """Batches of the arm in a chunk."""
+        train = self.data_set.train
+        return stream.steps_a_chunk(train, arm.experiment.batch_size)
+
+    def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
+        """The shapes of what the programs of an arm take: chunks of one size, whatever the part."""
+        train, known = self.data_set.train, self.data_set
+        count = self.steps_a_chunk(arm) * arm.experiment.batch_size
+        shape: Any = jax.ShapeDtypeStruct
+        shapes = Examples(
+            shape((count, *train.input_shape), train.dtype),
+            shape((count,), np.int32),
+            *(shape(array.shape, array.dtype) for array in (known.mean, known.deviation)),
+        )
+        parts = {"train": train, "validation": known.validation, "test": known.test}
+        return {name: shapes for name, source in parts.items() if source.count}
+
+    def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> StreamedFeed:
+        """What an arm's models are trained and tested with, from `position` on, where an earlier stream was."""
+        return StreamedFeed(self.data_set, arm, programs, self.steps_a_chunk(arm), position, waited)
+
+
+class StreamedFeed:
+    """The chunks of a data set, as an arm's training goes through it."""
+
+    runs_ahead = False
+
+    def __init__(
+        self,
+        data_set: StreamedSet,
+        arm: TrainedArm,
+        programs: Programs,
+        steps_a_chunk: int,
+        position: Any,
+        waited: float,
+    ) -> None:
+        one = arm.experiment
+        self._data_set, self._programs, self._workers = data_set, programs, one.data.workers
+        self._capacity, self._passes = steps_a_chunk * one.batch_size, one.passes
+        self._per_pass = data_set.train.count // one.batch_size
+        self._chunks = stream.chunks(
+            data_set.train,
+            batch_size=one.batch_size,
+            steps=steps_a_chunk,
+            seed=0,
+            reshuffle=one.reshuffle,
+            workers=one.data.workers,
+            state=position,
+        )
+        self.position = position
+        """Of the stream after the last chunk that was trained on: JSON, from which an equal one goes on."""
+        self.waited = waited
+        """Seconds, at most, in which the devices had nothing to do while examples were read."""
+
+    def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
+        """One epoch of all lanes; returns when its last chunks are under way."""
+        total: Sums | None = None
+        going: deque[Sums] = deque()
+        ends_epoch = False
+        while not ends_epoch:
+            chunk = self._next(going)
+            is_last_of_pass = chunk.first_step + chunk.steps == self._per_pass
+            ends_epoch = is_last_of_pass and (chunk.pass_number + 1) % self._passes == 0
+            first = chunk.pass_number * self._per_pass + chunk.first_step
+            steps, number = np.int32(chunk.steps), np.int32(chunk.number)
+            place = Place(np.int32(chunk.pass_number), number, np.int32(first), steps, np.bool_(ends_epoch))
+            states, sums = self._programs.epoch(states, numbers, self._put(chunk.x, chunk.y), place)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            keep_going(going, sums)
+            self.position = chunk.state
+        assert total is not None
+        return states, total
+
+    def _next(self, going: deque[Sums]) -> stream.Chunk:
+        """The next chunk; counts the time where the devices have come to the end of what they had to do."""
+        since = time.perf_counter()
+        chunk = next(self._chunks)
+        latest: Any = going[-1].loss if going else None  # JAX's type for arrays has no `is_ready`
+        if latest is None or latest.is_ready():
+            self.waited += time.perf_counter() - since
+        return chunk
+
+    def validate(self, states: State) -> Sums | None:
+        """What all lanes are worth on the validation examples, on the devices; None where there are none."""
+        return None if self._programs.validate is None else self._sums(states, self._data_set.validation)
+
+    def fit(self, states: State, numbers: Any) -> Sums:
+        """What they are worth on what they were trained on."""
+        return self._sums(states, self._data_set.train)
+
+    def test(self, states: State) -> Tested:
+        """What they answer to each test example."""
+        labels, found = [], []
+        for y, examples in self._in_order(self._data_set.test):
+            answers = self._programs.predict(states.parameters, states.statistics, examples)
+            labels.append(y)
+            found.append(Answers(*(part[:, : len(y)] for part in self._programs.spread.fetched(answers))))
+        whole = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        return Tested(np.concatenate(labels), Answers(*whole))  # type: ignore[arg-type]
+
+    def test_examples(self, indices: np.ndarray) -> np.ndarray:
+        """Some test examples, as stored."""
+        return np.asarray(self._data_set.test.read(indices).x)
+
+    def close(self) -> None:
+        """Ends what reads."""
+        self._chunks.close()
+
+    def _sums(self, states: State, source: Source) -> Sums:
+        total: Sums | None = None
+        going: deque[Sums] = deque()
+        for y, examples in self._in_order(source):
+            sums = self._programs.fit(states.parameters, states.statistics, examples, np.int32(len(y)))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            keep_going(going, sums)
+        assert total is not None
+        return total
+
+    def _in_order(self, source: Source) -> Iterator[tuple[np.ndarray, Examples]]:
+        """The classes of the examples of each chunk, and all of it on the devices."""
+        with contextlib.closing(stream.in_order(source, self._capacity, self._workers)) as parts:
+            for x, y in parts:
+                yield y, self._put(x, y)
+
+    def _put(self, x: np.ndarray, y: np.ndarray) -> Examples:
+        """A chunk on the devices, filled up to the size of all chunks."""
+        if lacking := self._capacity - len(y):
+            x, y = (np.concatenate([rows, np.repeat(rows[-1:], lacking, axis=0)]) for rows in (x, y))
+        known = (self._data_set.mean, self._data_set.deviation)
+        spread = self._programs.spread
+        return Examples(*spread.shared(mesh.replicated((x, y, *known), spread.devices)))
+
+
+def keep_going(going: deque[Any], sums: Any) -> None:
+    """Waits until no more than `AHEAD` of what was set going is not done."""
+    going.append(sums)
+    if len(going) > AHEAD:
+        jax.block_until_ready(going.popleft())  # type: ignore[no-untyped-call]
+
+
+def on_devices(data_set: DataSet, devices: Sequence[jax.Device]) -> dict[str, Examples]:
+    """The splits that have examples, whole on each device, as stored (uint8 for images)."""
+    splits = {"train": data_set.train, "validation": data_set.validation, "test": data_set.test}
+    return {
+        name: Examples(*mesh.replicated((split.x, split.y, data_set.mean, data_set.deviation), devices))
+        for name, split in splits.items()
+        if len(split.y)
+    }
+
+
+Feed = Resident | Streamed
+ArmFeed = ResidentFeed | StreamedFeed
+
+
+def read_or_open(data: Data, device: jax.Device, says: Callable[[str], None]) -> DataSet | StreamedSet:
+    """Reads a data set, or opens it where it is to be streamed; the user is told where its size decides so."""
+    is_streamed = data.stream
+    if is_streamed is None:
+        size, free = size_in_bytes(data), free_memory(device)
+        is_streamed = size > STREAM_SHARE * free
+        if is_streamed:
+            says(
+                f"{data.name} takes {size_text(size)}, more than {STREAM_SHARE:.0%} of the {size_text(free)} that are "
+                "free: it is streamed (data.stream=false keeps it on the device)"
+            )
+    return open_splits(data) if is_streamed else load(data)
+
+
+def is_streamed(data_set: DataSet | StreamedSet) -> bool:
+    """Whether its examples are read while training goes on."""
+    return isinstance(data_set, StreamedSet)
+
+
+def check_streamable(arm: TrainedArm, data_set: DataSet | StreamedSet) -> None:
+    """Raises UserError for an arm whose lanes would each need chunks of their own."""
+    if isinstance(data_set, StreamedSet) and arm.experiment.data.train is not None:
+        raise UserError(
+            f"arm {arm.name}: data.train={arm.experiment.data.train} draws examples for each lane, and all lanes see "
+            f"the same chunks of {data_set.description.name}, which is streamed; data.stream=false keeps it in memory"
+        )
+
+
+def feed_of(data_set: DataSet | StreamedSet, devices: Sequence[jax.Device]) -> Feed:
+    """The data set as arms are trained with it."""
+    return Resident(data_set, devices) if isinstance(data_set, DataSet) else Streamed(data_set)

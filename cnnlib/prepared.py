@@ -1,0 +1,269 @@
+"""Prepared data sets of TensorFlow Datasets: found by name, prepared if need be, read whole or by position.
+
+TFDS is imported when used; reading what is prepared needs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnlib.cache import cache_folder
+from cnnlib.config import Data
+from cnnlib.errors import UserError
+from cnnlib.sources import Origin, Split
+from cnnlib.spec import Shape
+
+PREPARED_WITH_TENSORFLOW = (
+    "tensorflow_datasets.image_classification.mnist",
+    "tensorflow_datasets.image_classification.cifar",
+)
+"""Builders that are known to fail without TensorFlow, but only after their download, so we say it before."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps TFDS's log and banners from drowning the one line that tells what is wrong."""
+    import absl.logging  # noqa: F401  # sets the level below when it is first imported, so first
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@quiet()
+def prepared_set(data: Data, others: Sequence[str]) -> Origin:
+    """The data set that TFDS knows by this name; raises UserError where there is none, which names the `others`."""
+    if data.seed is not None:
+        raise UserError(f"data.seed has no meaning for {data.name}: it is not generated")
+    if data.data_dir is not None and not Path(data.data_dir).expanduser().is_dir():
+        raise UserError(f"data.data_dir={data.data_dir} is no folder")
+    import tensorflow_datasets as tfds
+
+    directory = None if data.data_dir is None else str(Path(data.data_dir).expanduser())
+    try:
+        builder = tfds.builder(data.name, data_dir=directory)
+        if not builder.is_prepared():
+            builder = tfds.builder(data.name, data_dir=directory, file_format="array_record")
+        info = builder.info
+    except ImportError as error:
+        if "tensorflow" in str(error):
+            raise UserError(_needs_tensorflow(data.name, error)) from error
+        raise UserError(_unreadable(data.name, error)) from error
+    except (ValueError, AssertionError, TypeError) as error:  # not found, no such configuration, no parsable name
+        folder = Path(directory or tfds.core.constants.DATA_DIR)
+        prepared = sorted({path.parents[1].name for path in folder.glob("*/*/dataset_info.json")})
+        raise UserError(
+            f"no data set {data.name!r}; there are: {', '.join(others)}; in {folder}: "
+            f"{', '.join(prepared) or 'none'}; and the image classification sets of tensorflow-datasets"
+        ) from error
+    except Exception as error:  # damaged files: what TFDS and its formats raise has no common class
+        raise UserError(_unreadable(data.name, error)) from error
+    image_key, label_key, shape, label = _image_classification(data.name, info)
+    counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}
+
+    def prepare() -> None:
+        with quiet():
+            is_prepared = builder.is_prepared()
+        if not is_prepared:
+            _prepare(data.name, builder)
+            _counts(data.name, builder.info.splits)
+
+    def read() -> tuple[Split, Split]:
+        prepare()
+        try:
+            train, test = (_decoded(builder, split, image_key, label_key) for split in ("train", "test"))
+        except Exception as error:
+            raise UserError(_unreadable(data.name, error)) from error
+        return train, test
+
+    def opened() -> tuple[Records, Records]:
+        prepare()
+        try:
+            train, test = (Records(builder, data.name, split, image_key, label_key) for split in ("train", "test"))
+        except Exception as error:
+            raise UserError(_unreadable(data.name, error)) from error
+        return train, test
+
+    names = () if all(name.isdecimal() for name in label.names) else tuple(label.names)
+    return Origin(builder.info.full_name, shape, label.num_classes, counts, read, names, opened=opened)
+
+
+AT_A_TIME = 256
+"""Records that are in memory at a time, as they are stored."""
+
+
+class Records:
+    """A split of a prepared set: each example is read and decoded when it is asked for."""
+
+    is_in_memory = False
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, builder: Any, name: str, split: str, image_key: str, label_key: str) -> None:
+        self._name, self._split, self._keys = name, split, (image_key, label_key)
+        self._folder = str(builder.data_path)
+        self._labels_path = _cached_folder(builder) / f"{split}-y.npy"
+        self.count = int(builder.info.splits[split].num_examples)
+        self.input_shape: Shape = tuple(builder.info.features[image_key].shape)
+        self._opened: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def read(self, indices: np.ndarray) -> Split:
+        """Decodes the examples at these positions."""
+        image_key, label_key = self._keys
+        x, y = np.empty((len(indices), *self.input_shape), np.uint8), np.empty(len(indices), np.int32)
+        try:
+            with self._lock:
+                if self._opened is None:
+                    self._opened = self._open()
+            for index, example in enumerate(_examples(self._opened, indices)):
+                x[index], y[index] = example[image_key], example[label_key]
+        except Exception as error:
+            raise UserError(_unreadable(self._name, error)) from error
+        return Split(x, y)
+
+    def labels(self) -> np.ndarray:
+        """All classes: read once, without decoding images, then from the cache."""
+        cached = _whole(self._labels_path, (self.count,), np.int32)
+        if cached is not None:
+            return cached
+        import tensorflow_datasets as tfds
+
+        image_key, label_key = self._keys
+        try:
+            source = self._open({image_key: tfds.decode.SkipDecoding()})
+            examples = _examples(source, np.arange(self.count))
+            y = np.fromiter((example[label_key] for example in examples), np.int32, self.count)
+        except Exception as error:
+            raise UserError(_unreadable(self._name, error)) from error
+        _save_atomically(self._labels_path, y)
+        return y
+
+    def _open(self, decoders: dict[str, Any] | None = None) -> Any:
+        import tensorflow_datasets as tfds
+
+        with quiet():  # from its folder, since another process may not know the class that prepared it
+            builder = tfds.builder_from_directory(self._folder)
+            return builder.as_data_source(split=self._split, decoders=decoders)
+
+
+def _examples(source: Any, indices: np.ndarray) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(indices), AT_A_TIME):
+        yield from source.__getitems__(indices[start : start + AT_A_TIME].tolist())
+
+
+def _counts(name: str, splits: Any) -> dict[str, int]:
+    if not {"train", "test"} <= splits.keys():
+        raise UserError(f"{name} has the splits {', '.join(splits)}; cnnlib needs train and test")
+    return {split: splits[split].num_examples for split in ("train", "test")}
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unreadable(name: str, error: object) -> str:
+    return f"{name} cannot be read: {_first_line(error)}"
+
+
+def _needs_tensorflow(name: str, error: object) -> str:
+    reason = _first_line(error)
+    return f"preparing {name} needs TensorFlow, cnnlib's extra `prepare`: pip install -e '.[prepare]' ({reason})"
+
+
+def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
+    """Keys of image and label, the image's shape, the label; or a UserError that says what is missing."""
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys
+    if isinstance(keys, tuple) and len(keys) == 2 and all(isinstance(key, str) for key in keys):
+        image, label = info.features[keys[0]], info.features[keys[1]]
+        if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
+            if None in image.shape or image.np_dtype != np.uint8:
+                raise UserError(
+                    f"{name}: cnnlib needs uint8 images of one size, these are {image.shape} {image.np_dtype}"
+                )
+            return keys[0], keys[1], tuple(image.shape), label
+    raise UserError(f"{name} is no image classification set: it has no pair of an image and a class label")
+
+
+def _prepare(name: str, builder: Any) -> None:
+    """Downloads and prepares, which shows TFDS's own progress."""
+    if type(builder).__module__ in PREPARED_WITH_TENSORFLOW and importlib.util.find_spec("tensorflow") is None:
+        raise UserError(_needs_tensorflow(name, f"it is not yet in {builder.data_path.parent.parent}"))
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise UserError(_needs_tensorflow(name, error)) from error
+    except Exception as error:
+        # Whatever TFDS's many builders raise (network, checksum, manual download); `--traceback` shows the cause.
+        raise UserError(f"tensorflow-datasets could not prepare {name}: {_first_line(error)}") from error
+
+
+def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
+    """A split as arrays: decoded once, then read from the cache, whose key holds the prepared files' description."""
+    count = builder.info.splits[split].num_examples
+    shape = (count, *builder.info.features[image_key].shape)
+    folder = _cached_folder(builder)
+    paths = folder / f"{split}-x.npy", folder / f"{split}-y.npy"
+    x, y = _whole(paths[0], shape, np.uint8), _whole(paths[1], (count,), np.int32)
+    if x is not None and y is not None:
+        return Split(x, y)
+    with quiet():
+        source = builder.as_data_source(split=split)
+    x, y = np.empty(shape, np.uint8), np.empty(count, np.int32)
+    for index, example in enumerate(_examples(source, np.arange(count))):
+        x[index], y[index] = example[image_key], example[label_key]
+    for path, array in zip(paths, (x, y), strict=True):
+        _save_atomically(path, array)
+    return Split(x, y)
+
+
+def _cached_folder(builder: Any) -> Path:
+    """Where decoded examples are kept."""
+    identity = f"{builder.data_path}\n{(Path(builder.data_path) / 'dataset_info.json').read_text()}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return cache_folder("data") / f"{builder.info.full_name.replace('/', '-')}-{key}"
+
+
+def _whole(path: Path, shape: Shape, dtype: Any) -> np.ndarray | None:
+    """What an earlier run decoded; None where there is nothing, or not all of it: it is decoded again."""
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # missing, unreadable, cut off
+        return None
+    return array if array.shape == shape and array.dtype == dtype else None
+
+
+def _save_atomically(path: Path, array: np.ndarray) -> None:
+    """Writes beside and renames, so that a reader never sees half a file. A cache that cannot be written is skipped:
+    the examples are in memory, only the next run decodes them again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, array, allow_pickle=False)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logging.getLogger(__name__).warning("decoded examples are not cached: %s", error)
