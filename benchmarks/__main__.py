@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | mesh | ops | memory | tracking | mnist1d`: speed, memory; see README.md here."""
+"""`python -m benchmarks step | lanes | mesh | scale | ops | memory | tracking | mnist1d`: see README.md here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import lanes, memory, mesh, mnist1d, operations, peers, step, tracking
+from benchmarks import lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
@@ -30,6 +30,8 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield from (lanes.measure(net, options.batch_size, options.rounds, counts) for net in nets)
         case "mesh":
             yield from (mesh.measure(net, options.batch_size, options.rounds) for net in nets)
+        case "scale":
+            yield from scale.measure(options.rounds)
         case "ops":
             yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
@@ -43,7 +45,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step", "lanes", "mesh", "ops", "memory", "tracking", "mnist1d"])
+    parser.add_argument("benchmark", choices=["step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.rounds, options.epochs, *(options.lanes or [1])) < 1:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
-    if options.benchmark in ("mesh", "mnist1d"):
+    if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `python -m experiments run` does
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}

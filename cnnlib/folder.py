@@ -25,8 +25,9 @@ RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "res
 GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
 RECORD = "run.json"
 ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE = "arms", "checkpoints", "predictions", "unreadable"
+JOBS = "jobs"
 OURS = dict.fromkeys(
-    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE, "wandb")
+    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE, JOBS, "wandb")
 )
 """Everything that a run may leave in its folder, beside its lock and `earlier`."""
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"
@@ -173,7 +174,7 @@ class RunFolder:
         began = {"began": tracking.now(), "host": socket.gethostname(), "pid": os.getpid(), "state": "running"}
         sessions = [*self.record.get("sessions", []), began]
         self.record = {"id": secrets.token_hex(4), **self.record, **record, "sessions": sessions}
-        self._write()
+        self.write()
 
     def end_session(self, state: str, message: str | None = None) -> None:
         """Writes down how it ended: finished, interrupted or failed."""
@@ -181,9 +182,10 @@ class RunFolder:
             self.record["sessions"][-1] |= {"ended": tracking.now(), "state": state, "message": message}
             # A full disk may be what the session failed of; the next one finds that it did not end.
             with contextlib.suppress(UserError) if state != "finished" else contextlib.nullcontext():
-                self._write()
+                self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Writes down what the record says."""
         tracking.write_whole(self / RECORD, lambda path: path.write_text(tracking.to_json(self.record)))
 
     def read_record(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import jax
 from cnnlib import feeds, folder, kernels, mesh, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
-from cnnlib.data import describe
+from cnnlib.data import DataSet, StreamedSet, describe
 from cnnlib.errors import Stopped, UserError
 from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
@@ -52,6 +52,7 @@ def run(
     writer: Writer | None = None,
     part: Part | None = None,
     hosts: Hosts = ALONE,
+    identifies: bool = False,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
@@ -59,7 +60,8 @@ def run(
     going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
     what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. With
     `part` only that is trained, as one job of several, and the results are those of its arm. With `hosts` the processes
-    of a run on several call this together; `out` of all but process 0 is for nobody to read. Raises UserError, with
+    of a run on several call this together; `out` of all but process 0 is for nobody to read. With `identifies` it ends
+    where training would begin: with the identity of the run, and of what each arm is as a part. Raises UserError, with
     nothing written, for whatever does not fit together or does not fit in the memory; and later for a disk that takes
     no more: what was saved before stays.
     """
@@ -96,11 +98,9 @@ def run(
             check_parameters_fit(arm, devices, hosts)
         changes: list[str] = []
         cpu_kernels = kernels_for(arms, device, watcher)
-        this = {
-            **identity(name, experiment, device, len(devices), cpu_kernels),
-            "data_sha256": fingerprint(data_sets.values()),
-        }
-        this["settings"]["streamed"] = [one.description.name for one in data_sets.values() if feeds.is_streamed(one)]
+        this = identity_with_data(identity(name, experiment, device, len(devices), cpu_kernels), data_sets.values())
+        if identifies:
+            return {"identity": this, "parts": identities_of_parts(this, arms, data_sets, device)}
         check_alike(hosts, this)
         results = None
         if held is not None:
@@ -177,6 +177,27 @@ def run(
                 watcher.says(f"{state}: {error}")
             held.end_session(state, " ".join(str(error).split())[:500])
             raise
+
+
+def identity_with_data(known: dict[str, Any], data_sets: Iterable[DataSet | StreamedSet]) -> dict[str, Any]:
+    """The identity of a run on these data."""
+    sets = list(data_sets)
+    streamed = [one.description.name for one in sets if feeds.is_streamed(one)]
+    return {**known, "settings": {**known["settings"], "streamed": streamed}, "data_sha256": fingerprint(sets)}
+
+
+def identities_of_parts(
+    this: dict[str, Any],
+    arms: tuple[TrainedArm, ...],
+    data_sets: Mapping[Data, DataSet | StreamedSet],
+    device: jax.Device,
+) -> dict[str, dict[str, Any]]:
+    """The identity that a run of one of the arms has, by its name; `this` is that of the run of all."""
+    of_data = {data: identity_with_data(this, [data_set]) for data, data_set in data_sets.items()}
+    own_kernels = {arm.name: kernels_for((arm,), device, Watcher()) for arm in arms}
+    return {
+        arm.name: {**of_data[arm.data], "device": {**this["device"], "kernels": own_kernels[arm.name]}} for arm in arms
+    }
 
 
 def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
@@ -288,6 +309,10 @@ class Compiled:
             )
 
 
+MERGED = "is_merged"
+"""In the record of a run whose arms jobs have trained, until its results are written."""
+
+
 def begin(
     held: RunFolder,
     name: str,
@@ -298,7 +323,8 @@ def begin(
     force: bool,
 ) -> Beginning:
     """Writes what a session writes before it trains: its configuration, where it runs, that it does."""
-    is_resumed = "sessions" in held.record
+    # What jobs have trained is put together in a session of its own: nothing was interrupted.
+    is_resumed = "sessions" in held.record and not held.record.pop(MERGED, False)
     resumed = list(held.record.get("resumed", []))
     if is_resumed:
         in_flight = {arm: found.progress.epoch for arm, found in left.in_flight.items()}

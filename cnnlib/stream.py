@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import pickle
 import queue
@@ -157,7 +158,15 @@ def mixed(words: np.ndarray) -> np.ndarray:
 def require_grain() -> None:
     """Raises UserError where what streams need is not installed."""
     try:
-        import grain  # noqa: F401
+        import absl.logging  # noqa: F401  # sets the level below when it is first imported, so first
+
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # grain warns of a JAX that cannot profile its processes, which we have none of
+        try:
+            import grain  # noqa: F401
+        finally:
+            logger.setLevel(level)
     except ImportError as error:
         raise UserError(f"streams need grain, cnnlib's extra `stream`: pip install -e '.[stream]' ({error})") from error
 

@@ -35,13 +35,16 @@ from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:
     from cnnlib.hosts import Hosts
+    from cnnlib.jobs import Wanted
     from cnnlib.results_page import Asked
 
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...]",
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]\n           "
-    "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]",
+    "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]\n           "
+    "[--executor local|ray [--seeds-a-job N] [--retries N] [--ray-address ADDRESS] [--gpus-a-job N] "
+    "[--resources NAME=N]]",
     "runs": "runs [DIR]",
     "compare": "compare DIR DIR [DIR ...]",
     "report": "report DIR [DIR ...] [--out FILE]",
@@ -102,6 +105,14 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
         parser.add_argument("--processes", metavar="N", type=int, help="how many there are, one a host")
         parser.add_argument("--process-id", metavar="I", type=int, help="which this one is, from 0 on")
+        parser.add_argument("--executor", choices=("local", "ray"), help="train as jobs, beside one another")
+        parser.add_argument("--seeds-a-job", metavar="N", type=int, help="of an arm (all: a job an arm)")
+        parser.add_argument("--retries", metavar="N", type=int, help="times that a job goes on after it died (3)")
+        parser.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster (RAY_ADDRESS; else one of our own)")
+        parser.add_argument("--gpus-a-job", metavar="N", type=int, help="of a cluster")
+        parser.add_argument(
+            "--resources", metavar="NAME=N", action="append", help="of a cluster's nodes, such as TPU=4"
+        )
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
     return parser
 
@@ -324,6 +335,41 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
     return status
 
 
+JOB_OPTIONS = ("seeds_a_job", "retries", "ray_address", "gpus_a_job", "resources")
+
+
+def jobs_asked(options: argparse.Namespace) -> Wanted | None:
+    """How the experiment is to be divided into jobs; None: not at all. Raises UserError for what has no meaning."""
+    given = {name: getattr(options, name) for name in JOB_OPTIONS if getattr(options, name) is not None}
+    if options.executor is None:
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} has no meaning without --executor")
+        return None
+    if options.distributed:
+        raise UserError("--executor and --distributed are two ways to use several processes: choose one")
+    from cnnlib.jobs import Wanted
+
+    resources = {}
+    for text in given.pop("resources", []):
+        key, _, number = text.partition("=")
+        if not key or not number.isdecimal():
+            raise UserError(f"--resources {text}: expected NAME=N, such as TPU=4")
+        resources[key] = float(number)
+    return Wanted(options.executor, **given, resources=resources or None).checked()
+
+
+def job_arguments(options: argparse.Namespace) -> list[str]:
+    """The options about jobs, as they were given."""
+    given = [(name, getattr(options, name)) for name in ("executor", *JOB_OPTIONS)]
+    return [
+        text
+        for name, value in given
+        if value is not None
+        for one in (value if isinstance(value, list) else [value])
+        for text in (f"--{name.replace('_', '-')}", str(one))
+    ]
+
+
 def followed(name: str, experiment: Experiment, scratch: Path, options: argparse.Namespace, joined: Hosts) -> int:
     """What a process does that is not the first of a run on several hosts: it trains with the others, and says so."""
     from cnnlib.run import run
@@ -377,9 +423,51 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
                 how["hosts"] = joined
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
-            command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
-            place = [] if options.out is None else ["--out", options.out]
-            print(f"{stopped}; go on with: {command} {shlex.join([*place, '--resume'])}", file=sys.stderr)
+            print(how_to_go_on(stopped, name, options), file=sys.stderr)
+            return 128 + (wish.signal or signal.SIGTERM)
+    print_results(results, console)
+    console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> str:
+    """The line that a run which was stopped ends with."""
+    command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
+    place = [] if options.out is None else ["--out", options.out]
+    return f"{stopped}; go on with: {command} {shlex.join([*place, *job_arguments(options), '--resume'])}"
+
+
+MOST_BARS = 30
+"""Jobs that have a bar of their own; the others tell their epochs in lines."""
+
+
+def command_jobs(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, wanted: Wanted) -> int:
+    """Trains as jobs, beside one another."""
+    from cnnlib.folder import RUN_FILES
+    from cnnlib.jobs import run_jobs
+    from cnnlib.report import print_results
+    from cnnlib.terminal import BarWatcher, LineWatcher, RunConsole, watcher_for
+    from cnnlib.wandb_copy import WandbCopy, chosen_mode
+
+    mode, hint = chosen_mode(options.wandb)
+    copy = None if mode is None else WandbCopy(experiment, mode)
+    console = RunConsole()
+    with stopping.by_signal() as wish, contextlib.ExitStack() as ends:
+        if copy is not None:
+            ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
+        try:
+            with watcher_for(console) as shown:
+                bars = iter([shown] * MOST_BARS if isinstance(shown, BarWatcher) else [])
+                if hint is not None:
+                    shown.says(hint)
+                if copy is not None:
+                    copy.tell_user = shown.says
+                how = {"copy": copy, "resume": options.resume, "force": options.force, "stop": wish.is_made}
+                results = run_jobs(
+                    experiment, name, out, wanted, shown, lambda job: next(bars, LineWatcher(console)), **how
+                )
+        except Stopped as stopped:
+            print(how_to_go_on(stopped, name, options), file=sys.stderr)
             return 128 + (wish.signal or signal.SIGTERM)
     print_results(results, console)
     console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
@@ -424,10 +512,15 @@ def main(arguments: Sequence[str]) -> int:
             command_show(options.name, experiment)
             return 0
         out = Path(options.out or Path("runs", options.name))
+        if isinstance(experiment, Growth) and job_arguments(options):
+            raise UserError(f"{options.name} trains nothing: {job_arguments(options)[0]} has no meaning for it")
+        wanted = jobs_asked(options)
         if isinstance(experiment, Growth):
             if options.resume or options.wandb in ("online", "offline"):
                 raise UserError(f"{options.name} trains nothing: --resume and --wandb have no meaning for it")
             command_growth(options.name, experiment, out)
+        elif wanted is not None:
+            return command_jobs(options.name, experiment, out, options, wanted)
         else:
             return command_run(options.name, experiment, out, options)
         return 0

@@ -28,10 +28,12 @@ FLOORS = [
     {"checkpoint", "predictions"},
     {"mesh"},
     {"programs"},
-    {"resume", "growth", "wandb_copy", "overview", "charts", "mistakes"},
+    {"resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
     {"arms"},
     {"run", "results_page", "page"},
-    {"trained"},
+    {"trained", "job"},
+    {"ray_jobs"},
+    {"jobs"},
     {"abstraction"},
     {"demos.*"},
     {"experiments.__main__"},
@@ -78,6 +80,8 @@ WITHOUT_JAX = {
     "tables",
     "stats",
     "fits",
+    "job",
+    "ray_jobs",
 }
 
 
@@ -123,7 +127,8 @@ def test_declarations_and_counts_do_without_jax():
 
 
 @pytest.mark.parametrize(
-    ("library", "knows"), [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker"), ("grain", "stream")]
+    ("library", "knows"),
+    [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker"), ("ray", "ray_jobs"), ("grain", "stream")],
 )
 def test_only_one_file_knows(library, knows):
     assert {name for name, path in files() if any(m.split(".")[0] == library for m in imports(path))} == {knows}

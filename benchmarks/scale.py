@@ -1,0 +1,194 @@
+"""The pieces that docs/scale.md reckons with: what lanes, image sides, checkpoints, lines, hosts and streams take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.timing import Contestant, Table, interleaved
+from cnnlib import checkpoint, mesh, tracking
+from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
+from cnnlib.data import load, open_splits
+from cnnlib.feeds import Resident
+from cnnlib.programs import compile_programs, memory_of, numbers_of
+from cnnlib.resolve import resolve
+from cnnlib.spec import parse_model
+from cnnlib.stream import chunks, steps_a_chunk
+from cnnlib.writer import Job, Writer
+
+NET = "conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes"
+LANES = (1, 2, 8, 32)
+SIDES = (32, 64, 128, 256)
+MIB = 2**20
+
+
+def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) -> tuple[float, int]:
+    """Median seconds of an epoch of all lanes, and the bytes that its program takes."""
+    (arm,) = resolve(experiment)
+    found = mesh.devices(devices)
+    feed = Resident(load(arm.data), found)
+    made = compile_programs(arm, feed, found)
+    numbers, examples = made.spread.put(numbers_of(arm)), feed.examples(arm, made.spread)["train"]
+
+    def epoch() -> None:
+        states, _ = made.initialize(numbers)
+        jax.block_until_ready(made.epoch(states, numbers, examples)[1].loss)  # type: ignore[no-untyped-call]
+
+    times = interleaved([Contestant("epoch", epoch)], rounds)["epoch"]
+    return float(np.median(times)), memory_of(made.epoch)
+
+
+def experiment_of(side: int, lanes: int, count: int, **fields: object) -> Experiment:
+    """One arm on generated images."""
+    return Experiment(
+        arms=(Arm("net", parse_model(NET)),),
+        data=Data(f"lines_{side}x{count}", stream=False),
+        optim=Optim("sgd", learning_rate=(0.01,)),
+        lanes=Lanes(seed=tuple(range(lanes))),
+        epochs=1,
+        batch_size=32,
+        checkpoint=Checkpoint(every=0),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def lanes_and_devices(rounds: int) -> Table:
+    """Seconds of 32 steps of a batch of 32 for all lanes, on one device of all cores and on a device a core."""
+    rows = []
+    for lanes in LANES:
+        one, _ = seconds_of(experiment_of(32, lanes, 1024), rounds, 1)
+        all_cores, _ = seconds_of(experiment_of(32, lanes, 1024), rounds)
+        rows.append(
+            {"lanes": str(lanes), "one device, ms a lane-step": 1e3 * one / lanes / 32}
+            | {"all devices, ms a lane-step": 1e3 * all_cores / lanes / 32}
+        )
+    return Table("lanes and devices, 32x32 images, batch 32", rows)
+
+
+def sides(rounds: int) -> Table:
+    """What a larger image takes: time and memory of a step of 32 images, whole and in pieces with maps anew."""
+    rows = []
+    for side in SIDES:
+        whole, memory = seconds_of(experiment_of(side, 1, 64), rounds, 1)
+        pieces, less = seconds_of(experiment_of(side, 1, 64, accumulate=8, remat=True), rounds, 1)
+        rows.append(
+            {"side": str(side), "ms a step": 1e3 * whole / 2, "MiB": memory / MIB}
+            | {"ms, accumulate=8 remat": 1e3 * pieces / 2, "MiB, accumulate=8 remat": less / MIB}
+        )
+    return Table("image sides, one lane, batch 32", rows)
+
+
+def checkpoints(rounds: int) -> Table:
+    """Megabytes a second that the writing process takes, from rows on the device to a checkpoint that is whole."""
+    rows = []
+    for size in (8, 64, 512):
+        words = np.arange(size * MIB // 4, dtype=np.uint32).reshape(8, -1)
+        taken = checkpoint.Snapshot(jax.device_put(words), np.asarray(checkpoint.checksums_of(words)))  # type: ignore[arg-type]
+        times = []
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(Writer()) as writer:
+            for number in range(rounds + 1):
+                start = time.perf_counter()
+                place = Path(folder)
+                writer.put(Job(place, place / "arm", number + 1, 1, None, {}, taken, 8, 1.0))
+                writer.wait()
+                times.append(time.perf_counter() - start)
+        rows.append({"MiB": str(size), "seconds": float(np.median(times[1:]))})  # the first one waits for imports
+        rows[-1]["MiB a second"] = size / float(rows[-1]["seconds"])
+    return Table("checkpoints", rows)
+
+
+def lines(rounds: int) -> Table:
+    """What telling of each lane after each epoch takes, in `metrics.jsonl`."""
+    line = {"arm": "net", "lane": 123, "seed": 123, "order_seed": 123, "learning_rate": 0.01, "momentum": 0.9}
+    line |= {"weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0, "epoch": 12}
+    line |= {f"{part}_{kind}": 0.123456789 for part in ("train", "validation") for kind in ("loss", "accuracy")}
+    line |= {"status": "ok", "seconds": 1.23456789}
+    with tempfile.TemporaryDirectory() as folder, tracking.JsonLines(Path(folder) / "metrics.jsonl") as metrics:
+        seconds = interleaved([Contestant("lines", lambda: metrics.write([line] * 10_000), 10_000)], rounds)["lines"]
+    size = len(json.dumps(line)) + 1
+    return Table(
+        "lines", [{"a lane and epoch": "metrics.jsonl", "bytes": str(size), "us": 1e6 * float(np.median(seconds))}]
+    )
+
+
+GATHER = """
+import sys, time
+import numpy as np
+from cnnlib import hosts, mesh
+mesh.use_cores(1)
+joined = hosts.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
+for size in (1, 64, 512):
+    array = np.zeros(size << 20, np.uint8)
+    for round in range(4):
+        joined.agreed(False)
+        start = time.perf_counter()
+        joined.gathered_by_first([array])
+        joined.agreed(False)
+        if joined.is_first and round:
+            print(size, time.perf_counter() - start, flush=True)
+start = time.perf_counter()
+for _ in range(200):
+    joined.agreed(False)
+if joined.is_first:
+    print(0, (time.perf_counter() - start) / 200, flush=True)
+joined.close(None)
+import os
+os._exit(0)
+"""
+
+
+def hosts() -> Table:
+    """What passes between two processes of this machine over the channel of `hosts.py`."""
+    port = str(np.random.RandomState().randint(20_000, 30_000))
+    command = [sys.executable, "-c", GATHER, port]
+    other = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL)
+    told = subprocess.run([*command, "0"], capture_output=True, text=True, check=True).stdout
+    other.wait()
+    found: dict[int, list[float]] = {}
+    for text in told.splitlines():
+        size, seconds = text.split()
+        if size.isdecimal():
+            found.setdefault(int(size), []).append(float(seconds))
+    rows = [{"MiB from each": str(size), "ms": 1e3 * float(np.median(times))} for size, times in sorted(found.items())]
+    return Table("two processes: gathering rows on the first; 0: agreeing", rows)
+
+
+def streams() -> Table:
+    """Examples a second that are read ahead of the training, by one core and another, without training."""
+    rows = []
+    for data, batch_size, workers in (("mnist5k", 100, 0), ("lines_256x8192", 64, 0), ("lines_256x8192", 64, 2)):
+        source = open_splits(Data(data)).train
+        steps = steps_a_chunk(source, batch_size)
+        how = {"seed": 0, "reshuffle": True, "workers": workers}
+        with contextlib.closing(chunks(source, batch_size=batch_size, steps=steps, **how)) as found:  # type: ignore[arg-type]
+            count = 0
+            next(found)
+            start = time.perf_counter()
+            while time.perf_counter() - start < 5:
+                count += len(next(found).y)
+            seconds = time.perf_counter() - start
+        bytes_an_example = int(np.prod(source.input_shape)) * source.dtype.itemsize
+        rows.append(
+            {"data": f"{data}, {workers} workers", "examples a second": count / seconds}
+            | {"MiB a second": count * bytes_an_example / MIB / seconds}
+        )
+    return Table("streams", rows)
+
+
+def measure(rounds: int) -> Iterator[Table]:
+    """All pieces."""
+    yield lanes_and_devices(rounds)
+    yield sides(rounds)
+    yield checkpoints(rounds)
+    yield lines(rounds)
+    yield hosts()
+    yield streams()

@@ -1,0 +1,170 @@
+"""Jobs on a cluster of Ray: a head and two workers on this machine, one of which dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray has no wheel for this Python")
+
+NAMES = ("mlp", "cnn")
+FIELDS = [f"arms={','.join(NAMES)}", "epochs=20", "lanes.seed=0..5", "devices=1", "checkpoint.share=1"]
+
+
+def environment(tmp_path, **change):
+    """Of every process here; only those that know the token may use the cluster."""
+    token = tmp_path / "token"
+    if not token.exists():
+        token.write_text(secrets.token_hex(32))
+    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text(), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled", **known, **change}
+
+
+def command(out, *arguments):
+    return [sys.executable, "-m", "experiments", "run", "mnist1d", *FIELDS, "--out", str(out), *arguments]
+
+
+def processes():
+    """Parents, states and command lines of all processes, by their ids."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            text = (place / "stat").read_text()
+            state, parent = text.rpartition(")")[2].split()[:2]
+            words = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found[int(place.name)] = (int(parent), state, words)
+    return found
+
+
+def tree(root):
+    """The process and all that it has started, theirs included."""
+    known, found = processes(), [root]
+    for pid in found:
+        found += [other for other, (parent, _, _) in known.items() if parent == pid]
+    return found
+
+
+def living(pids):
+    return [pid for pid in pids if processes().get(pid, (0, "Z", ""))[1] != "Z"]
+
+
+class Cluster:
+    """Nodes of Ray on this machine, each a process that holds what belongs to the node."""
+
+    def __init__(self, folder):
+        self.folder, self.nodes, self.environment = folder, [], environment(folder)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def begin(self, *arguments):
+        """Starts a node, and waits until it is one."""
+        options = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--block", *arguments]
+        log = self.folder / f"node-{len(self.nodes)}.txt"
+        with log.open("wb") as file:
+            start = [str(Path(sys.executable).with_name("ray")), "start", *options]
+            self.nodes.append(subprocess.Popen(start, stdout=file, stderr=file, env=self.environment))
+        until = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            assert self.nodes[-1].poll() is None and time.monotonic() < until, log.read_text(errors="replace")
+            time.sleep(0.1)
+        return self.nodes[-1]
+
+    def kill(self, node):
+        """Kills the node's own processes, and leaves alone those of jobs that they have started: returns these."""
+        members, known = tree(node.pid), processes()
+        jobs = [pid for pid in members if "cnnlib." in known[pid][2]]
+        for pid in members:
+            if pid not in jobs:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        node.wait()
+        return jobs
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    made = Cluster(tmp_path_factory.mktemp("ray"))
+    temporary = Path(tmp_path_factory.mktemp("r"))  # paths of sockets are short
+    _, _, port = made.address.partition(":")
+    try:
+        head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+        made.begin(*head, f"--temp-dir={temporary}")
+        yield made
+    finally:
+        for node in made.nodes:
+            if node.poll() is None:
+                made.kill(node)
+
+
+def worker(cluster):
+    return cluster.begin(f"--address={cluster.address}", "--num-cpus=1")
+
+
+def fingerprints(out):
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    return {arm["name"]: [lane["parameters_sha256"] for lane in arm["lanes"]] for arm in arms}
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained_twice(cluster, tmp_path):
+    done = subprocess.run(
+        command(tmp_path / "whole"), capture_output=True, text=True, check=False, env=environment(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    whole, went_on = fingerprints(tmp_path / "whole"), []
+    chance, workers = random.Random(0), [worker(cluster), worker(cluster)]
+    for number in range(5):
+        out = tmp_path / str(number)
+        ray = ["--executor", "ray", "--ray-address", cluster.address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command(out, *ray), **pipes, env=cluster.environment) as process:
+            told = []
+            while not told or "epoch 1/" not in told[-1]:
+                told.append(process.stdout.readline())
+                assert told[-1], "".join(told)
+            victim, moment = chance.choice(workers), chance.uniform(0.0, 6.0)
+            time.sleep(moment)
+            orphans = cluster.kill(victim)
+            killed = time.monotonic()
+            while living(orphans):
+                assert time.monotonic() < killed + 10, [processes().get(pid) for pid in orphans]
+                time.sleep(0.05)
+            workers[workers.index(victim)] = worker(cluster)
+            told += process.stdout.readlines()
+        text = "".join(told)
+        assert process.returncode == 0, text
+        assert fingerprints(out) == whole
+        record = json.loads((out / "run.json").read_text())["jobs"]
+        log = (out / "log.txt").read_text()
+        for name in NAMES:
+            assert log.count(f"{name}: epoch 20/20") == 1, log
+            *before, last = record[name]["sessions"]
+            assert last["state"] == "finished" and all(one["state"] == "running" for one in before)
+            assert len(before) <= 1 and len(record[name]["resumed"]) == len(before)
+            # It went on after the last epoch that was saved, and with `share=1` every one that was told is.
+            for resumed in record[name]["resumed"]:
+                if resumed["in_flight"]:
+                    epoch = resumed["in_flight"][name]
+                    assert f"{name}: trains, after epoch {epoch}" in log
+                    assert log.count(f"{name}: epoch {epoch}/20") == 1
+                    went_on.append((name, epoch))
+        assert not (out / "jobs").exists()
+        counts = {name: [len(record[name]["sessions"]), record[name]["resumed"]] for name in NAMES}
+        told = f"run {number}: killed {moment:.2f} s after the first epoch, {len(orphans)} orphans; {counts}\n"
+        sys.stdout.write(told)
+    assert went_on, "no job was killed while it trained"
+    everything = [pid for node in cluster.nodes if node.poll() is None for pid in tree(node.pid)]
+    assert not [pid for pid, (_, _, words) in processes().items() if str(tmp_path) in words]
+    assert not [pid for pid in everything if "cnnlib." in processes().get(pid, (0, "", ""))[2]]
