@@ -31,7 +31,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
         case "mesh":
             yield from (mesh.measure(net, options.batch_size, options.rounds) for net in nets)
         case "scale":
-            yield from scale.measure(options.rounds)
+            yield from scale.measure(options.rounds, options.only)
         case "ops":
             yield from operations.measure(options.batch_size, options.rounds, options.only)
         case "memory":
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("benchmark", choices=["step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d"])
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="for ops: those with this in their name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="for ops and scale: those with this in their name")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=150, help="for mnist1d: 40 steps each")

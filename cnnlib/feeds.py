@@ -277,7 +277,10 @@ def read_or_open(data: Data, device: jax.Device, says: Callable[[str], None]) ->
                 f"{data.name} takes {size_text(size)}, more than {STREAM_SHARE:.0%} of the {size_text(free)} that are "
                 "free: it is streamed (data.stream=false keeps it on the device)"
             )
-    return open_splits(data) if is_streamed else load(data)
+    if not is_streamed:
+        return load(data)
+    stream.require_grain()
+    return open_splits(data)
 
 
 def is_streamed(data_set: DataSet | StreamedSet) -> bool:

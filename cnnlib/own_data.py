@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib.data import SOURCES, Split, quiet, stratified
+from cnnlib.data import Split, is_ours, quiet, stratified
 from cnnlib.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -117,7 +117,7 @@ def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, clas
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"a data set's name is made of a-z, 0-9 and '_', and begins with a letter, not {name!r}")
-    if name in SOURCES or re.fullmatch(r"dsd_.*", name) or name in tfds.list_builders(with_community_datasets=False):
+    if is_ours(name) or name in tfds.list_builders(with_community_datasets=False):
         raise UserError(f"{name!r} is another data set, which would be read in its place; my_{name} is not")
     for x, y in (train, test):
         is_images = x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1:] == train.x.shape[1:]

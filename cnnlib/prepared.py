@@ -166,7 +166,15 @@ class Records:
 
         with quiet():  # from its folder, since another process may not know the class that prepared it
             builder = tfds.builder_from_directory(self._folder)
-            return builder.as_data_source(split=self._split, decoders=decoders)
+        return _data_source(builder, self._split, decoders)
+
+
+def _data_source(builder: Any, split: str, decoders: dict[str, Any] | None = None) -> Any:
+    with quiet():
+        source = builder.as_data_source(split=split, decoders=decoders)
+        if len(source):
+            source[0]  # with the first image that it decodes TFDS recommends another decoder
+    return source
 
 
 def _examples(source: Any, indices: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -231,8 +239,7 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     x, y = _whole(paths[0], shape, np.uint8), _whole(paths[1], (count,), np.int32)
     if x is not None and y is not None:
         return Split(x, y)
-    with quiet():
-        source = builder.as_data_source(split=split)
+    source = _data_source(builder, split)
     x, y = np.empty(shape, np.uint8), np.empty(count, np.int32)
     for index, example in enumerate(_examples(source, np.arange(count))):
         x[index], y[index] = example[image_key], example[label_key]

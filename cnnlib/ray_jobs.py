@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -61,12 +64,14 @@ class RayJobs:
             raise UserError("--executor ray: this process is connected to a cluster already")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         ours = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        others = children_of(os.getpid())
         with signals_kept():
             try:
                 ray.init(**quiet, **(ours if address is None else {"address": address}))
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"--executor ray: no cluster at {address or 'this machine'}: {reason}") from error
+        self._guard = guarded(children_of(os.getpid()) - others) if address is None else None
         self._needs = {"num_cpus": cores, "num_gpus": gpus, "resources": resources or None}
         # Ray tries again where it lost a worker or a node, and not where the task itself raised something.
         self._needs |= {"max_retries": retries, "retry_exceptions": False}
@@ -88,6 +93,8 @@ class RayJobs:
 
     def start(self, name: str, task: Task, place: Path | None) -> None:
         """Hands a job to Ray."""
+        if place is not None:
+            beside(place, RUNNING).unlink(missing_ok=True)  # of a node that died
         token = None if place is None else self._token.read_text()
         where = None if place is None else str(place)
         what = (task._asdict(), where, self._environment, str(self._token), token, str(self._stop))
@@ -128,6 +135,57 @@ class RayJobs:
         if ray.is_initialized():
             with signals_kept():
                 ray.shutdown()
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
+
+
+def children_of(pid: int) -> set[int]:
+    """The processes that a process has started and that still are its children, where Linux tells them."""
+    return {child for child, (parent, _) in parents().items() if parent == pid}
+
+
+def parents() -> dict[int, tuple[int, str]]:
+    """The parent of each process, and when the process began: numbers are used again."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # gone by now
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            found[int(place.name)] = (int(fields[1]), fields[19])
+    return found
+
+
+def guarded(roots: set[int]) -> subprocess.Popen[bytes]:
+    """Starts what ends these processes, and all that they start, when its standard input ends.
+
+    Ray sees to it that its processes end with the one that began the cluster, but for two a node: they stay where that
+    one is killed.
+    """
+    command = [sys.executable, "-m", "cnnlib.ray_jobs", *map(str, roots)]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def guard(roots: set[int]) -> None:
+    """What `guarded` starts: looks twice a second who belongs to the family, and kills it in the end."""
+    family: dict[int, str] = {}
+    while True:
+        known = parents()
+        family |= {root: known[root][1] for root in roots if root in known and root not in family}
+        size = 0
+        while size < len(family):
+            size = len(family)
+            family |= {pid: began for pid, (parent, began) in known.items() if parent in family and pid not in family}
+        is_over, _, _ = select.select([0], [], [], 0.5)
+        if is_over and not os.read(0, 1):
+            break
+    known = parents()
+    for pid, began in family.items():
+        if known.get(pid, (0, ""))[1] == began:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def check_address(address: str) -> None:
@@ -180,7 +238,7 @@ def attended(
     try:
         is_told = False
         while (ending := process.ending()) is None:
-            if not is_told and Path(stop).exists():
+            if beginning is not None and not is_told and Path(stop).exists():
                 is_told = True
                 process.stop()
             time.sleep(0.2)
@@ -189,3 +247,7 @@ def attended(
         process.close()
         if beginning is not None:
             beside(beginning, RUNNING).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    guard(set(map(int, sys.argv[1:])))

@@ -294,8 +294,11 @@ class Worker:
                 if array.size and stdout.readinto(array.data.cast("B")) != array.nbytes:
                     raise EOFError
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:  # cut off
-            code = self._process.wait()
-            raise UserError(f"a process that reads examples has died (exit status {code})") from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            raise UserError(
+                f"a process that reads examples has died (exit status {self._process.returncode})"
+            ) from error
         return Split(*arrays)
 
     def close(self) -> None:

@@ -17,10 +17,7 @@ from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 
 EXPERIMENT = Experiment(
-    arms=(
-        Arm("full", parse_model("avg:4 dense:8 relu dense:classes")),
-        Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes"), own=("augment.flip=false",)),
-    ),
+    arms=(Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes")),),
     data=Data("lines", validation=210),
     augment=Augment(shift=2, flip=True),
     optim=Optim("adam", schedule="cosine", learning_rate=(0.01,)),
@@ -65,16 +62,15 @@ def test_a_stream_in_the_stored_order_trains_the_models_that_examples_on_the_dev
     found = [read_answers(tmp_path / place, "conv") for place in ("resident", "streamed")]
     np.testing.assert_array_equal(found[0].labels, found[1].labels)
     assert (found[0].predicted == found[1].predicted).mean() > 0.999
-    assert [arm.get("waited_seconds", -1) >= 0 for arm in chunked["arms"]] == [True, True]
+    assert [arm.get("waited_seconds", -1) >= 0 for arm in chunked["arms"]] == [True]
     assert "waited_seconds" not in resident["arms"][0]
 
 
+@pytest.mark.slow
 def test_each_lane_sees_each_example_once_a_pass_in_an_order_of_its_own(tmp_path):
     # Nothing is learned: what a pass comes to while it trains is what all examples come to.
     data = replace(EXPERIMENT.data, validation=200)  # 3,800 examples: no batch is left over
-    still = replace(
-        EXPERIMENT, augment=Augment(), data=data, epochs=1, optim=Optim(learning_rate=(0.0,)), arms=EXPERIMENT.arms[:1]
-    )
+    still = replace(EXPERIMENT, augment=Augment(), data=data, epochs=1, optim=Optim(learning_rate=(0.0,)))
     run(streamed(still), "tiny", tmp_path / "still", Watcher())
     result = json.loads((tmp_path / "still" / "results.json").read_text())["arms"][0]
     for line in (tmp_path / "still" / "metrics.jsonl").read_text().splitlines():
@@ -98,11 +94,10 @@ class EndsAfter(Watcher):
         self.reached = self.reached or report.epoch == self.epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
-    experiment = streamed(
-        replace(EXPERIMENT, epochs=3, arms=EXPERIMENT.arms[1:], checkpoint=Checkpoint(share=1.0)), validation=200
-    )
+    experiment = streamed(replace(EXPERIMENT, epochs=3, checkpoint=Checkpoint(share=1.0)), validation=200)
     whole = run(experiment, "tiny", tmp_path / "whole", Watcher())
     for epoch in (1, 2):
         watcher = EndsAfter(epoch)
@@ -113,8 +108,9 @@ def test_a_stream_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
     assert lanes_of(resumed) == lanes_of(whole)
 
 
+@pytest.mark.slow
 def test_a_lane_that_diverges_in_a_stream_keeps_what_it_had_and_the_other_goes_on(tmp_path):
-    experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[:1], optim=Optim(learning_rate=(0.01, 9e8)))
+    experiment = replace(EXPERIMENT, optim=Optim(learning_rate=(0.01, 9e8)))
     alone = replace(experiment, optim=Optim(learning_rate=(0.01,)))
     lanes = run(streamed(experiment), "tiny", tmp_path / "both", Watcher())["arms"][0]["lanes"]
     fine = run(streamed(alone), "tiny", tmp_path / "alone", Watcher())["arms"][0]["lanes"]
@@ -138,7 +134,7 @@ def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_p
     monkeypatch.setattr(feeds, "STREAM_SHARE", 0.5)
     monkeypatch.setattr(feeds, "free_memory", lambda device: 6 * 2**20)
     watcher = Told()
-    experiment = replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1])
+    experiment = replace(EXPERIMENT, epochs=1)
     results = run(experiment, "tiny", tmp_path / "small", watcher)
     assert (
         "lines takes 3.7 MiB, more than 50% of the 6.0 MiB that are free: it is streamed "
@@ -151,14 +147,14 @@ def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_p
 
 def test_examples_drawn_for_each_lane_cannot_be_streamed(tmp_path):
     with pytest.raises(
-        UserError, match=r"arm full: data\.train=500 draws examples for each lane, and all lanes see the"
+        UserError, match=r"arm conv: data\.train=500 draws examples for each lane, and all lanes see the"
     ):
         run(streamed(EXPERIMENT, train=500), "tiny", tmp_path / "run", Watcher())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_does_not_go_on_with_a_stream_where_it_began_without(tmp_path):
-    experiment = replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1], checkpoint=Checkpoint(share=1.0))
+    experiment = replace(EXPERIMENT, epochs=1, checkpoint=Checkpoint(share=1.0))
     run(experiment, "tiny", tmp_path / "run", Watcher())
     with pytest.raises(UserError, match=r"data.stream was None, is True.*streamed was , is lines"):
         run(streamed(replace(experiment, epochs=1)), "tiny", tmp_path / "run", Watcher(), resume=True)

@@ -588,16 +588,20 @@ def test_a_run_as_jobs_has_the_fingerprints_of_one_in_one_process(seeds_a_job, l
 @pytest.mark.slow
 def test_a_job_that_is_killed_goes_on_from_its_checkpoint(long, tmp_path):
     with started(tmp_path) as process:
-        victim = job_processes(tmp_path)[0]
+        kept = tmp_path / "jobs" / "mlp" / "checkpoints" / "mlp"
+        while not any(path.name.isdecimal() for path in kept.glob("*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        (victim,) = job_processes(tmp_path / "jobs" / "mlp")
         os.kill(victim, signal.SIGKILL)
         told, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    assert "was killed by SIGKILL: again, 1 of at most 3 times" in told and "goes on after epoch" in told
+    assert "mlp was killed by SIGKILL: again, 1 of at most 3 times" in told and "mlp goes on after epoch" in told
     assert fingerprints(tmp_path) == long
-    known = json.loads((tmp_path / "run.json").read_text())["jobs"].values()
-    assert sorted(len(one["sessions"]) for one in known) == [1, 2]
-    (resumed,) = [one["resumed"] for one in known if one["resumed"]]
-    assert next(iter(resumed[0]["in_flight"].values())) >= 1
+    known = json.loads((tmp_path / "run.json").read_text())["jobs"]
+    assert {name: len(one["sessions"]) for name, one in known.items()} == {"logistic": 1, "mlp": 2}
+    (resumed,) = known["mlp"]["resumed"]
+    assert resumed["in_flight"]["mlp"] >= 1 and known["logistic"]["resumed"] == []
     assert json.loads((tmp_path / "results.json").read_text())["resumed"] == []
 
 

@@ -117,23 +117,37 @@ def fingerprints(out):
     return {arm["name"]: [lane["parameters_sha256"] for lane in arm["lanes"]] for arm in arms}
 
 
-@pytest.mark.slow
-def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained_twice(cluster, tmp_path):
-    done = subprocess.run(
-        command(tmp_path / "whole"), capture_output=True, text=True, check=False, env=environment(tmp_path)
-    )
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run in one process comes to."""
+    out = tmp_path_factory.mktemp("whole")
+    start = command(out / "run")
+    done = subprocess.run(start, capture_output=True, text=True, check=False, env=environment(out))
     assert done.returncode == 0, done.stderr
-    whole, went_on = fingerprints(tmp_path / "whole"), []
+    return fingerprints(out / "run")
+
+
+@contextlib.contextmanager
+def started(environment, out, *arguments):
+    """A run that has told an epoch; killed in the end, if it lives."""
+    start = command(out, "--executor", "ray", *arguments)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(start, **pipes, env=environment) as process:
+        told = []
+        while not told or "epoch 1/" not in told[-1]:
+            told.append(process.stdout.readline())
+            assert told[-1], "".join(told)
+        yield process, told
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained_twice(cluster, whole, tmp_path):
+    went_on = []
     chance, workers = random.Random(0), [worker(cluster), worker(cluster)]
     for number in range(5):
         out = tmp_path / str(number)
-        ray = ["--executor", "ray", "--ray-address", cluster.address]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command(out, *ray), **pipes, env=cluster.environment) as process:
-            told = []
-            while not told or "epoch 1/" not in told[-1]:
-                told.append(process.stdout.readline())
-                assert told[-1], "".join(told)
+        with started(cluster.environment, out, "--ray-address", cluster.address) as (process, told):
             victim, moment = chance.choice(workers), chance.uniform(0.0, 6.0)
             time.sleep(moment)
             orphans = cluster.kill(victim)
@@ -143,6 +157,7 @@ def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained
                 time.sleep(0.05)
             workers[workers.index(victim)] = worker(cluster)
             told += process.stdout.readlines()
+            process.wait()
         text = "".join(told)
         assert process.returncode == 0, text
         assert fingerprints(out) == whole
@@ -168,3 +183,38 @@ def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained
     everything = [pid for node in cluster.nodes if node.poll() is None for pid in tree(node.pid)]
     assert not [pid for pid, (_, _, words) in processes().items() if str(tmp_path) in words]
     assert not [pid for pid in everything if "cnnlib." in processes().get(pid, (0, "", ""))[2]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_lets_the_nodes_save_and_goes_on(cluster, whole, tmp_path):
+    node = worker(cluster)
+    on = ("--ray-address", cluster.address)
+    with started(cluster.environment, tmp_path, *on) as (process, told):
+        process.send_signal(signal.SIGTERM)
+        told += process.stdout.readlines()
+        assert process.wait() == 143 and told[-1].endswith(f"--executor ray --ray-address {cluster.address} --resume\n")
+    assert not [pid for pid in tree(node.pid) if "cnnlib." in processes().get(pid, (0, "", ""))[2]]
+    again = command(tmp_path, "--executor", "ray", *on, "--resume")
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=cluster.environment)
+    assert done.returncode == 0, done.stderr
+    assert fingerprints(tmp_path) == whole and "goes on after epoch" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_takes_its_own_cluster_along_and_is_resumed(whole, tmp_path):
+    known = {name: text for name, text in environment(tmp_path).items() if not name.startswith("RAY_AUTH")}
+    known["HOME"] = str(tmp_path)
+    with started(known, tmp_path / "run") as (process, _):
+        family = tree(process.pid)
+        assert any("raylet" in processes()[pid][2] for pid in family)
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 10
+        while living(family):
+            assert time.monotonic() < until, [processes().get(pid) for pid in living(family)]
+            time.sleep(0.1)
+    again = command(tmp_path / "run", "--executor", "ray", "--resume")
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=known)
+    assert done.returncode == 0, done.stderr
+    assert fingerprints(tmp_path / "run") == whole
+    assert not (tmp_path / ".ray").exists()  # where Ray would leave a token for others to find
