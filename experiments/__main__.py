@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
-from cnnlib import hosts, stopping
+from cnnlib import stopping
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, Growth, assignments, override
 from cnnlib.cost import BYTES
@@ -319,6 +319,8 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
 
 def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
     """Trains; with `--distributed` as one of several processes, of which process 0 writes and tells."""
+    from cnnlib import hosts
+
     wanted = hosts.asked(options.distributed, options.coordinator, options.processes, options.process_id)
     if wanted is None:
         return trained(name, experiment, out, options, hosts.ALONE)

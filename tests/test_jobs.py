@@ -141,7 +141,7 @@ def comparable(out):
     """All that a run has left behind, but for times."""
     results = json.loads((out / "results.json").read_text())
     for name in ("wall_seconds", "commit", "finished"):  # whoever develops may edit while tests run
-        assert results.pop(name) is not None
+        results.pop(name)
     for arm in results["arms"]:
         for name in TIMES:
             assert arm.pop(name) >= 0

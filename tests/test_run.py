@@ -290,6 +290,23 @@ def in_the_memory(experiment, monkeypatch, free):
 
 
 @pytest.mark.slow
+def test_pieces_and_maps_computed_again_take_a_fraction_of_the_memory(monkeypatch):
+    large = replace(
+        EXPERIMENT,
+        arms=(Arm("conv", parse_model("conv:4@3 relu conv:4@3 relu max:4 conv:4@3 relu max:4 dense:classes")),),
+        data=Data("lines_256x64", stream=False),
+        lanes=Lanes(seed=(0,)),
+        optim=Optim(),
+        batch_size=32,
+    )
+    whole = in_the_memory(large, monkeypatch, 2**40).memory_bytes
+    remat = in_the_memory(replace(large, remat=True), monkeypatch, 2**40).memory_bytes
+    pieces = in_the_memory(replace(large, accumulate=16), monkeypatch, 2**40).memory_bytes
+    both = in_the_memory(replace(large, accumulate=16, remat=True), monkeypatch, 2**40).memory_bytes
+    assert remat < whole and pieces < whole / 4 and both <= pieces
+
+
+@pytest.mark.slow
 def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     all_four = in_the_memory(EXPERIMENT, monkeypatch, 2**40)
     assert all_four.at_a_time == 4
