@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,12 +51,12 @@ def results_of(name, **fields):
 few = arms[:2]
 told = {
     "one": results_of("one", devices=1),
-    "two": results_of("two", devices=2, arms=few),
+    "two": results_of("two", devices=2, arms=arms[:1]),
     "data": results_of("data", mesh=(1, 8)),
     "mixed": results_of("mixed", mesh=(2, 4)),  # three lanes: uneven
-    "pieces": results_of("pieces", devices=1, accumulate=4, arms=few),
+    "pieces": results_of("pieces", devices=1, accumulate=4, arms=arms[1:2]),
     "mixed pieces": results_of("mixed pieces", mesh=(3, 2), accumulate=2, remat=True, arms=few),
-    "remat": results_of("remat", devices=1, remat=True, arms=few),
+    "remat": results_of("remat", devices=1, remat=True, arms=arms[:1]),
 }
 
 class StopAfterFirst(Watcher):
@@ -103,7 +104,12 @@ def told(tmp_path_factory):
     """What runs on meshes of up to 8 devices came to."""
     folder = tmp_path_factory.mktemp("mesh")
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, timeout=280, cwd=folder
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},  # compiling 24 programs is what takes long
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])

@@ -290,20 +290,19 @@ def in_the_memory(experiment, monkeypatch, free):
 
 
 @pytest.mark.slow
-def test_pieces_and_maps_computed_again_take_a_fraction_of_the_memory(monkeypatch):
+def test_batches_in_pieces_take_a_fraction_of_the_memory(monkeypatch):
+    model = parse_model("conv:4@3 relu max:2 conv:8@3 relu conv:8@3 relu max:2 conv:8@3 relu max:4 dense:classes")
     large = replace(
         EXPERIMENT,
-        arms=(Arm("conv", parse_model("conv:4@3 relu conv:4@3 relu max:4 conv:4@3 relu max:4 dense:classes")),),
-        data=Data("lines_256x64", stream=False),
+        arms=(Arm("conv", model),),
+        data=Data("lines_128x64", stream=False),
         lanes=Lanes(seed=(0,)),
         optim=Optim(),
-        batch_size=32,
+        batch_size=16,
     )
     whole = in_the_memory(large, monkeypatch, 2**40).memory_bytes
-    remat = in_the_memory(replace(large, remat=True), monkeypatch, 2**40).memory_bytes
-    pieces = in_the_memory(replace(large, accumulate=16), monkeypatch, 2**40).memory_bytes
-    both = in_the_memory(replace(large, accumulate=16, remat=True), monkeypatch, 2**40).memory_bytes
-    assert remat < whole and pieces < whole / 4 and both <= pieces
+    pieces = in_the_memory(replace(large, accumulate=8), monkeypatch, 2**40).memory_bytes
+    assert pieces < whole / 3
 
 
 @pytest.mark.slow
