@@ -231,6 +231,41 @@ def feeds(rounds: int) -> Table:
     return Table(f"an epoch of 60,000 28x28 images, batch 128, median of {rounds} rounds", rows)
 
 
+PEAK = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(json.dumps([time.perf_counter() - start, peak]))
+"""
+LARGE_NET = "conv:8@5 relu max:4 conv:16@3 relu max:4 conv:16@3 relu max:4 dense:classes"
+LARGE = {
+    "20 GB, 256x256, an epoch and its evaluation": ("conv:8@5:s4 relu max:4 dense:classes", "lines_256x300000", []),
+    "1000x1000": (LARGE_NET, "lines_1000x256", []),
+    "1000x1000, accumulate=16": (LARGE_NET, "lines_1000x256", ["accumulate=16"]),
+    "1000x1000, accumulate=16 remat=true": (LARGE_NET, "lines_1000x256", ["accumulate=16", "remat=true"]),
+}
+
+
+def large() -> Table:
+    """Whole runs, streamed: seconds, and the most memory that the training process had."""
+    rows = []
+    for what, (net, data, fields) in LARGE.items():
+        with tempfile.TemporaryDirectory() as folder:
+            how = ["data.stream=true", "data.validation=0", "epochs=1", "lanes.seed=0", "batch_size=32", *fields]
+            how += ["optim.learning_rate=0.01", f"arms.lenet5.model={net}", f"data.name={data}"]
+            run = [sys.executable, "-m", "experiments", "run", "fc_vs_conv", "arms=lenet5", *how]
+            command = [sys.executable, "-c", PEAK, *run, "--wandb", "off", "--out", folder]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            (arm,) = json.loads((Path(folder) / "results.json").read_text())["arms"]
+            seconds, peak = json.loads(told)
+            rows.append(
+                {"run": what, "s in all": seconds, "s training": arm["train_seconds_per_lane"]}
+                | {"share waited": arm["waited_seconds"] / arm["train_seconds_per_lane"], "peak MiB": peak}
+            )
+    return Table("streamed runs, one lane, batch 32", rows)
+
+
 PIECES: dict[str, Callable[[int], Table]] = {
     "feeds": feeds,
     "lanes": lanes_and_devices,
@@ -239,6 +274,7 @@ PIECES: dict[str, Callable[[int], Table]] = {
     "lines": lines,
     "hosts": lambda rounds: hosts(),
     "streams": lambda rounds: streams(),
+    "large": lambda rounds: large(),
 }
 
 

@@ -34,8 +34,8 @@ from cnnlib.job import ERRORS, EVENTS, Ending, Process, Task, beside, parsed, wa
 from cnnlib.predictions import Answers, answers_of, read_answers, write_answers
 from cnnlib.programs import free_memory
 from cnnlib.resolve import Part, TrainedArm, resolve
-from cnnlib.resume import FinishedArm, Left, differences, read_arm, refusal, write_arm
-from cnnlib.run import MERGED, begin, earlier_run, finished_results
+from cnnlib.resume import FinishedArm, Left, read_arm, write_arm
+from cnnlib.run import MERGED, begin, changes_since, earlier_run
 from cnnlib.watcher import Beginning, EpochReport, Watcher, Watchers
 
 EXECUTORS = ("local", "ray")
@@ -428,16 +428,11 @@ def run_jobs(
         jobs = divided(arms, wanted.seeds_a_job)
         told = Task("identify", name, to_dict(experiment), str(out / JOBS / ".none"), devices, force=force)
         known = alone(executor, told, wanted.retries, stop)
-        this, changes = known["identity"], []
+        this = known["identity"]
+        changes: list[str] = []
         if held is not None:
-            found = differences(held.record["identity"], this)
-            if found.refused and not force:
-                raise refusal(out, found)
-            changes = [*found.refused, *found.told]
-            for text in changes:
-                watcher.says(f"since the run began: {text}")
-            if not found.refused and (results := finished_results(held, arms)) is not None:
-                watcher.says(f"the run in {out} is finished: there is nothing left to do")
+            changes, results = changes_since(held, this, arms, force, watcher)
+            if results is not None:
                 return results
             left = Left({arm.name: kept for arm in arms if (kept := read_arm(held, arm)) is not None}, {})
             check_division(out / JOBS, jobs, left)

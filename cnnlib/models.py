@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -26,6 +28,8 @@ EPSILON = 1e-5
 """Added to a norm's variance."""
 DECAY = 0.9
 """Of a norm's running statistics at each step: they become DECAY of what they were and 1 - DECAY of the batch's."""
+
+Stretch = Callable[[Parameters, Statistics, Array], tuple[Array, Statistics]]
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
 NON_DECREASING = {"relu", "tanh"}
@@ -141,27 +145,15 @@ class Network(nn.Module):
     compute_dtype: DTypeLike = jnp.float32
     data_axis: str | None = None
     """The axis of a mesh along which devices share each batch of training (`ops.batch_norm`)."""
-    remat: bool = False
-    """Keep of a forward pass only what enters a stretch of layers (`stretches`), and compute the rest again."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], training: bool = False) -> Float[Array, "batch ..."]:
         x = x.astype(self.compute_dtype)
-        if not self.remat:
-            return self.apply_stretch(x, 0, len(self.layers), training)
-        for first, end in stretches(self.layers):
-            again = nn.remat(Network.apply_stretch, static_argnums=(2, 3, 4))
-            x = again(self, x, first, end, training)
-        return x
-
-    def apply_stretch(self, x: Array, first: int, end: int, training: bool) -> Array:
-        """Layers `first` to before `end`."""
         early = pools_before_bias(self.layers)
-        for index in range(first, end):
+        for index, layer in enumerate(self.layers):
             if index not in early.values():
                 pool = early.get(index)
-                after = None if pool is None else self.layers[pool]
-                x = self.apply_layer(self.layers[index], x, training, f"layer_{index}", after)
+                x = self.apply_layer(layer, x, training, f"layer_{index}", None if pool is None else self.layers[pool])
         return x
 
     def apply_layer(self, layer: Layer, x: Array, training: bool, name: str, pool: Layer | None) -> Array:
@@ -182,17 +174,6 @@ class Network(nn.Module):
                 branch = Network(layer.layers, *own, name=name)(x, training)
                 shortcut = Network(layer.shortcut, *own, name=f"{name}_shortcut")(x, training)
                 return shortcut + branch
-
-
-def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
-    """Where maps are cheapest to keep: layers up to each pooling, and residuals alone; first and end of each."""
-    ends = {0, len(layers)}
-    for index, layer in enumerate(layers):
-        if isinstance(layer, MaxPool | AvgPool | Residual):
-            ends.add(index + 1)
-        if isinstance(layer, Residual):
-            ends.add(index)
-    return list(itertools.pairwise(sorted(ends)))
 
 
 def max_pool(x: Array, layer: MaxPool) -> Array:
@@ -231,16 +212,76 @@ def logits(
 
 
 def training_logits(
-    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."]
+    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."], remat: bool = False
 ) -> tuple[Float[Array, "batch classes"], Statistics]:
-    """The same where norms use the statistics of the batch, and the running ones after it."""
-    variables = {"params": parameters, "batch_stats": statistics}
-    output, changed = network.apply(variables, x, training=True, mutable=["batch_stats"])
-    return jnp.asarray(output, jnp.float32), changed.get("batch_stats", {})
+    """The same where norms use the statistics of the batch, and the running ones after it.
+
+    With `remat` the derivative keeps only what enters each of the `stretches`, and computes the rest again.
+    """
+    changed: Statistics = {}
+    for first, end in stretches(network.layers) if remat else [(0, len(network.layers))]:
+        part = network.clone(layers=network.layers[first:end])
+        own, seen = (renamed(known, first, end, -first) for known in (parameters, statistics))
+        x, after = (computed_again(applied(part)) if remat else applied(part))(own, seen, x)
+        changed |= renamed(after, 0, end - first, first)
+    return jnp.asarray(x, jnp.float32), changed
 
 
-def network(
-    model: Model, compute_dtype: DTypeLike = jnp.float32, data_axis: str | None = None, remat: bool = False
-) -> Network:
+def applied(network: Network) -> Stretch:
+    """The function that trains with a network: `apply(parameters, statistics, x) -> (output, statistics)`."""
+
+    def apply(parameters: Parameters, statistics: Statistics, x: Array) -> tuple[Array, Statistics]:
+        variables = {"params": parameters, "batch_stats": statistics}
+        output, changed = network.apply(variables, x, training=True, mutable=["batch_stats"])
+        return jnp.asarray(output), changed.get("batch_stats", {})
+
+    return apply
+
+
+def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, Any]:
+    """The entries of layers `first` to before `end`, their positions moved by so many."""
+    found = {}
+    for name, value in known.items():
+        _, number, *rest = name.split("_")
+        if first <= int(number) < end:
+            found["_".join(["layer", str(int(number) + by), *rest])] = value
+    return found
+
+
+def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
+    """Where maps are cheapest to keep: layers up to each pooling, and residuals alone; first and end of each."""
+    ends = {0, len(layers)}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, MaxPool | AvgPool | Residual):
+            ends.add(index + 1)
+        if isinstance(layer, Residual):
+            ends.add(index)
+    return list(itertools.pairwise(sorted(ends)))
+
+
+def computed_again(stretch: Stretch) -> Stretch:
+    """A function of which the derivative keeps the arguments alone.
+
+    `jax.checkpoint` does that with a barrier that XLA takes away on a CPU (jaxlib 0.10.2) before it finds the same
+    computation twice, and keeps the first. Here the second one's input is chosen by what comes back from the layers
+    behind, which no compiler can know: it is the input, unless the first number that comes back is not a number, as
+    then the gradient is not one either.
+    """
+
+    def keep(*arguments: Any) -> tuple[Any, Any]:
+        return stretch(*arguments), arguments
+
+    def again(arguments: Any, cotangents: Any) -> Any:
+        parameters, statistics, x = arguments
+        back = cotangents[0].reshape(-1)[0]
+        x = jnp.where(back == back, x, -x)
+        return jax.vjp(stretch, parameters, statistics, x)[1](cotangents)
+
+    function = jax.custom_vjp(stretch)
+    function.defvjp(keep, again)
+    return function
+
+
+def network(model: Model, compute_dtype: DTypeLike = jnp.float32, data_axis: str | None = None) -> Network:
     """The Flax module of a model; its `Dense(NUM_CLASSES)` must have been given their number."""
-    return Network(model.layers, compute_dtype, data_axis, remat)
+    return Network(model.layers, compute_dtype, data_axis)

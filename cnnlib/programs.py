@@ -134,8 +134,8 @@ def memory_of(compiled: Any) -> int:
     )
 
 
-class Feed(Protocol):
-    """What programs need to know of where their examples come from (`feeds.py`)."""
+class ExamplesOf(Protocol):
+    """What programs need to know of where their examples come from, a feed (`feeds.py`)."""
 
     is_streamed: bool
 
@@ -144,7 +144,7 @@ class Feed(Protocol):
 
 
 def compile_programs(
-    arm: TrainedArm, feed: Feed, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
+    arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
 ) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
@@ -305,7 +305,7 @@ def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:
     dtype = jnp.dtype(experiment.compute_dtype)
     shards, data_axis = (1, None) if spread is None else (spread.shards, spread.data_axis)
     return Recipe(
-        network(arm.model, dtype, data_axis, experiment.remat),
+        network(arm.model, dtype, data_axis),
         arm.input_shape,
         experiment.optim,
         experiment.augment,
@@ -317,6 +317,7 @@ def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:
         experiment.accumulate,
         shards,
         data_axis,
+        experiment.remat,
         start=None if arm.start is None else network(arm.model.with_connectivity(arm.start), dtype),
     )
 

@@ -104,15 +104,8 @@ def run(
         check_alike(hosts, this)
         results = None
         if held is not None:
-            found = differences(held.record["identity"], this)
-            if found.refused and not force:
-                raise refusal(out, found)
-            changes = [*found.refused, *found.told]
-            for text in changes:
-                watcher.says(f"since the run began: {text}")
-            results = None if found.refused else finished_results(held, arms)
+            changes, results = changes_since(held, this, arms, force, watcher)
         if hosts.agreed(results is not None):
-            watcher.says(f"the run in {out} is finished: there is nothing left to do")
             return results or {}
         fed = {data: feeds.feed_of(data_set, devices) for data, data_set in data_sets.items()}
         for data_set in data_sets.values():
@@ -210,6 +203,25 @@ def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
         held.__exit__(None, None, None)
         raise UserError(f"{out / folder.RECORD} cannot be read; without --resume what is there is moved aside")
     return held
+
+
+def changes_since(
+    held: RunFolder, this: dict[str, Any], arms: tuple[TrainedArm, ...], force: bool, watcher: Watcher
+) -> tuple[list[str], dict[str, Any] | None]:
+    """What has changed since the run began, and its results where it is finished; the user is told.
+
+    Raises UserError where the results would be of two kinds of runs, without `force`.
+    """
+    found = differences(held.record["identity"], this)
+    if found.refused and not force:
+        raise refusal(held.path, found)
+    changes = [*found.refused, *found.told]
+    for text in changes:
+        watcher.says(f"since the run began: {text}")
+    results = None if found.refused else finished_results(held, arms)
+    if results is not None:
+        watcher.says(f"the run in {held.path} is finished: there is nothing left to do")
+    return changes, results
 
 
 def finished_results(held: RunFolder, arms: tuple[TrainedArm, ...]) -> dict[str, Any] | None:

@@ -84,47 +84,10 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of the examples of a source: its `indices`, in that order."""
+class Derived:
+    """What a source that is made of another one has from it."""
 
     source: Source
-    indices: np.ndarray
-
-    @property
-    def count(self) -> int:
-        """Examples of the part."""
-        return len(self.indices)
-
-    @property
-    def input_shape(self) -> Shape:
-        """Of one example."""
-        return self.source.input_shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of its numbers."""
-        return self.source.dtype
-
-    @property
-    def is_in_memory(self) -> bool:
-        """As its source."""
-        return self.source.is_in_memory
-
-    def read(self, indices: np.ndarray) -> Split:
-        """The examples at these positions of the part."""
-        return self.source.read(self.indices[indices])
-
-    def labels(self) -> np.ndarray:
-        """The classes of the part."""
-        return np.take(self.source.labels(), self.indices)
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """The examples of a source with their places in another order: `shuffled`, as they are read."""
-
-    source: Source
-    seed: int
 
     @property
     def count(self) -> int:
@@ -146,14 +109,41 @@ class Shuffled:
         """As its source."""
         return self.source.is_in_memory
 
+    def labels(self) -> np.ndarray:
+        """All classes."""
+        return self.source.labels()
+
+
+@dataclass(frozen=True)
+class Part(Derived):
+    """Some of the examples of a source: its `indices`, in that order."""
+
+    indices: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Examples of the part."""
+        return len(self.indices)
+
+    def read(self, indices: np.ndarray) -> Split:
+        """The examples at these positions of the part."""
+        return self.source.read(self.indices[indices])
+
+    def labels(self) -> np.ndarray:
+        """The classes of the part."""
+        return np.take(self.source.labels(), self.indices)
+
+
+@dataclass(frozen=True)
+class Shuffled(Derived):
+    """The examples of a source with their places in another order: `shuffled`, as they are read."""
+
+    seed: int
+
     def read(self, indices: np.ndarray) -> Split:
         """The examples at these positions, their places moved."""
         x, y = self.source.read(indices)
         return Split(shuffled(x, self.seed), y)
-
-    def labels(self) -> np.ndarray:
-        """All classes."""
-        return self.source.labels()
 
 
 def shuffled(x: np.ndarray, seed: int) -> np.ndarray:

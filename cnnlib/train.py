@@ -89,6 +89,8 @@ class Recipe(NamedTuple):
     shards: int = 1
     """Devices that share each batch, along the axis `data_axis` of the mesh that the function is mapped over."""
     data_axis: str | None = None
+    remat: bool = False
+    """Compute maps again instead of keeping them (`models.training_logits`)."""
     start: Network | None = None
     """The reading of the network that draws the initial weights, where it is another one."""
 
@@ -225,7 +227,7 @@ def one_step(
     def loss(
         parameters: Parameters, statistics: Statistics, x: Array, y: Array
     ) -> tuple[Array, tuple[Array, Statistics]]:
-        output, statistics = training_logits(recipe.network, parameters, statistics, x)
+        output, statistics = training_logits(recipe.network, parameters, statistics, x, recipe.remat)
         targets = optax.smooth_labels(jax.nn.one_hot(y, output.shape[-1]), numbers.label_smoothing)
         losses = optax.softmax_cross_entropy(output, targets)
         return losses.sum() / recipe.batch_size, ((output.argmax(-1) == y).sum(), statistics)

@@ -518,8 +518,10 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{options.name} trains nothing: {job_arguments(options)[0]} has no meaning for it")
         wanted = jobs_asked(options)
         if isinstance(experiment, Growth):
-            if options.resume or options.wandb in ("online", "offline"):
-                raise UserError(f"{options.name} trains nothing: --resume and --wandb have no meaning for it")
+            joins = (options.coordinator, options.processes, options.process_id)
+            is_joined = options.distributed or any(value is not None for value in joins)
+            if options.resume or options.wandb in ("online", "offline") or is_joined:
+                raise UserError(f"{options.name} trains nothing: only FIELD=VALUE and --out have a meaning for it")
             command_growth(options.name, experiment, out)
         elif wanted is not None:
             return command_jobs(options.name, experiment, out, options, wanted)

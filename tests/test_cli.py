@@ -243,6 +243,13 @@ WRONG = [
     (["run", "fc_vs_conv", "augment.crop=29"], "larger than the examples"),
     (["run", "explosion", "--resume"], "trains nothing"),
     (["run", "explosion", "--wandb", "online"], "trains nothing"),
+    (["run", "explosion", "--distributed"], "trains nothing"),
+    (["run", "explosion", "--process-id", "0"], "trains nothing"),
+    (["run", "fc_vs_conv", "--process-id", "0"], "--process-id have no meaning without --distributed"),
+    (["run", "fc_vs_conv", "--distributed", "--coordinator", "nowhere"], "must be HOST:PORT"),
+    (["run", "fc_vs_conv", "mesh=2"], "mesh must be two numbers"),
+    (["run", "fc_vs_conv", "accumulate=3"], "accumulate=3 does not divide batch_size"),
+    (["run", "fc_vs_conv", "data.name=lines_8x8"], "lines_8x8"),
 ]
 
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import each_implementation, using
 
 from cnnlib.architectures import ARCHITECTURES, lenet5, mlp
-from cnnlib.models import initial, logits, network, training_logits
+from cnnlib.models import initial, logits, network, stretches, training_logits
 from cnnlib.spec import parse_model
 
 
@@ -123,3 +124,57 @@ def test_lenet5_and_its_seed_make_the_parameters():
     _, other = initialised(model, (28, 28, 1), seed=1)
     assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(again)))
     assert not np.array_equal(first["layer_0"]["kernel"], other["layer_0"]["kernel"])
+
+
+DEEP = "conv:8@3 relu " + 4 * "residual(conv:8@3 norm relu conv:8@3) " + "max:4 dense:3"
+
+
+def gradient_of(net, remat):
+    """Of a number that everything that comes out is in, of parameters and input; and the statistics after it."""
+
+    def total(parameters, statistics, x):
+        output, seen = training_logits(net, parameters, statistics, x, remat)
+        return jnp.sin(output).sum(), seen
+
+    return jax.grad(total, argnums=(0, 2), has_aux=True)
+
+
+def test_maps_that_are_computed_again_give_the_same_gradients_and_statistics():
+    net = network(parse_model(DEEP))
+    keys = jax.random.split(jax.random.key(1), 3)
+    parameters, statistics = jax.jit(jax.vmap(lambda key: initial(net, key, (16, 16, 1))))(keys)
+    x = jnp.asarray(np.random.RandomState(0).normal(size=(3, 4, 16, 16, 1)), jnp.float32)
+    kept, again = (jax.jit(jax.vmap(gradient_of(net, remat)))(parameters, statistics, x) for remat in (False, True))
+    assert jax.tree.structure(kept) == jax.tree.structure(again)
+    for own, other in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_none_stays_none():
+    net = network(parse_model(DEEP))
+    parameters, statistics = jax.jit(lambda key: initial(net, key, (16, 16, 1)))(jax.random.key(1))
+    parameters["layer_7"]["bias"] = jnp.full_like(parameters["layer_7"]["bias"], jnp.nan)
+    found, _ = jax.jit(gradient_of(net, remat=True))(
+        parameters, statistics, jnp.asarray(np.random.RandomState(0).normal(size=(2, 16, 16, 1)), jnp.float32)
+    )
+    assert all(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(found[0]))
+
+
+@each_implementation
+def test_maps_that_are_computed_again_are_not_kept(implementation):
+    net = network(parse_model(DEEP))
+    sizes = []
+    with using(implementation):
+        for remat in (False, True):
+            arguments = jax.eval_shape(
+                lambda: (*initial(net, jax.random.key(0), (64, 64, 1)), jnp.ones((16, 64, 64, 1)))
+            )
+            program = jax.jit(gradient_of(net, remat)).lower(*arguments).compile()
+            sizes.append(program.memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_stretches_end_with_each_pooling_and_hold_each_residual_alone():
+    layers = parse_model("conv:4@3 relu max:2 conv:4@3 residual(conv:4@3) relu avg:2 dense:3").layers
+    assert stretches(layers) == [(0, 3), (3, 4), (4, 5), (5, 7), (7, 8)]
+    assert stretches(parse_model("residual(conv:1@3)").layers) == [(0, 1)]
