@@ -234,13 +234,13 @@ def feeds(rounds: int) -> Table:
 PEAK = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 print(json.dumps([time.perf_counter() - start, peak]))
 """
 LARGE_NET = "conv:8@5 relu max:4 conv:16@3 relu max:4 conv:16@3 relu max:4 dense:classes"
 LARGE = {
-    "20 GB, 256x256, an epoch and its evaluation": ("conv:8@5:s4 relu max:4 dense:classes", "lines_256x300000", []),
+    "20 GB, 256x256, an epoch and its evaluation": ("conv:8@5/4 relu max:4 dense:classes", "lines_256x300000", []),
     "1000x1000": (LARGE_NET, "lines_1000x256", []),
     "1000x1000, accumulate=16": (LARGE_NET, "lines_1000x256", ["accumulate=16"]),
     "1000x1000, accumulate=16 remat=true": (LARGE_NET, "lines_1000x256", ["accumulate=16", "remat=true"]),
@@ -256,7 +256,7 @@ def large() -> Table:
             how += ["optim.learning_rate=0.01", f"arms.lenet5.model={net}", f"data.name={data}"]
             run = [sys.executable, "-m", "experiments", "run", "fc_vs_conv", "arms=lenet5", *how]
             command = [sys.executable, "-c", PEAK, *run, "--wandb", "off", "--out", folder]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             (arm,) = json.loads((Path(folder) / "results.json").read_text())["arms"]
             seconds, peak = json.loads(told)
             rows.append(

@@ -87,15 +87,17 @@ print_plan(resolved, len({arm.program for arm in resolved}), Console(width=100, 
 # %% [markdown]
 # ## Which device gets which lanes
 #
-# Equally many each; nothing passes between them while they train.
+# Equally many each, and nothing passes between them while they train. Where there are more devices than lanes (GPUs, TPUs),
+# each lane's batches are shared by several, which add up their gradients.
 
 # %%
-from cnnlib.mesh import devices, spread
+from cnnlib.mesh import devices
+from cnnlib.programs import spread_of
 
-placed = spread(len(resolved[0].lanes), devices())
+placed = spread_of(resolved[0], devices())
 print(
     f"{placed.lanes} lanes of each arm on {len(placed.devices)} x {placed.devices[0].device_kind}: "
-    f"{placed.lanes_a_device} each"
+    f"{placed.lanes_a_device} each, a batch on {placed.shards}"
 )
 
 # %% [markdown]
