@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks.timing import Contestant, Table, interleaved
-from cnnlib import checkpoint, mesh, tracking
+from cnnlib import checkpoint, mesh, own_data, tracking
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.data import DataSet, Description, StreamedSet, load, open_splits
@@ -187,6 +187,25 @@ def streams() -> Table:
     return Table("streams", rows)
 
 
+def decoding() -> Table:
+    """Examples a second that are read from PNG files as TFDS keeps them, by one core, without training."""
+    rows = []
+    for side in (32, 224):
+        drawn, _ = open_splits(Data(f"lines_{side}x512")).train.read(np.arange(512))
+        colours = np.repeat(drawn, 3, axis=-1)
+        labels = np.arange(512, dtype=np.int32) % 2
+        with tempfile.TemporaryDirectory() as folder:
+            own_data.from_arrays("drawn", folder, Split(colours, labels), Split(colours[:2], labels[:2]), ("a", "b"))
+            source = open_splits(Data("drawn", data_dir=folder)).train
+            count = 0
+            source.read(np.arange(64))
+            start = time.perf_counter()
+            while time.perf_counter() - start < 5:
+                count += len(source.read(np.arange(source.count)).y)
+            rows.append({"PNG files": f"{side}x{side}x3", "examples a second": count / (time.perf_counter() - start)})
+    return Table("decoding", rows)
+
+
 def feeds(rounds: int) -> Table:
     """An epoch of 60,000 images of 28x28 in the host's memory: all on the device, or as a stream of chunks."""
     random = np.random.RandomState(0)
@@ -274,6 +293,7 @@ PIECES: dict[str, Callable[[int], Table]] = {
     "lines": lines,
     "hosts": lambda rounds: hosts(),
     "streams": lambda rounds: streams(),
+    "decoding": lambda rounds: decoding(),
     "large": lambda rounds: large(),
 }
 
