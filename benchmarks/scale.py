@@ -31,6 +31,12 @@ from cnnlib.writer import Job, Writer
 NET = "conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes"
 LANES = (1, 2, 8, 32)
 SIDES = (32, 64, 128)
+BLOCK = "residual(conv:8@3 relu conv:8@3)"
+NETS = {
+    "six residual blocks of 8 channels": f"conv:8@3 {' '.join([BLOCK] * 6)} avg:8 dense:classes",
+    "twice three convolutions of 8 channels, then pooling": f"{'conv:8@3 relu ' * 3}max:2 {'conv:8@3 relu ' * 3}max:2 "
+    "dense:classes",
+}
 MIB = 2**20
 
 
@@ -50,10 +56,10 @@ def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) 
     return float(np.median(times)), memory_of(made.epoch)
 
 
-def experiment_of(side: int, lanes: int, count: int, **fields: object) -> Experiment:
+def experiment_of(side: int, lanes: int, count: int, net: str = NET, **fields: object) -> Experiment:
     """One arm on generated images."""
     return Experiment(
-        arms=(Arm("net", parse_model(NET)),),
+        arms=(Arm("net", parse_model(net)),),
         data=Data(f"lines_{side}x{count}", stream=False),
         optim=Optim("sgd", learning_rate=(0.01,)),
         lanes=Lanes(seed=tuple(range(lanes))),
@@ -88,6 +94,19 @@ def sides(rounds: int) -> Table:
             | {"ms, accumulate=8 remat": 1e3 * pieces, "MiB, accumulate=8 remat": less / MIB}
         )
     return Table("image sides, one lane, batch 32", rows)
+
+
+def computed_again(rounds: int) -> Table:
+    """What `remat` saves and costs, by the compiler's account, where it is the maps between two poolings that count."""
+    rows = []
+    for what, net in NETS.items():
+        kept, memory = seconds_of(experiment_of(64, 1, 32, net), rounds, 1)
+        again, less = seconds_of(experiment_of(64, 1, 32, net, remat=True), rounds, 1)
+        rows.append(
+            {"net": what, "ms a step": 1e3 * kept, "MiB": memory / MIB}
+            | {"ms, remat": 1e3 * again, "MiB, remat": less / MIB}
+        )
+    return Table("maps kept and computed again, 64x64 images, one lane, batch 32", rows)
 
 
 def checkpoints(rounds: int) -> Table:
@@ -126,9 +145,9 @@ def lines(rounds: int) -> Table:
 GATHER = """
 import sys, time
 import numpy as np
-from cnnlib import hosts, mesh
+from cnnlib import meeting, mesh
 mesh.use_cores(1)
-joined = hosts.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
+joined = meeting.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
 for size in (1, 64):
     array = np.zeros(size << 20, np.uint8)
     for round in range(4):
@@ -285,12 +304,50 @@ def large() -> Table:
     return Table("streamed runs, one lane, batch 32", rows)
 
 
+COPIES = """
+import json, resource, sys, time
+from pathlib import Path
+from cnnlib.wandb_worker import Copy
+folder, count = sys.argv[1], int(sys.argv[2])
+copy = Copy()
+copy.rehearse(Path(folder))
+copy.begin("offline", {"dir": folder, "project": "scale"})
+seconds = []
+def timed(do, *arguments):
+    start = time.perf_counter()
+    do(*arguments)
+    seconds.append(time.perf_counter() - start)
+timed(copy.arm, "net", [{"id": f"lane-{lane}", "name": f"lane-{lane}"} for lane in range(count)], {"parameters": 1})
+row = dict.fromkeys(("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"), 0.123456789)
+timed(copy.log, "net", 1, [row] * count)
+timed(copy.arm_ends, "net", [row] * count)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps([*seconds, peak]), file=sys.__stdout__)
+"""
+
+
+def copies() -> Table:
+    """What W&B runs take, one a lane, offline: to begin, to tell an epoch, to end; and the memory of our process."""
+    rows = []
+    for count in (1, 16, 128):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", COPIES, folder, str(count)]
+            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        begins, log, ends, peak = json.loads(told.splitlines()[-1])
+        rows.append(
+            {"lanes": str(count), "s to begin": begins, "ms an epoch": 1e3 * log, "s to end": ends, "peak MiB": peak}
+        )
+    return Table("W&B runs, one a lane, offline", rows)
+
+
 PIECES: dict[str, Callable[[int], Table]] = {
     "feeds": feeds,
     "lanes": lanes_and_devices,
     "sides": sides,
+    "remat": computed_again,
     "checkpoints": checkpoints,
     "lines": lines,
+    "copies": lambda rounds: copies(),
     "hosts": lambda rounds: hosts(),
     "streams": lambda rounds: streams(),
     "decoding": lambda rounds: decoding(),

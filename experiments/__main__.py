@@ -319,16 +319,17 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
 
 def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
     """Trains; with `--distributed` as one of several processes, of which process 0 writes and tells."""
-    from cnnlib import hosts
+    from cnnlib import meeting
+    from cnnlib.hosts import ALONE
 
-    wanted = hosts.asked(options.distributed, options.coordinator, options.processes, options.process_id)
+    wanted = meeting.asked(options.distributed, options.coordinator, options.processes, options.process_id)
     if wanted is None:
-        return trained(name, experiment, out, options, hosts.ALONE)
+        return trained(name, experiment, out, options, ALONE)
 
     from cnnlib.mesh import use_cores
 
     use_cores(experiment.devices)
-    with hosts.join(*wanted) as joined:
+    with meeting.join(*wanted) as joined:
         if joined.is_first:
             status = trained(name, experiment, out, options, joined)
         else:

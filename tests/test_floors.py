@@ -15,7 +15,7 @@ import experiments
 FLOORS = [
     {"errors", "cache", "style", "tables", "watcher", "stopping", "markup"},
     {"writer", "overlap", "hosts"},
-    {"spec", "registry", "kernels"},
+    {"spec", "registry", "kernels", "meeting"},
     {"architectures", "cost", "primitives", "windows"},
     {"budget", "ops", "fields"},
     {"config"},

@@ -20,6 +20,7 @@ import pytest
 
 from cnnlib import hosts
 from cnnlib.errors import Stopped, UserError
+from cnnlib.meeting import Meeting, asked, listen, meet
 
 ADDRESS = "127.0.0.1"
 
@@ -33,11 +34,11 @@ def star(monkeypatch):
     made = []
 
     def run(count, talk, before=lambda meeting: None):
-        listener = hosts.listen()
-        meeting = hosts.Meeting([ADDRESS], listener.getsockname()[1], "secret")
+        listener = listen()
+        meeting = Meeting([ADDRESS], listener.getsockname()[1], "secret")
 
         def one(process):
-            own = hosts.meet(process, count, meeting, listener if process == 0 else None, 10)
+            own = meet(process, count, meeting, listener if process == 0 else None, 10)
             made.append(own)
             try:
                 return talk(own)
@@ -249,7 +250,7 @@ def test_strangers_are_refused_and_the_run_goes_on(star):
         knock(b"GET / HTTP/1.1\r\n\r\n" * 10)
         # One that knows all but the token, and listens to what comes back.
         with pytest.raises(UserError, match="process 0 is not reached"):
-            hosts.meet(1, 2, meeting._replace(token="guessed"), None, 0.3)
+            meet(1, 2, meeting._replace(token="guessed"), None, 0.3)
 
     def talk(own):
         with own:
@@ -260,23 +261,23 @@ def test_strangers_are_refused_and_the_run_goes_on(star):
 
 
 def test_who_is_missing_is_named():
-    with hosts.listen() as listener, pytest.raises(UserError, match=r"process 1, 2 did not connect within 0 s"):
-        hosts.meet(0, 3, hosts.Meeting([ADDRESS], 0, "secret"), listener, 0.1)
+    with listen() as listener, pytest.raises(UserError, match=r"process 1, 2 did not connect within 0 s"):
+        meet(0, 3, Meeting([ADDRESS], 0, "secret"), listener, 0.1)
 
 
 def test_nobody_to_reach_is_one_line():
-    with hosts.listen() as listener:
+    with listen() as listener:
         port = listener.getsockname()[1]
     with pytest.raises(UserError, match=rf"process 0 is not reached at port {port}: {ADDRESS}: "):
-        hosts.meet(1, 2, hosts.Meeting([ADDRESS], port, "secret"), None, 0.1)
+        meet(1, 2, Meeting([ADDRESS], port, "secret"), None, 0.1)
 
 
 def test_flags_come_before_the_environment():
     environment = {"JAX_COORDINATOR_ADDRESS": "there:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert hosts.asked(False, environment=environment) is None
-    assert hosts.asked(True, environment={}) == (None, None, None)
-    assert hosts.asked(True, environment=environment) == ("there:1", 4, 3)
-    assert hosts.asked(True, "[::1]:99", 2, 0, environment) == ("[::1]:99", 2, 0)
+    assert asked(False, environment=environment) is None
+    assert asked(True, environment={}) == (None, None, None)
+    assert asked(True, environment=environment) == ("there:1", 4, 3)
+    assert asked(True, "[::1]:99", 2, 0, environment) == ("[::1]:99", 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -297,22 +298,23 @@ def test_flags_come_before_the_environment():
 )
 def test_what_cannot_be_is_one_line(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        hosts.asked(*arguments)
+        asked(*arguments)
 
 
 SCRIPT = """
 import os, signal, sys, time
 import numpy as np
-from cnnlib import hosts, mesh, stopping
+from cnnlib import meeting, mesh, stopping
 from cnnlib.errors import UserError
 
 what, coordinator, count, process, chosen = sys.argv[1], *(int(a) if a.isdecimal() else a for a in sys.argv[2:])
 if what == "dies early" and process == chosen:
-    hosts._from_first_device = lambda own: os.kill(os.getpid(), signal.SIGKILL)
+    meeting._from_first_device = lambda own: os.kill(os.getpid(), signal.SIGKILL)
 status = 0
 try:
     mesh.use_cores(1 + process)  # as different as hosts may be
-    with stopping.by_signal() as wish, hosts.join(*hosts.asked(True, coordinator, count, process), seconds=40) as own:
+    asked = meeting.asked(True, coordinator, count, process)
+    with stopping.by_signal() as wish, meeting.join(*asked, seconds=40) as own:
         told = [own.from_first(b"hello" if process == 0 else None), own.agreed(process == 1), own.agreed(False)]
         own.same("version", "other" if what == "differs" and process == chosen else "same")
         rows = own.gathered([np.full((process, 2), process, np.float32)])
@@ -325,7 +327,7 @@ try:
             while not own.agreed(wish.is_made()):
                 time.sleep(0.05)
         if what == "computes" and process != chosen:
-            hosts._from_first_device(b"")
+            meeting._from_first_device(b"")
         if what in ("computes", "sleeps"):
             time.sleep(100)
         if what not in ("ends", "signal"):
@@ -498,11 +500,11 @@ def test_one_that_dies_while_they_find_each_other_leaves_nobody_waiting_for_ever
 
 JOIN = """
 import os, sys
-from cnnlib import hosts
+from cnnlib import meeting
 from cnnlib.errors import UserError
 a = [int(a) if a.isdecimal() else None if a == "-" else a for a in sys.argv[1:]]
 try:
-    hosts.join(*hosts.asked(True, *a), seconds=3)
+    meeting.join(*meeting.asked(True, *a), seconds=3)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     os._exit(2)
