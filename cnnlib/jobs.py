@@ -1,228 +1,42 @@
 """An experiment trained as several jobs, beside one another on this machine or on a cluster, and put together again.
 
 A job is one arm, or some of its seeds: a process (`job.py`) with a run's folder of its own, in `jobs/`. It is a run of
-a part, and so it goes on from its checkpoints. Here jobs are made, started, followed, and their arms put together; what
-is left is a run whose arms are finished, and a last job writes its results. JAX computes nothing in this process.
+a part, and so it goes on from its checkpoints. Here jobs are started, followed, and their arms put together; what is
+left is a run whose arms are finished, and a last job writes its results. JAX computes nothing in this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import secrets
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
-import jax
 import numpy as np
 
 from cnnlib import folder, tracking
-from cnnlib.arms import described_arm, headline_of, settings_of
-from cnnlib.config import Experiment, LaneNumbers
+from cnnlib.arms import described_arm
+from cnnlib.config import Experiment
 from cnnlib.data import open_splits
 from cnnlib.errors import Stopped, UserError
+from cnnlib.executors import STOP, TOKEN, Executor, Wanted, executor_for
 from cnnlib.fields import to_dict
 from cnnlib.folder import JOBS, RunFolder, inside
-from cnnlib.job import ERRORS, EVENTS, Ending, Process, Task, beside, parsed, wait_for
-from cnnlib.predictions import Answers, answers_of, read_answers, write_answers
-from cnnlib.programs import free_memory
-from cnnlib.resolve import Part, TrainedArm, resolve
+from cnnlib.job import ERRORS, EVENTS, Ending, Task, beside, parsed, wait_for
+from cnnlib.parts import PartOfArm, arm_of, divided, merged, merged_answers
+from cnnlib.predictions import Answers, read_answers, write_answers
+from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.resume import FinishedArm, Left, read_arm, write_arm
 from cnnlib.run import MERGED, begin, changes_since, earlier_run
 from cnnlib.watcher import Beginning, EpochReport, Watcher, Watchers
 
-EXECUTORS = ("local", "ray")
-USUAL_BYTES = 2**30
-"""Memory that a job is taken to need while none has shown what it does."""
 TICK = 0.1
 """Seconds between two looks at what goes on."""
-TOKEN, STOP = ".token", ".stop"
-"""In `jobs/`: a number that tells whether another machine sees this folder; there when all jobs are to save and end."""
-
-
-class Wanted(NamedTuple):
-    """How an experiment is divided into jobs, and where they run."""
-
-    executor: str
-    seeds_a_job: int | None = None
-    """Seeds of an arm that are one job; None: all of them."""
-    retries: int = 3
-    """Times that a job goes on after it died."""
-    ray_address: str | None = None
-    """None: `RAY_ADDRESS`, else a cluster of this machine, which begins and ends with the run."""
-    gpus_a_job: int = 0
-    resources: Mapping[str, float] | None = None
-    """That a job takes of those that the nodes of the cluster have."""
-
-    def checked(self) -> Wanted:
-        """Raises UserError for numbers that make no sense."""
-        if self.seeds_a_job is not None and self.seeds_a_job < 1:
-            raise UserError(f"--seeds-a-job must be at least 1, not {self.seeds_a_job}")
-        if self.retries < 0:
-            raise UserError(f"--retries must not be negative, not {self.retries}")
-        if self.gpus_a_job < 0 or any(not number > 0 for number in (self.resources or {}).values()):
-            raise UserError("--gpus-a-job must not be negative, and --resources must be positive")
-        if self.executor == "local" and (self.ray_address or self.gpus_a_job or self.resources):
-            raise UserError("--ray-address, --gpus-a-job and --resources have no meaning with --executor local")
-        return self
-
-
-class Executor(Protocol):
-    """What runs jobs."""
-
-    def fits(self) -> bool:
-        """Whether another job may be started now."""
-
-    def start(self, name: str, task: Task, place: Path | None) -> None:
-        """Starts a job, whose outputs go to files beside `place`; None: nowhere."""
-
-    def ended(self) -> list[tuple[str, Ending]]:
-        """The jobs that have ended since this was asked, and how."""
-
-    def stop(self) -> None:
-        """Asks all jobs to save what they have and end."""
-
-    def close(self) -> None:
-        """Ends those that run, at once."""
-
-
-class PartOfArm(NamedTuple):
-    """What one job trains."""
-
-    name: str
-    """`lenet5`, or with its first and last seed `lenet5-0..4`."""
-    arm: TrainedArm
-    """With the job's lanes, and no others."""
-    part: Part
-
-
-def divided(arms: Sequence[TrainedArm], seeds_a_job: int | None) -> list[PartOfArm]:
-    """The jobs, in the order of the arms and of their seeds."""
-    found = []
-    for arm in arms:
-        seeds = arm.experiment.lanes.seed
-        if seeds_a_job is None or seeds_a_job >= len(seeds):
-            found.append(PartOfArm(arm.name, arm, Part(arm.name)))
-            continue
-        for first in range(0, len(seeds), seeds_a_job):
-            part = Part(arm.name, seeds[first : first + seeds_a_job])
-            assert part.seeds is not None
-            found.append(PartOfArm(f"{arm.name}-{part.seeds[0]}..{part.seeds[-1]}", part.of(arms)[0], part))
-    return found
-
-
-# One machine.
-
-
-class Host:
-    """This machine as a device, for `programs.free_memory`."""
-
-    def memory_stats(self) -> None:
-        """It has the host's memory."""
-
-
-class LocalJobs:
-    """Jobs on this machine, as many at a time as it has room for.
-
-    Each slot is what a job gets of its own: as many cores as it has devices, or one GPU. Another job starts only where
-    the free memory would hold it, and what those that run may still grow by, were each as large as the largest so far.
-    """
-
-    def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
-        self._free = list(slots)
-        self._running: dict[str, tuple[Process, Mapping[str, str]]] = {}
-        self._largest = USUAL_BYTES
-        self._has_seen = False
-
-    def fits(self) -> bool:
-        """Whether there is a slot, and memory; one job always fits."""
-        if not self._running:
-            return True
-        if not self._free:
-            return False
-        peaks = [process.peak_bytes for process, _ in self._running.values()]
-        largest = max(self._largest, *peaks)
-        to_come = sum(largest - peak for peak in peaks)
-        return free_memory(cast(jax.Device, Host())) >= largest + to_come
-
-    def start(self, name: str, task: Task, place: Path | None) -> None:
-        """Starts a process in a slot."""
-        slot = self._free.pop(0)
-        self._running[name] = (Process(task._asdict(), place, {**os.environ, **slot}), slot)
-
-    def ended(self) -> list[tuple[str, Ending]]:
-        """Those whose process is no more."""
-        found = []
-        for name, (process, slot) in list(self._running.items()):
-            ending = process.ending()
-            if ending is not None:
-                del self._running[name]
-                self._free.append(slot)
-                self._largest = max(self._largest, process.peak_bytes)
-                found.append((name, ending))
-        return found
-
-    def stop(self) -> None:
-        """SIGTERM, as a batch system would."""
-        for process, _ in self._running.values():
-            process.stop()
-
-    def close(self) -> None:
-        """Kills what is left."""
-        for process, _ in self._running.values():
-            process.close()
-        self._running.clear()
-
-
-def accelerators() -> list[dict[str, str]] | None:
-    """What tells a process to take one of this machine's GPUs, for each; one entry for all of a TPU; None without."""
-    asked = os.environ.get("JAX_PLATFORMS", "").split(",")
-    is_wanted = asked == [""] or bool({"cuda", "gpu", "tpu"} & set(asked))
-    if not is_wanted:
-        return None
-    if find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = Path("/proc/driver/nvidia/gpus")
-        names = [str(number) for number in range(len(list(gpus.iterdir())))] if gpus.is_dir() else []
-        names = names if visible is None else [name for name in visible.split(",") if name and name != "-1"]
-        if names:
-            return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
-    is_tpu = find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
-    return [{}] if is_tpu else None
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def executor_for(wanted: Wanted, experiment: Experiment, jobs: int, place: Path) -> tuple[Executor, int | None]:
-    """What runs so many jobs, and how many devices each has (None: all that it finds); raises UserError."""
-    asked = experiment.devices or (math.prod(experiment.mesh) if experiment.mesh else None)
-    if wanted.executor == "ray":
-        from cnnlib.ray_jobs import RayJobs
-
-        devices = asked or wanted.gpus_a_job or (None if wanted.resources else 1)
-        cores = 1 if wanted.gpus_a_job or wanted.resources else devices or 1
-        needs = (cores, wanted.gpus_a_job, dict(wanted.resources or {}))
-        return RayJobs(wanted.ray_address, *needs, wanted.retries, place / TOKEN, place / STOP), devices
-    if (slots := accelerators()) is not None:
-        return LocalJobs(slots), asked or (None if slots == [{}] else 1)
-    devices = asked or (1 if jobs > 1 else None)
-    count = cores_here()
-    if devices is not None and devices > count:
-        raise UserError(f"devices={devices}: this machine has {count} cores for a job")
-    return LocalJobs([{}] * (count // (devices or count))), devices
-
-
-# Following jobs.
 
 
 class Tail:
@@ -293,81 +107,6 @@ class Follower:
             report = EpochReport(**{**event["report"], "arm": name})
             for watcher in (self._watchers[name], self._log):
                 watcher.epoch_ends(report)
-
-
-# Putting arms together.
-
-
-def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -> FinishedArm:
-    """An arm of the parts of its lanes, in the order of all; seconds are added up, of memory there is the most.
-
-    Raises UserError where the parts are not those of the arm, or disagree about what they share.
-    """
-    place = {numbers: lane for lane, numbers in enumerate(arm.lanes)}
-    results = [part.result for part in parts]
-    own = [[place.get(numbers_of(lane), -1) for lane in result["lanes"]] for result in results]
-    if sorted(lane for lanes in own for lane in lanes) != list(range(len(arm.lanes))):
-        raise UserError(f"arm {arm.name}: its jobs have other lanes than it has")
-    lanes: list[dict[str, Any]] = [{}] * len(arm.lanes)
-    for result, where in zip(results, own, strict=True):
-        for lane, number in zip(result["lanes"], where, strict=True):
-            lanes[number] = lane
-    settings = settings_of(lanes)
-    first = results[0]
-    seconds = sum(result["train_seconds_per_lane"] * len(result["lanes"]) for result in results)
-    sums = [key for key in ("compile_seconds", "waited_seconds") if key in first]
-    most = ("lanes_at_a_time", "devices", "mesh", "memory_bytes")
-    found: dict[str, Any] = {
-        **{key: sum(result[key] for result in results) for key in sums},
-        **{key: max(result[key] for result in results) for key in most},
-        "train_seconds_per_lane": seconds / len(lanes),
-        **headline_of(settings),
-        "settings": settings,
-        "lanes": lanes,
-    }
-    for key in first:
-        if key not in found and any(result.get(key) != first[key] for result in results):
-            raise UserError(f"arm {arm.name}: its jobs disagree about {key}")
-    lines = [
-        {**line, "lane": where[line["lane"]]} for part, where in zip(parts, own, strict=True) for line in part.lines
-    ]
-    lines.sort(key=lambda line: (line["epoch"], line["lane"]))
-    return FinishedArm(tracking.plain({**first, **found}), lines, wall_seconds)
-
-
-def numbers_of(lane: Mapping[str, Any]) -> LaneNumbers:
-    """The numbers of a lane of some results."""
-    return LaneNumbers(*(lane[name] for name in LaneNumbers._fields))
-
-
-def merged_answers(
-    arm: TrainedArm,
-    parts: Sequence[tuple[FinishedArm, Answers]],
-    examples_at: Callable[[np.ndarray], np.ndarray],
-) -> Answers:
-    """The answers of all lanes, in their order; `examples_at` gives test examples that no part has kept."""
-    rows = {
-        numbers_of(lane): (answers.predicted[row], answers.loss[row])
-        for finished, answers in parts
-        for row, lane in enumerate(finished.result["lanes"])
-    }
-    predicted, loss = (np.stack([rows[numbers][index] for numbers in arm.lanes]) for index in (0, 1))
-    first = parts[0][1]
-    if any(not np.array_equal(answers.labels, first.labels) for _, answers in parts):
-        raise UserError(f"arm {arm.name}: its jobs were tested on different examples")
-    known = {
-        int(index): example
-        for _, answers in parts
-        for index, example in zip(answers.worst, answers.worst_examples, strict=True)
-    }
-
-    def kept_at(indices: np.ndarray) -> np.ndarray:
-        missing = np.array([index for index in indices.tolist() if index not in known], np.int64)
-        if len(missing):
-            known.update(zip(missing.tolist(), examples_at(missing), strict=True))
-        return np.stack([known[index] for index in indices.tolist()]) if len(indices) else first.worst_examples[:0]
-
-    return answers_of(first.labels, kept_at, predicted, loss, predicted[:, 0] == -1)
 
 
 class Told(Watcher):
@@ -517,11 +256,6 @@ def check_division(place: Path, jobs: Sequence[PartOfArm], left: Left) -> None:
                 f"{path} is a job of an earlier session, which divided the arms in another way: "
                 "--seeds-a-job must be what it was; without --resume the run is moved aside and a new one begins"
             )
-
-
-def arm_of(job: str) -> str:
-    """The arm whose job it is: names of arms have no dots, ends of blocks of seeds have."""
-    return job.rpartition("-")[0] if ".." in job else job
 
 
 class Sweep:

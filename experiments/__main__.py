@@ -34,8 +34,8 @@ from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:
+    from cnnlib.executors import Wanted
     from cnnlib.hosts import Hosts
-    from cnnlib.jobs import Wanted
     from cnnlib.results_page import Asked
 
 COMMANDS = {
@@ -350,7 +350,7 @@ def jobs_asked(options: argparse.Namespace) -> Wanted | None:
         return None
     if options.distributed:
         raise UserError("--executor and --distributed are two ways to use several processes: choose one")
-    from cnnlib.jobs import Wanted
+    from cnnlib.executors import Wanted
 
     resources = {}
     for text in given.pop("resources", []):

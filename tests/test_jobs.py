@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnlib import job, jobs, ray_jobs
+from cnnlib import executors, job, jobs, ray_jobs
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
+from cnnlib.executors import LocalJobs, Wanted
 from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
 from cnnlib.job import Ending, Process, Task
-from cnnlib.jobs import LocalJobs, Wanted, divided, merged, merged_answers, run_jobs
+from cnnlib.jobs import run_jobs
+from cnnlib.parts import arm_of, divided, merged, merged_answers
 from cnnlib.predictions import Answers, answers_of, read_answers
 from cnnlib.resolve import resolve
 from cnnlib.resume import FinishedArm
@@ -165,7 +167,7 @@ def test_jobs_are_arms_or_blocks_of_their_seeds():
         ("own-fields-7..7", (7,), 2),
     ]
     assert len(names_of(arms, 1)) == 6
-    assert jobs.arm_of("own-fields-9..9") == jobs.arm_of("own-fields") == "own-fields"
+    assert arm_of("own-fields-9..9") == arm_of("own-fields") == "own-fields"
     ordered = replace(EXPERIMENT, lanes=Lanes(seed=(1, 2), order_seed=(7, 8, 9)))
     assert names_of(resolve(ordered), 1)[0] == ("conv-1..1", (1,), 6)
 
@@ -378,7 +380,7 @@ class Fake:
 
 def test_another_job_is_started_where_it_and_the_growth_of_the_others_fit(monkeypatch):
     free = {"bytes": 0}
-    monkeypatch.setattr(jobs, "free_memory", lambda device: free["bytes"])
+    monkeypatch.setattr(executors, "free_memory", lambda device: free["bytes"])
     local = LocalJobs([{}] * 3)
     assert local.fits()  # one always does
     gib = 2**30
@@ -393,12 +395,12 @@ def test_another_job_is_started_where_it_and_the_growth_of_the_others_fit(monkey
 
 
 def test_jobs_take_cores_or_gpus(monkeypatch, tmp_path):
-    monkeypatch.setattr(jobs, "cores_here", lambda: 8)
+    monkeypatch.setattr(executors, "cores_here", lambda: 8)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     one = replace(EXPERIMENT, devices=None)
 
     def slots(experiment, count):
-        local, devices = jobs.executor_for(Wanted("local"), experiment, count, tmp_path)
+        local, devices = executors.executor_for(Wanted("local"), experiment, count, tmp_path)
         return local._free, devices
 
     assert slots(one, 5) == ([{}] * 8, 1) and slots(one, 1) == ([{}], None)
@@ -408,7 +410,7 @@ def test_jobs_take_cores_or_gpus(monkeypatch, tmp_path):
         slots(replace(one, devices=9), 5)
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(jobs, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
+    monkeypatch.setattr(executors, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
     assert slots(one, 5) == ([{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}], 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert slots(one, 5) == ([{}] * 8, 1)
