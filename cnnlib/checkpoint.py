@@ -31,7 +31,6 @@ from jaxtyping import Array, Shaped, UInt32
 
 from cnnlib.errors import UserError
 from cnnlib.folder import writing
-from cnnlib.writer import yield_processor
 
 STATE, WORDS = "state", "words"
 PROGRESS = "progress"
@@ -241,7 +240,6 @@ def write_what_is_asked_for() -> None:
     """What `writer.Writer` starts: a checkpoint for each message, a line when it is written, until the pipe ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then closes the pipe
-    yield_processor()
     parent = int(sys.argv[1])
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     opened: dict[str, Checkpoints] = {}

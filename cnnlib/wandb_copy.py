@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cnnlib import priority
 from cnnlib.config import Experiment, LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.folder import inside
@@ -197,6 +198,7 @@ class WandbCopy(Watcher):
         self._send("end", status=status)
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
+        priority.lend(self._worker.pid)
         try:
             self._worker.wait(self._patience)
         except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cnnlib.writer import LOWEST_PRIORITY, yield_processor
+from cnnlib import priority
 
 SUMMARIES = {"train_loss": "min", "train_accuracy": "max", "validation_loss": "min", "validation_accuracy": "max"}
 """What W&B keeps of each metric beside its last value, which is the summary of all others."""
@@ -107,9 +107,7 @@ class Copy:
         settings = {name: value for name, value in quiet.items() if name in known}
         arguments = {**self._common, **given, "reinit": "create_new", "resume": "allow"}
         try:
-            opened = self._wandb.init(**arguments, mode=self._mode, settings=self._wandb.Settings(**settings))
-            lower_children()  # the first one has started wandb's own process
-            return opened
+            return self._wandb.init(**arguments, mode=self._mode, settings=self._wandb.Settings(**settings))
         except self._wandb.errors.Error as error:
             if self._mode == "offline":
                 raise
@@ -125,26 +123,17 @@ def tell(text: str) -> None:
     sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
-def lower_children() -> None:
-    """Leaves the processor to the training process: wandb's own process has a session of its own, and Linux shares the
-    processor out by sessions before it looks at priorities."""
-    children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
-    for process in itertools.chain(*children):
-        with contextlib.suppress(OSError):  # no such thing here
-            Path(f"/proc/{process}/autogroup").write_text(str(LOWEST_PRIORITY))
-
-
 def main(scratch: Path) -> int:
     """Reads lines until `end`, or until the training process is gone; `scratch` is what `TMPDIR` names."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then ends the copy
-    yield_processor()
-    lower_children()
+    priority.lower(os.getpid())
     sys.stdout = sys.stderr  # what wandb prints is not for the training process
     ended = False
     try:
         copy = Copy()
         copy.rehearse(scratch)
+        priority.lower(os.getpid())  # and wandb's own process, which runs by now
         for line in sys.stdin:
             what = json.loads(line)
             ended = what["do"] == "end"

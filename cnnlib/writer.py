@@ -2,7 +2,7 @@
 
 They are written by a process of its own, `python -m cnnlib.checkpoint`: Orbax spends 20 ms of Python on each and, with
 JAX, seconds on its import, and training would wait for both. That process is started before this one imports anything
-heavy, and later takes the processor only where training leaves it idle.
+heavy, and takes the processor only where training leaves it idle, or waits for it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cnnlib import priority
 from cnnlib.errors import UserError
 
-LOWEST_PRIORITY = 19
 PATIENCE = 120.0
-"""Seconds that a checkpoint may take."""
+"""Seconds that a checkpoint may take while somebody waits for it."""
+HESITATION = 5.0
+"""Seconds that one may take at the lowest priority while somebody waits, where the system lets nobody raise it."""
 
 
 class Job(NamedTuple):
@@ -48,17 +51,11 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cnnlib.checkpoint", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
+        self._process = start()
+        priority.lower(self._process.pid)
         self._changed = threading.Condition()
         self._jobs: list[Job] = []
-        self._is_busy = self._is_closed = False
+        self._is_busy = self._is_closed = self._is_replaced = False
         self._ready_at = 0.0
         self._failure: str | None = None
         self._written: set[tuple[Path, int]] = set()
@@ -92,9 +89,7 @@ class Writer:
     def wait(self) -> None:
         """Returns when every checkpoint is written."""
         with self._changed:
-            is_done = self._changed.wait_for(
-                lambda: self._failure is not None or not (self._jobs or self._is_busy), PATIENCE
-            )
+            is_done = self._hurried(lambda: self._failure is not None or not (self._jobs or self._is_busy))
         if not is_done:
             self._process.kill()
             raise UserError(f"the process that writes checkpoints has not answered for {PATIENCE:.0f} s")
@@ -102,29 +97,38 @@ class Writer:
 
     def close(self) -> None:
         """Lets the process finish what it writes, and end; at once where there was nothing to write."""
+        with self._changed:
+            self._jobs.clear()
+            self._is_closed = True
+            self._changed.notify_all()
+            if not self._hurried(lambda: not self._is_busy):
+                self._process.kill()
         if self._thread is None:
             self._process.kill()
         else:
-            with self._changed:
-                self._jobs.clear()
-                self._is_closed = True
-                self._changed.notify_all()
-            self._thread.join(PATIENCE)
-            if self._thread.is_alive():
-                self._process.kill()
-                self._thread.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what a dead process did not take
-                if pipe is not None:
-                    pipe.close()
-        self._process.wait()
+            self._thread.join()
+            priority.lend(self._process.pid)
+        end(self._process)
+
+    def _hurried(self, is_done: Callable[[], bool]) -> bool:
+        """Whether it is done within `PATIENCE`, with `_changed` held; until then the process has our own priority.
+
+        At the lowest one a busy machine gives it next to nothing. Where it cannot be raised another process takes over.
+        """
+        if is_done():
+            return True
+        is_lent = priority.lend(self._process.pid)
+        if not self._changed.wait_for(is_done, PATIENCE if is_lent else min(HESITATION, PATIENCE)) and not is_lent:
+            self._is_replaced = True
+            self._process.kill()
+            self._changed.wait_for(is_done, PATIENCE)
+        priority.lower(self._process.pid)
+        return is_done()
 
     def _feed(self) -> None:
         import jax
         import numpy as np
 
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
@@ -144,14 +148,17 @@ class Writer:
                     "best": job.best,
                 }
                 text = json.dumps({**told, "progress": progress, "shape": list(words.shape)}).encode()
-                stdin.write(len(text).to_bytes(8, "little") + text)
-                stdin.write(np.ascontiguousarray(words).data.cast("B"))
-                stdin.flush()
-                line = stdout.readline()
-                died = {"failure": "the process that writes them has died", "seconds": 0.0}
-                answer: dict[str, Any] = json.loads(line) if line else died
-                failure = answer["failure"]
-                self._ready_at = time.monotonic() + answer["seconds"] * (1.0 / job.share - 1.0)
+                numbers = np.ascontiguousarray(words).data.cast("B")
+                answer = self._answer(text, numbers)
+                if answer is None and self._is_replaced:
+                    end(self._process)
+                    self._process, self._is_replaced = start(), False
+                    answer = self._answer(text, numbers)
+                if answer is None:
+                    failure = "the process that writes them has died"
+                else:
+                    failure = answer["failure"]
+                    self._ready_at = time.monotonic() + answer["seconds"] * (1.0 / job.share - 1.0)
             except Exception as error:  # told by `check`, in the thread that can end the run
                 failure = " ".join((str(error).strip() or type(error).__name__).split())[:300]
             with self._changed:
@@ -163,9 +170,37 @@ class Writer:
                 if failure is not None:
                     return
 
+    def _answer(self, text: bytes, numbers: memoryview) -> dict[str, Any] | None:
+        """What the process says when it has written a checkpoint; None where it is no more."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(len(text).to_bytes(8, "little") + text)
+            stdin.write(numbers)
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            return None
+        answer: dict[str, Any] | None = json.loads(line) if line else None
+        return answer
 
-def yield_processor() -> None:
-    """Lets this process run only where nobody else wants the processor."""
-    os.nice(LOWEST_PRIORITY)
-    if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+def start() -> subprocess.Popen[bytes]:
+    """The process that writes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cnnlib.checkpoint", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Closes its pipes, whose end is its own."""
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what a dead process did not take
+            if pipe is not None:
+                pipe.close()
+    process.wait()

@@ -13,7 +13,7 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup"},
+    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority"},
     {"writer", "overlap", "hosts"},
     {"spec", "registry", "kernels", "meeting"},
     {"architectures", "cost", "primitives", "windows"},

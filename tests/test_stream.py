@@ -278,7 +278,8 @@ from cnnlib.sources import SizedLines
 from cnnlib.stream import chunks
 found = chunks(SizedLines(16, 101, 0, 0), batch_size=4, steps=3, seed=0, reshuffle=True, workers=2)
 print(next(found).y.sum(), flush=True)
-time.sleep(float(sys.argv[1]))
+for _ in range(10 * int(sys.argv[1])):  # a signal just before a long sleep would be noticed after it
+    time.sleep(0.1)
 """
 
 
