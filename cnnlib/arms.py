@@ -183,11 +183,15 @@ def train_epochs(
 
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
+        began, seconds = time.perf_counter(), None
         states, sums = feed.train(states, numbers)
+        if not feed.runs_ahead:  # validating reads as well, and is no part of training
+            jax.block_until_ready(states)  # type: ignore[no-untyped-call]
+            seconds = time.perf_counter() - began
         validated = feed.validate(states)
         is_due = epoch == experiment.epochs or training.is_due(epoch)
         taken = programs.snapshot((states, keys)) if is_due and programs.snapshot else None
-        return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken)
+        return states, EpochSums(sums, jnp.copy(states.diverged), validated, taken, seconds)
 
     if so_far.epoch < experiment.epochs:
         states, going = dispatch(states, so_far.epoch + 1)
@@ -198,7 +202,7 @@ def train_epochs(
             # The device has the next epoch to do while this one's sums are fetched, written and shown.
             states, going = dispatch(states, epoch + 1)
         sums, diverged = spread.fetched((ended.train, ended.diverged))
-        seconds = time.perf_counter() - idle_since
+        seconds = time.perf_counter() - idle_since if ended.seconds is None else ended.seconds
         validation = spread.fetched(ended.validation)
         idle_since = time.perf_counter()
         told = [
@@ -351,6 +355,8 @@ class EpochSums(NamedTuple):
     validation: Sums | None
     snapshot: Snapshot | None
     """Of the states, where they are to be saved."""
+    seconds: float | None
+    """That training took; None where it is not over yet."""
 
 
 def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:

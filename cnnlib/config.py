@@ -258,7 +258,7 @@ class Experiment:
     """Keep, from forward to backward, only the maps after each pooling and residual, and compute the others again:
     deeper nets and larger images in the same memory, for up to a third more time."""
     devices: int | None = None
-    """Devices that lanes are spread over. None: all that JAX has; of a CPU each core is one."""
+    """Devices that lanes are spread over, of each host. None: all that JAX has; of a CPU each core is one."""
     mesh: tuple[int, ...] | None = None
     """LANES,SHARDS: groups of devices that lanes are spread over, and devices in a group, which share each batch. None:
     as many groups as share the lanes, and of the devices left as many a group as divide the batch; on a CPU one."""

@@ -78,7 +78,8 @@ class Host:
 class LocalJobs:
     """Jobs on this machine, as many at a time as it has room for.
 
-    Each slot is what a job gets of its own: as many cores as it has devices, or one GPU. Another job starts only where
+    There is a slot for each GPU, which is the job's own, or for as many cores as a job has devices, which the system
+    shares out between them. Another job starts only where
     the free memory would hold it, and what those that run may still grow by, were each as large as the largest so far.
     """
 
@@ -86,7 +87,6 @@ class LocalJobs:
         self._free = list(slots)
         self._running: dict[str, tuple[Process, Mapping[str, str]]] = {}
         self._largest = USUAL_BYTES
-        self._has_seen = False
 
     def fits(self) -> bool:
         """Whether there is a slot, and memory; one job always fits."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from cnnlib.config import Data
 from cnnlib.data import DataSet, StreamedSet, load, open_splits, size_in_bytes
 from cnnlib.errors import UserError
 from cnnlib.mesh import Spread
-from cnnlib.programs import Programs, free_memory, size_text
+from cnnlib.programs import Programs, size_text
 from cnnlib.resolve import TrainedArm
 from cnnlib.sources import Source
 from cnnlib.train import Answers, Examples, Place, State, Sums
@@ -56,7 +56,7 @@ class Resident:
 
     def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> ResidentFeed:
         """What an arm's models are trained and tested with."""
-        assert position is None, "nothing is read while training goes on"
+        # A position is that of a run that was streamed, and is gone on with by `--force`: after a whole epoch.
         return ResidentFeed(programs, programs.spread.shared(self.splits))
 
 
@@ -266,11 +266,19 @@ Feed = Resident | Streamed
 ArmFeed = ResidentFeed | StreamedFeed
 
 
-def read_or_open(data: Data, device: jax.Device, says: Callable[[str], None]) -> DataSet | StreamedSet:
-    """Reads a data set, or opens it where it is to be streamed; the user is told where its size decides so."""
+def read_or_open(
+    data: Data, free: int, says: Callable[[str], None], streamed: Collection[str] | None = None
+) -> DataSet | StreamedSet:
+    """Reads a data set, or opens it where it is to be streamed; the user is told where its size decides so.
+
+    `free` are the bytes that are free. `streamed` are the names of those that are streamed where the run has begun
+    already, whatever is free by now.
+    """
     is_streamed = data.stream
+    if is_streamed is None and streamed is not None:
+        is_streamed = data.name in streamed
     if is_streamed is None:
-        size, free = size_in_bytes(data), free_memory(device)
+        size = size_in_bytes(data)
         is_streamed = size > STREAM_SHARE * free
         if is_streamed:
             says(
@@ -281,6 +289,17 @@ def read_or_open(data: Data, device: jax.Device, says: Callable[[str], None]) ->
         return load(data)
     stream.require_grain()
     return open_splits(data)
+
+
+def read_or_open_all(
+    sets: Iterable[Data], free: int, says: Callable[[str], None], streamed: Collection[str] | None = None
+) -> dict[Data, DataSet | StreamedSet]:
+    """Each of the data sets, read or opened; of the bytes that are free, those that are read take their part."""
+    found: dict[Data, DataSet | StreamedSet] = {}
+    for data in dict.fromkeys(sets):
+        found[data] = read_or_open(data, free, says, streamed)
+        free -= 0 if is_streamed(found[data]) else size_in_bytes(data)
+    return found
 
 
 def is_streamed(data_set: DataSet | StreamedSet) -> bool:

@@ -85,6 +85,11 @@ def locked(path: Path, patience: float, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def arm_of_job(job: str) -> str:
+    """The arm whose job it is: names of arms have no dots, ends of blocks of seeds have."""
+    return job.rpartition("-")[0] if ".." in job else job
+
+
 def writing(folder: Path) -> contextlib.AbstractContextManager[None]:
     """For the process that writes checkpoints, which may outlive the run by its last one: nobody goes on before."""
     return locked(folder / WRITER_LOCK, PATIENCE, f"an earlier run in {folder} still writes a checkpoint")

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from cnnlib import stopping
 from cnnlib.errors import Stopped, UserError
+from cnnlib.priority import children
 from cnnlib.watcher import Beginning, EpochReport, Watcher
 
 if TYPE_CHECKING:
@@ -101,13 +102,14 @@ class Process:
                 stdin.flush()
             self._files = stack.pop_all()
         self.peak_bytes = 0
-        """The most memory that it, or its writer of checkpoints, has been seen to take."""
+        """The most memory that it, and the processes that it has started, have been seen to take."""
 
     def ending(self) -> Ending | None:
         """How it ended; None while it runs."""
         status = self._process.poll()
         if status is None:
-            self.peak_bytes = max(self.peak_bytes, peak_of(self._process.pid))
+            family = (self._process.pid, *children(self._process.pid))
+            self.peak_bytes = max(self.peak_bytes, sum(map(peak_of, family)))
             return None
         self._events.seek(self._begin)
         told = [event for event in parsed(self._events.read()) if event.get("event") == "ended"]
@@ -249,6 +251,8 @@ def do(task: Task, teller: Teller, wish: stopping.Wish) -> Any:
         from cnnlib.run import run
         from cnnlib.watcher import Watchers
 
+        if task.expected is not None:
+            how["streamed"] = task.expected["settings"]["streamed"]
         if task.does == "identify":
             how["identifies"] = True
         elif task.does == "finish":

@@ -26,9 +26,9 @@ from cnnlib.data import open_splits
 from cnnlib.errors import Stopped, UserError
 from cnnlib.executors import STOP, TOKEN, Executor, Wanted, executor_for
 from cnnlib.fields import to_dict
-from cnnlib.folder import JOBS, RunFolder, inside
+from cnnlib.folder import CHECKPOINTS, JOBS, RunFolder, arm_of_job, inside
 from cnnlib.job import ERRORS, EVENTS, Ending, Task, beside, parsed, wait_for
-from cnnlib.parts import PartOfArm, arm_of, divided, merged, merged_answers
+from cnnlib.parts import PartOfArm, divided, merged, merged_answers
 from cnnlib.predictions import Answers, read_answers, write_answers
 from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.resume import FinishedArm, Left, read_arm, write_arm
@@ -92,7 +92,7 @@ class Follower:
                 self._says(f"{name} begins again on {event['host']}")
         elif what == "says":
             text = event["text"]
-            key = f"{name} {text}" if arm_of(name) in text else text  # what concerns all is said once
+            key = f"{name} {text}" if arm_of_job(name) in text else text  # what concerns all is said once
             if key not in self._said:
                 self._said.add(key)
                 self._says(f"{name}: {text}")
@@ -174,7 +174,7 @@ def run_jobs(
             if results is not None:
                 return results
             left = Left({arm.name: kept for arm in arms if (kept := read_arm(held, arm)) is not None}, {})
-            check_division(out / JOBS, jobs, left)
+            check_division(out, jobs, left)
         else:
             left = Left({}, {})
             held = stack.enter_context(RunFolder(out))
@@ -242,16 +242,23 @@ def failure(job: str, ending: Ending) -> Exception:
         return UserError(ending.text)
     if ending.is_death:
         return UserError(
-            f"job {job} was {ending.text}, time and again" if ending.status < 0 else f"{job}: {ending.text}"
+            f"job {job} was {ending.text}, and is not tried again" if ending.status < 0 else f"{job}: {ending.text}"
         )
     return RuntimeError(f"job {job}: {ending.text}")
 
 
-def check_division(place: Path, jobs: Sequence[PartOfArm], left: Left) -> None:
-    """Raises UserError where jobs were left behind that are not among these, and whose arm is not finished."""
-    names = {job.name for job in jobs}
+def check_division(out: Path, jobs: Sequence[PartOfArm], left: Left) -> None:
+    """Raises UserError where something was left behind of arms that are not finished, and that these jobs would not go
+    on with: other jobs, or what one process has trained."""
+    names, place = {job.name for job in jobs}, out / JOBS
+    for name in dict.fromkeys(job.part.arm for job in jobs):
+        if name not in left.finished and (out / CHECKPOINTS / name).is_dir():
+            raise UserError(
+                f"{out} has checkpoints of {name} by one process: --resume without --executor goes on with them; "
+                "without --resume the run is moved aside and a new one begins"
+            )
     for path in sorted(place.iterdir()) if place.is_dir() else ():
-        if path.is_dir() and path.name not in names and arm_of(path.name) not in left.finished:
+        if path.is_dir() and path.name not in names and arm_of_job(path.name) not in left.finished:
             raise UserError(
                 f"{path} is a job of an earlier session, which divided the arms in another way: "
                 "--seeds-a-job must be what it was; without --resume the run is moved aside and a new one begins"
@@ -329,7 +336,7 @@ class Sweep:
             (place / STOP).unlink(missing_ok=True)
         tracking.write_whole(place / TOKEN, lambda path: path.write_text(secrets.token_hex(16)))
         for path in list(place.iterdir()):
-            if path.is_dir() and arm_of(path.name) in self._left.finished:
+            if path.is_dir() and arm_of_job(path.name) in self._left.finished:
                 self._remove(path)
 
     def _begin(self) -> list[PartOfArm]:

@@ -38,7 +38,7 @@ def use_cores(count: int | None = None) -> None:
 
 
 def devices(most: int | None = None) -> tuple[jax.Device, ...]:
-    """The devices of JAX's default platform, `most` of them where that is a number.
+    """The devices of JAX's default platform, `most` of each host where that is a number.
 
     Raises UserError where there are fewer, or none of the platform that was asked for.
     """
@@ -49,9 +49,27 @@ def devices(most: int | None = None) -> tuple[jax.Device, ...]:
         raise UserError(
             f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}"
         ) from error
-    if most is not None and most > len(found):
-        raise UserError(f"devices={most}: JAX has {len(found)} ({found[0].platform})")
-    return found[:most]
+    of_hosts = by_host(found)
+    if most is not None and (fewest := min(of_hosts, key=len)) and most > len(fewest):
+        where = "" if len(of_hosts) == 1 else f"process {fewest[0].process_index} of {len(of_hosts)}: "
+        raise UserError(f"{where}devices={most}: JAX has {len(fewest)} ({found[0].platform})")
+    return tuple(device for own in of_hosts for device in own[:most])
+
+
+def by_host(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Those of each process, in the order of the processes."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(device.process_index, []).append(device)
+    return [own for _, own in sorted(found.items())]
+
+
+def evenly(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
+    """So many of the devices, from each host as many as from others, while it has them."""
+    of_hosts = by_host(devices)
+    places = sorted((place, host) for host, own in enumerate(of_hosts) for place in range(len(own)))
+    taken = [sum(host == wanted for _, host in places[:count]) for wanted in range(len(of_hosts))]
+    return tuple(device for own, number in zip(of_hosts, taken, strict=True) for device in own[:number])
 
 
 class Spread(NamedTuple):
@@ -203,9 +221,10 @@ def spread(
             raise UserError(
                 f"mesh={groups},{shards}: {lanes} lanes leave some of {groups} groups of devices without any"
             )
-    used = tuple(devices[: groups * shards])
-    idle = set(range(hosts.count)) - {device.process_index for device in used} if hosts.count > 1 else ()
-    if idle:
+    if hosts.count == 1:
+        return Spread(lanes, tuple(devices[: groups * shards]), shards)
+    used = evenly(devices, groups * shards)
+    if idle := set(range(hosts.count)) - {device.process_index for device in used}:
         raise UserError(
             f"a mesh of {groups},{shards} leaves nothing to do for process {', '.join(map(str, sorted(idle)))} of "
             f"{hosts.count}: {lanes} lanes need fewer hosts, or mesh=LANES,SHARDS to share batches"

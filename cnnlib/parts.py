@@ -41,11 +41,6 @@ def divided(arms: Sequence[TrainedArm], seeds_a_job: int | None) -> list[PartOfA
     return found
 
 
-def arm_of(job: str) -> str:
-    """The arm whose job it is: names of arms have no dots, ends of blocks of seeds have."""
-    return job.rpartition("-")[0] if ".." in job else job
-
-
 def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -> FinishedArm:
     """An arm of the parts of its lanes, in the order of all; seconds are added up, of memory there is the most.
 

@@ -156,7 +156,7 @@ def compile_programs(
     spread = spread_of(arm, devices, hosts)
     recipe, numbers = recipe_of(arm, spread), shapes(spread.filled(numbers_of(arm)))
     splits, tested_at_once = feed.examples(arm, spread), evaluation_batch(arm)
-    place = shapes(PLACE)
+    place, chunks = shapes(PLACE), 3 * size_of(splits["train"]) if feed.is_streamed else 0
     most = spread.lanes_a_device
     at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
     too_many: str | None = None
@@ -200,20 +200,21 @@ def compile_programs(
                 evaluate = mapped(evaluation.evaluate(recipe, tested_at_once), 2)
                 compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
         # The examples are on the device already: what a program takes includes them, what is free does not. Of a stream
-        # there are two chunks beside that which a program takes.
-        need = max(
-            memory_of(program) + (2 if feed.is_streamed else -1) * size_of(splits["train" if name == "fit" else name])
+        # there are three chunks, which devices of one memory share.
+        own = max(
+            memory_of(program) - size_of(splits["train" if name == "fit" else name])
             for name, program in compiled.items()
         )
         if has_freed_weights(arm.model):
             distance = spread.compiled_for(train.over_lanes(evaluation.distance_from_conv(recipe), at_a_time=1))
             compiled["distance"] = distance.lower(states.parameters).compile()
-            need = max(need, memory_of(compiled["distance"]))
+            own = max(own, memory_of(compiled["distance"]))
         # While an epoch runs, the state before it may wait to be written.
-        need += size_of(states) // len(spread.devices) if keep else 0
-        need *= spread.sharing
-        # By now the programs themselves have taken their part, which a `ulimit` counts.
-        free = hosts.lowest(free_memory(spread.own_device))
+        own += size_of(states) // len(spread.devices) if keep else 0
+        need = own * spread.sharing + chunks
+        # By now the programs themselves have taken their part, which a `ulimit` counts. Hosts decide alike, by the one
+        # that has the least for each of its devices.
+        free = hosts.lowest(max(0, free_memory(spread.own_device) - chunks) // spread.sharing) * spread.sharing + chunks
         if need <= free:
             break
         each = f" on each of {len(spread.devices)} devices" if len(spread.devices) > 1 else ""
@@ -225,7 +226,7 @@ def compile_programs(
             fits = "fewer lanes (lanes.seed) or a smaller batch_size may fit"
             raise UserError(f"{too_many}; nor does one at a time: {fits}" if too_many else f"{needs}; {fits}")
         too_many = too_many or needs
-        at_a_time = max(1, min(at_a_time // 2, at_a_time * free // need))
+        at_a_time = max(1, min(at_a_time // 2, at_a_time * (free - chunks) // (need - chunks)))
     if wanted and too_many:
         raise UserError(f"{too_many}; {at_a_time} at a time would fit: lanes.at_a_time={at_a_time}")
     return Programs(

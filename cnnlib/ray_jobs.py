@@ -114,8 +114,9 @@ class RayJobs:
                 found.append((name, Ending(128 + signal.SIGTERM, "stopped before it began")))
             except (ray.exceptions.RayTaskError, ray.exceptions.RaySystemError):
                 raise
-            except ray.exceptions.RayError as error:  # the worker, its node or its memory, time and again
-                found.append((name, Ending(-signal.SIGKILL, f"lost by Ray: {' '.join(str(error).split())[:200]}")))
+            except ray.exceptions.RayError as error:  # the worker, its node or its memory, and Ray has tried again
+                lost = f"{name} was lost by Ray, which has tried again {self._needs['max_retries']} times"
+                found.append((name, Ending(2, f"{lost}: {' '.join(str(error).split())[:200]}")))
         return found
 
     def stop(self) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,21 @@ from cnnlib.resolve import TrainedArm
 Says = Callable[[str], None]
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 """Of JAX, that change numbers."""
-NEVER_IN_THE_NUMBERS = ("checkpoint", "wandb", "compile_cache", "data.data_dir", "data.workers", "comparisons")
-"""Fields that may change between sessions without a word."""
+NEVER_IN_THE_NUMBERS = (
+    "checkpoint",
+    "wandb",
+    "compile_cache",
+    "data.data_dir",
+    "data.workers",
+    "data.stream",
+    "comparisons",
+)
+"""Fields that may change between sessions without a word; what is streamed by now is told apart by `settings`."""
+ON_EACH_HOST = ("wandb", "compile_cache", "data.data_dir", "data.workers")
+"""Fields that may differ between hosts."""
 
 ONLY_ROUNDING = ("lanes.at_a_time", "devices", "mesh", "accumulate", "remat")
-"""Ends of the names of fields that change no more than the last bits; arms may have them of their own."""
+"""Fields that change no more than the last bits."""
 
 
 def identity(name: str, experiment: Experiment, device: jax.Device, devices: int, cpu_kernels: str) -> dict[str, Any]:
@@ -77,12 +88,11 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
     """What tells two identities apart."""
     refused: list[str] = []
     told: list[str] = []
-    old, new = (_part(side, "config") for side in (before, after))
-    for field in dict.fromkeys((*old, *new)):
-        if old.get(field) != new.get(field) and not field.startswith(NEVER_IN_THE_NUMBERS):
-            text = f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}"
-            (told if field.endswith(ONLY_ROUNDING) else refused).append(text)
-    for part in ("experiment", "code_sha256", "data_sha256"):
+    for field, text in changed_fields(before, after, but=NEVER_IN_THE_NUMBERS):
+        (told if field in ONLY_ROUNDING else refused).append(text)
+    # The sum over a stream is another than that over the same examples in memory.
+    is_streamed_alike = _part(before, "settings").get("streamed") == _part(after, "settings").get("streamed")
+    for part in ("experiment", "code_sha256", *(["data_sha256"] if is_streamed_alike else [])):
         if before.get(part) != after.get(part):
             what = {"experiment": "the experiment", "code_sha256": "cnnlib's code", "data_sha256": "the data"}[part]
             refused.append(f"{what} was {_short(before.get(part), 12)}, is {_short(after.get(part), 12)}")
@@ -96,13 +106,40 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
     return Differences(refused, told)
 
 
+def streamed_in(record: dict[str, Any]) -> list[str] | None:
+    """The names of the data sets that a run has streamed from its beginning; None where its record does not tell."""
+    found = _part(_part(record, "identity"), "settings").get("streamed")
+    return found if isinstance(found, list) else None
+
+
+def changed_fields(before: dict[str, Any], after: dict[str, Any], but: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The fields in which two identities differ, without the arm that has one of its own, and in words."""
+    old, new = (_fields(_part(side, "config")) for side in (before, after))
+    for name in dict.fromkeys((*old, *new)):
+        field = re.sub(r"^arms\.[^.]+\.", "", name)
+        if old.get(name) != new.get(name) and not field.startswith(but):
+            yield field, f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+
+
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A flat configuration, with the fields that arms have of their own one by one."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if name.startswith("arms.") and name.endswith(".own") and isinstance(value, list):
+            own = (str(text).partition("=") for text in value)
+            found |= {f"{name.removesuffix('own')}{field}": text for field, _, text in own}
+        else:
+            found[name] = value
+    return found
+
+
 def _part(identity: dict[str, Any], name: str) -> dict[str, Any]:
     found = identity.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def _short(value: Any, length: int = 60) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (",".join(map(str, value)) or "nothing") if isinstance(value, list) else str(value)
     return text if len(text) <= length else text[:length] + "..."
 
 
@@ -298,10 +335,11 @@ def refusal(folder: Path, found: Differences) -> UserError:
 
 
 def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
-    """Raises UserError on all hosts where one would not compute what process 0 does."""
-    first = json.loads(hosts.from_first(json.dumps(this).encode()))
-    refused = differences(first, json.loads(json.dumps(this))).refused
-    hosts.same("differences from process 0:", "; ".join(refused) or "none")
+    """Raises UserError on all hosts where one would not compute what process 0 does, or not in the same way."""
+    first, this = json.loads(hosts.from_first(json.dumps(this).encode())), json.loads(json.dumps(this))
+    found = [text for _, text in changed_fields(first, this, but=ON_EACH_HOST)]
+    found += [text for text in differences(first, this).refused if text not in found]
+    hosts.same("differences from process 0:", "; ".join(found) or "none")
 
 
 def passed_on(hosts: Hosts, left: Left) -> Left:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,15 @@ from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
 from cnnlib.folder import RunFolder
 from cnnlib.hosts import ALONE, Hosts
-from cnnlib.programs import Programs, check_parameters_fit, compile_cache, compile_programs, shapes_of, spread_of
+from cnnlib.programs import (
+    Programs,
+    check_parameters_fit,
+    compile_cache,
+    compile_programs,
+    free_memory,
+    shapes_of,
+    spread_of,
+)
 from cnnlib.resolve import Part, TrainedArm, resolve
 from cnnlib.resume import (
     Left,
@@ -34,6 +43,7 @@ from cnnlib.resume import (
     passed_on,
     read_arm,
     refusal,
+    streamed_in,
 )
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.watcher import Beginning, Watcher, Watchers
@@ -52,6 +62,7 @@ def run(
     writer: Writer | None = None,
     part: Part | None = None,
     hosts: Hosts = ALONE,
+    streamed: Collection[str] | None = None,
     identifies: bool = False,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
@@ -60,7 +71,8 @@ def run(
     going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
     what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. With
     `part` only that is trained, as one job of several, and the results are those of its arm. With `hosts` the processes
-    of a run on several call this together; `out` of all but process 0 is for nobody to read. With `identifies` it ends
+    of a run on several call this together; `out` of all but process 0 is for nobody to read. `streamed` are the names
+    of the data sets that are streamed, where that is decided (as of a job's run). With `identifies` it ends
     where training would begin: with the identity of the run, and of what each arm is as a part. Raises UserError, with
     nothing written, for whatever does not fit together or does not fit in the memory; and later for a disk that takes
     no more: what was saved before stays.
@@ -79,9 +91,12 @@ def run(
             folder.check(out)
         else:
             stack.enter_context(held)
-        data_sets = {
-            data: feeds.read_or_open(data, device, watcher.says) for data in dict.fromkeys(arm.data for arm in asked)
-        }
+        if held is not None:
+            streamed = streamed_in(held.record)
+        # What is free changes from session to session and from host to host, and the examples' order with it.
+        free = hosts.lowest(free_memory(device))
+        streamed = json.loads(hosts.from_first(json.dumps(None if streamed is None else list(streamed)).encode()))
+        data_sets = feeds.read_or_open_all((arm.data for arm in asked), free, watcher.says, streamed)
         arms = chosen(
             resolve(
                 experiment,
@@ -127,6 +142,8 @@ def run(
         training = Training(experiment, fed, held, watcher, stop, clock, writer, [], hosts)
         try:
             beginning = begin(held, name, experiment, this, left, changes, force)
+            if hosts.count > 1:  # where this thread is stuck when a host is lost
+                hosts.last_words.append(partial(held.end_session, "failed"))
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
                 known_arms = {arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms}
                 lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
@@ -239,12 +256,21 @@ def what_is_left(
     arms: tuple[TrainedArm, ...],
     watcher: Watcher,
 ) -> Left:
-    """Reads what earlier sessions kept of each arm; the user is told from where it goes on."""
+    """Reads what earlier sessions kept of each arm; the user is told from where it goes on.
+
+    Raises UserError where jobs were left behind of an arm that is not finished: they would be trained again.
+    """
     left = Left({}, {})
     for arm in arms:
         if (finished := read_arm(held, arm)) is not None:
             left.finished[arm.name] = finished
             continue
+        for path in (held / folder.JOBS).glob("*/"):
+            if folder.arm_of_job(path.name) == arm.name:
+                raise UserError(
+                    f"{path} is a job of {arm.name}: --resume with --executor, as before, goes on with it; without "
+                    "--resume the run is moved aside and a new one begins"
+                )
         if not (held / folder.CHECKPOINTS / arm.name).exists():
             continue
         found = latest(held, arm, shapes_of(arm), watcher.says)

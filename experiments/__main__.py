@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
             status = trained(name, experiment, out, options, joined)
         else:
             with tempfile.TemporaryDirectory(prefix="cnnlib-") as scratch:
+                joined.last_words.append(lambda _: shutil.rmtree(scratch, ignore_errors=True))
                 status = followed(name, experiment, Path(scratch) / "run", options, joined)
     return status
 
@@ -348,7 +350,8 @@ def jobs_asked(options: argparse.Namespace) -> Wanted | None:
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')} has no meaning without --executor")
         return None
-    if options.distributed:
+    joins = (options.coordinator, options.processes, options.process_id) != (None, None, None)
+    if options.distributed or joins:
         raise UserError("--executor and --distributed are two ways to use several processes: choose one")
     from cnnlib.executors import Wanted
 
@@ -361,13 +364,12 @@ def jobs_asked(options: argparse.Namespace) -> Wanted | None:
     return Wanted(options.executor, **given, resources=resources or None).checked()
 
 
-def job_arguments(options: argparse.Namespace) -> list[str]:
-    """The options about jobs, as they were given."""
-    given = [(name, getattr(options, name)) for name in ("executor", *JOB_OPTIONS)]
+def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """These options, as they were given."""
     return [
         text
-        for name, value in given
-        if value is not None
+        for name in names
+        if (value := getattr(options, name)) is not None
         for one in (value if isinstance(value, list) else [value])
         for text in (f"--{name.replace('_', '-')}", str(one))
     ]
@@ -435,9 +437,15 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
 
 def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> str:
     """The line that a run which was stopped ends with."""
-    command = shlex.join(["python", "-m", "experiments", "run", name, *options.overrides])
-    place = [] if options.out is None else ["--out", options.out]
-    return f"{stopped}; go on with: {command} {shlex.join([*place, *job_arguments(options), '--resume'])}"
+    command = ["python", "-m", "experiments", "run", name, *options.overrides]
+    command += [] if options.out is None else ["--out", options.out]
+    command += [] if options.wandb == "auto" else ["--wandb", options.wandb]
+    command += given(options, ("executor", *JOB_OPTIONS))
+    where = ""
+    if options.distributed:
+        command += ["--distributed", *given(options, ("coordinator", "processes", "process_id"))]
+        where = ", each host with its own --process-id," if options.process_id is not None else ", on all hosts,"
+    return f"{stopped}; go on{where} with: {shlex.join([*command, '--resume'])}"
 
 
 MOST_BARS = 30
@@ -515,8 +523,8 @@ def main(arguments: Sequence[str]) -> int:
             command_show(options.name, experiment)
             return 0
         out = Path(options.out or Path("runs", options.name))
-        if isinstance(experiment, Growth) and job_arguments(options):
-            raise UserError(f"{options.name} trains nothing: {job_arguments(options)[0]} has no meaning for it")
+        if isinstance(experiment, Growth) and (asked := given(options, ("executor", *JOB_OPTIONS))):
+            raise UserError(f"{options.name} trains nothing: {asked[0]} has no meaning for it")
         wanted = jobs_asked(options)
         if isinstance(experiment, Growth):
             joins = (options.coordinator, options.processes, options.process_id)

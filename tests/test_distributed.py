@@ -151,18 +151,22 @@ def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     statuses = [process.wait(60) for process in processes]
     assert statuses == [128 + signal.SIGTERM] * 2, [said(tmp_path, 0), said(tmp_path, 1)]
-    assert "go on with: python -m experiments run fc_vs_conv" in said(tmp_path, 0)[-1]
+    last = said(tmp_path, 0)[-1]
+    assert "; go on, each host with its own --process-id, with: python -m experiments run fc_vs_conv" in last
+    assert "--wandb off --distributed --coordinator 127.0.0.1:" in last
+    assert last.endswith("--processes 2 --process-id 0 --resume")
     processes = together(tmp_path, "epochs=30", "--resume")
     assert [process.wait(240) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
     assert_alike(arms_of(tmp_path / "0"), whole)
 
 
 def test_processes_that_would_not_compute_the_same_are_told_apart(tmp_path):
-    processes = together(tmp_path, "epochs=2", others=["epochs=3"])
+    processes = together(tmp_path, "epochs=2", others=["epochs=3", "checkpoint.every=2"])
     assert [process.wait(120) for process in processes] == [2, 2]
     for number in (0, 1):
         last = said(tmp_path, number)[-1]
-        assert last.startswith("error: process 1 of 2 (pid ") and "epochs was 2, is 3" in last
+        assert last.startswith("error: process 1 of 2 (pid ")
+        assert "epochs was 2, is 3" in last and "checkpoint.every was 1, is 2" in last
     assert not (tmp_path / "0").exists()
 
 

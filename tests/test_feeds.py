@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -132,7 +133,7 @@ class Told(Watcher):
 
 def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_path, monkeypatch):
     monkeypatch.setattr(feeds, "STREAM_SHARE", 0.5)
-    monkeypatch.setattr(feeds, "free_memory", lambda device: 6 * 2**20)
+    monkeypatch.setattr("cnnlib.run.free_memory", lambda device: 6 * 2**20)
     watcher = Told()
     experiment = replace(EXPERIMENT, epochs=1)
     results = run(experiment, "tiny", tmp_path / "small", watcher)
@@ -156,5 +157,49 @@ def test_examples_drawn_for_each_lane_cannot_be_streamed(tmp_path):
 def test_a_run_does_not_go_on_with_a_stream_where_it_began_without(tmp_path):
     experiment = replace(EXPERIMENT, epochs=1, checkpoint=Checkpoint(share=1.0))
     run(experiment, "tiny", tmp_path / "run", Watcher())
-    with pytest.raises(UserError, match=r"data.stream was None, is True.*streamed was , is lines"):
-        run(streamed(replace(experiment, epochs=1)), "tiny", tmp_path / "run", Watcher(), resume=True)
+    with pytest.raises(UserError, match=r"same numbers: streamed was nothing, is lines; --force"):
+        run(streamed(experiment), "tiny", tmp_path / "run", Watcher(), resume=True)
+
+
+class Small:
+    """A machine that has room for nothing but chunks, or for all."""
+
+    def __init__(self, monkeypatch):
+        self.free = 0
+        monkeypatch.setattr("cnnlib.run.free_memory", lambda device: self.free)
+
+
+@pytest.mark.parametrize("stream", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stream_that_memory_has_asked_for_goes_on_where_there_is_more(tmp_path, monkeypatch, stream):
+    experiment = replace(EXPERIMENT, checkpoint=Checkpoint(share=1.0))
+    machine = Small(monkeypatch)
+    whole = run(experiment, "tiny", tmp_path / "whole", Watcher())
+    watcher = EndsAfter(1)
+    with pytest.raises(Stopped):
+        run(experiment, "tiny", tmp_path / "cut", watcher, stop=lambda: watcher.reached)
+    machine.free = 2**40
+    again = replace(experiment, data=replace(experiment.data, stream=stream))
+    resumed = run(again, "tiny", tmp_path / "cut", Watcher(), resume=True)
+    assert "waited_seconds" in resumed["arms"][0] and lanes_of(resumed) == lanes_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_first_streamed", [True, False])
+def test_by_force_a_run_goes_on_with_a_stream_or_without(tmp_path, is_first_streamed):
+    experiment = replace(EXPERIMENT, checkpoint=Checkpoint(share=1.0))
+    kinds = [replace(experiment, data=replace(experiment.data, stream=kind)) for kind in (True, False)]
+    first, then = kinds if is_first_streamed else kinds[::-1]
+    watcher = EndsAfter(1)
+    with pytest.raises(Stopped):
+        run(first, "tiny", tmp_path, watcher, stop=lambda: watcher.reached)
+    results = run(then, "tiny", tmp_path, Watcher(), resume=True, force=True)
+    assert [lane["epochs"] for lane in results["arms"][0]["lanes"]] == [2, 2]
+    assert results["resumed"][0]["forced"] and any("streamed was" in text for text in results["resumed"][0]["changes"])
+
+
+@pytest.mark.slow
+def test_seconds_of_training_are_without_those_of_validating(tmp_path, monkeypatch):
+    validate = feeds.StreamedFeed.validate
+    monkeypatch.setattr(feeds.StreamedFeed, "validate", lambda *arguments: time.sleep(2) or validate(*arguments))
+    (arm,) = run(streamed(EXPERIMENT), "tiny", tmp_path, Watcher())["arms"]
+    assert 0 < arm["waited_seconds"] < 2 * arm["train_seconds_per_lane"] < 4  # two lanes; it has slept for four

@@ -21,10 +21,10 @@ from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes,
 from cnnlib.errors import Stopped, UserError
 from cnnlib.executors import LocalJobs, Wanted
 from cnnlib.fields import to_dict
-from cnnlib.folder import RunFolder
+from cnnlib.folder import RunFolder, arm_of_job
 from cnnlib.job import Ending, Process, Task
 from cnnlib.jobs import run_jobs
-from cnnlib.parts import arm_of, divided, merged, merged_answers
+from cnnlib.parts import divided, merged, merged_answers
 from cnnlib.predictions import Answers, answers_of, read_answers
 from cnnlib.resolve import resolve
 from cnnlib.resume import FinishedArm
@@ -167,7 +167,7 @@ def test_jobs_are_arms_or_blocks_of_their_seeds():
         ("own-fields-7..7", (7,), 2),
     ]
     assert len(names_of(arms, 1)) == 6
-    assert arm_of("own-fields-9..9") == arm_of("own-fields") == "own-fields"
+    assert arm_of_job("own-fields-9..9") == arm_of_job("own-fields") == "own-fields"
     ordered = replace(EXPERIMENT, lanes=Lanes(seed=(1, 2), order_seed=(7, 8, 9)))
     assert names_of(resolve(ordered), 1)[0] == ("conv-1..1", (1,), 6)
 
@@ -203,7 +203,7 @@ def test_a_job_that_dies_goes_on(here, whole, tmp_path):
 
 def test_a_job_that_dies_time_and_again_ends_the_run(here, tmp_path):
     executor = here({"conv": [DIED] * 4})
-    with pytest.raises(UserError, match="conv was killed by SIGKILL, time and again"):
+    with pytest.raises(UserError, match="conv was killed by SIGKILL, and is not tried again"):
         as_jobs(tmp_path)
     assert executor.started == ["identify", *["conv"] * 4] and executor.is_stopped
 
@@ -244,6 +244,24 @@ def test_a_wish_to_stop_is_passed_on_and_kept(here, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["sessions"][-1]["state"] == "interrupted"
     with RunFolder(tmp_path):  # which is free
         pass
+
+
+def test_what_one_process_has_begun_jobs_do_not_train_again_nor_the_other_way_round(here, tmp_path):
+    executor = here({"own-fields": [Ending(2, "no room")]})
+    with pytest.raises(UserError, match="no room"):
+        as_jobs(tmp_path / "jobs")
+    assert executor.started == ["identify", "conv", "own-fields"]
+    (tmp_path / "jobs" / "jobs" / "own-fields").mkdir()
+    with pytest.raises(UserError, match=r"own-fields is a job of own-fields: --resume with --executor, as before,"):
+        run(replace(EXPERIMENT, devices=1), "tiny", tmp_path / "jobs", Watcher(), resume=True)
+
+    listener = Listener()
+    begun = replace(EXPERIMENT, checkpoint=Checkpoint(share=1.0))
+    with pytest.raises(Stopped):
+        run(begun, "tiny", tmp_path / "run", listener, stop=lambda: bool(listener.epochs))
+    with pytest.raises(UserError, match=r"has checkpoints of conv by one process: --resume without --executor goes on"):
+        as_jobs(tmp_path / "run", experiment=begun, resume=True)
+    assert executor.started[3:] == ["identify"]
 
 
 def test_a_second_run_moves_the_jobs_of_an_earlier_one_aside(here, tmp_path):

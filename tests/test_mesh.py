@@ -13,6 +13,7 @@ import pytest
 
 from cnnlib import mesh
 from cnnlib.errors import UserError
+from cnnlib.hosts import Hosts
 
 SCRIPT = """
 import json, re, sys
@@ -184,6 +185,43 @@ def test_no_device_is_used_for_copies_alone(lanes, count, used, a_device):
 def test_accelerators_that_are_left_share_batches(lanes, count, batch_size, shape):
     spread = mesh.spread(lanes, [SimpleNamespace(platform="gpu")] * count, batch_size)
     assert (spread.groups, spread.shards) == shape
+
+
+def on_hosts(*counts):
+    """So many devices of each process."""
+    return [
+        SimpleNamespace(platform="cpu", process_index=host) for host, count in enumerate(counts) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "counts", "asked", "used"),
+    [
+        (9, (2, 2, 2, 2), None, [2, 1, 1, 1]),  # five devices have lanes: two, but for the last
+        (4, (4, 4), None, [2, 2]),
+        (10_000, (4,) * 64, None, [4] * 58 + [3] * 6),
+        (30, (1, 3), None, [1, 3]),
+        (3, (1, 3), None, [1, 2]),
+        (3, (4, 4), (3, 2), [3, 3]),
+    ],
+)
+def test_hosts_have_equally_many_devices_with_lanes(lanes, counts, asked, used):
+    spread = mesh.spread(lanes, on_hosts(*counts), 128, asked, Hosts(0, len(counts)))
+    assert [sum(device.process_index == host for device in spread.devices) for host in range(len(counts))] == used
+    assert [device.process_index for device in spread.devices] == sorted(d.process_index for d in spread.devices)
+
+
+def test_a_host_without_lanes_is_one_line():
+    with pytest.raises(UserError, match="leaves nothing to do for process 1 of 2: 1 lanes need fewer hosts"):
+        mesh.spread(1, on_hosts(2, 2), 128, None, Hosts(0, 2))
+
+
+def test_devices_are_counted_on_each_host(monkeypatch):
+    monkeypatch.setattr(mesh.jax, "devices", lambda: on_hosts(2, 3))
+    assert [device.process_index for device in mesh.devices(1)] == [0, 1]
+    assert [device.process_index for device in mesh.devices(2)] == [0, 0, 1, 1]
+    with pytest.raises(UserError, match=r"process 0 of 2: devices=3: JAX has 2 \(cpu\)"):
+        mesh.devices(3)
 
 
 def test_what_jax_has_not_is_one_line():

@@ -21,8 +21,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is asked h
 @contextlib.contextmanager
 def process(script):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as started:
-        yield started
-        started.kill()
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
 THREADS = """

@@ -21,6 +21,7 @@ import pytest
 from cnnlib import resume, writer
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
+from cnnlib.hosts import Hosts
 from cnnlib.run import run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
@@ -266,6 +267,44 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
     ):
         assert not found(**change).refused and len(found(**change).told) == 1
     assert found(config={**before["config"], "checkpoint.every": 2, "data.data_dir": "/data"}) == ([], [])
+
+
+def test_fields_that_an_arm_has_of_its_own_are_told_apart_as_those_of_all():
+    def found(*own):
+        sides = [{"config": {"arms.full.own": [*texts]}} for texts in (("epochs=3",), own)]
+        return resume.differences(*sides)
+
+    assert found("epochs=4") == (["arms.full.epochs was 3, is 4"], [])
+    assert found() == (["arms.full.epochs was 3, is None"], [])
+    assert found("epochs=3", "accumulate=2") == ([], ["arms.full.accumulate was None, is 2"])
+    assert found("epochs=3", "data.workers=2", "checkpoint.keep=3") == ([], [])
+
+
+def test_of_data_that_are_streamed_only_on_one_side_no_sums_are_compared():
+    sides = [{"data_sha256": name, "settings": {"streamed": streamed}} for name, streamed in (("a", []), ("b", ["x"]))]
+    assert resume.differences(*sides).refused == ["streamed was nothing, is x"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"accumulate": 2}, "accumulate was 1, is 2"),
+        ({"checkpoint.every": 2}, "checkpoint.every was 1, is 2"),
+        ({"arms.full.own": ["mesh=1,2"]}, "arms.full.mesh was None, is 1,2"),
+        ({"data.data_dir": "/data", "data.workers": 4, "wandb.per": "arm"}, None),
+    ],
+)
+def test_hosts_train_together_only_where_what_they_do_is_one_thing(change, told):
+    config = {"accumulate": 1, "checkpoint.every": 1, "arms.full.own": [], "data.data_dir": None, "data.workers": 0}
+
+    class Other(Hosts):
+        def from_first(self, value):
+            return json.dumps({"config": config}).encode()
+
+        def same(self, what, value):
+            assert value == ("none" if told is None else told)
+
+    resume.check_alike(Other(), {"config": {**config, **change}})
 
 
 @pytest.mark.slow
