@@ -149,18 +149,25 @@ class StreamedFeed:
         waited: float,
     ) -> None:
         one = arm.experiment
-        self._data_set, self._programs, self._workers = data_set, programs, one.data.workers
+        self._data_set, self._programs = data_set, programs
         self._capacity, self._passes = steps_a_chunk * one.batch_size, one.passes
         self._per_pass = data_set.train.count // one.batch_size
-        self._chunks = stream.chunks(
-            data_set.train,
-            batch_size=one.batch_size,
-            steps=steps_a_chunk,
-            seed=0,
-            reshuffle=one.reshuffle,
-            workers=one.data.workers,
-            state=position,
-        )
+        with contextlib.ExitStack() as stack:
+            # The same processes for all parts: to start some, and import what they read with, takes seconds.
+            self._workers: int | stream.Workers = 0
+            if one.data.workers and not data_set.train.is_in_memory:
+                self._workers = stack.enter_context(stream.Workers(one.data.workers))
+            self._chunks = stream.chunks(
+                data_set.train,
+                batch_size=one.batch_size,
+                steps=steps_a_chunk,
+                seed=0,
+                reshuffle=one.reshuffle,
+                workers=self._workers,
+                state=position,
+            )
+            stack.callback(self._chunks.close)
+            self._to_end = stack.pop_all()
         self.position = position
         """Of the stream after the last chunk that was trained on: JSON, from which an equal one goes on."""
         self.waited = waited
@@ -218,7 +225,7 @@ class StreamedFeed:
 
     def close(self) -> None:
         """Ends what reads."""
-        self._chunks.close()
+        self._to_end.close()
 
     def _sums(self, states: State, source: Source) -> Sums:
         total: Sums | None = None

@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,14 +179,15 @@ def chunks(
     steps: int,
     seed: int,
     reshuffle: bool,
-    workers: int,
+    workers: int | Workers,
     state: dict[str, int] | None = None,
 ) -> Generator[Chunk, None, None]:
     """Chunks of `steps` batches or one less, pass after pass without end, from `state` on; reads ahead.
 
     With `reshuffle` each pass has an order of its own, else that in which the examples are stored; those that do not
     fill a batch at its end are left out. `workers` are processes that read, and none are started for what is in memory
-    already; with 0 threads of this process do. Closing it ends them. Raises UserError for what cannot be read.
+    already; with 0 threads of this process do. Closing it ends those that it has started. Raises UserError for what
+    cannot be read.
     """
     plan = Plan(source.count, batch_size, steps, seed, reshuffle)
     if plan.steps_a_pass == 0:
@@ -198,7 +200,7 @@ def chunks(
     return ahead(source, chunk, plan.number(state), None, workers)
 
 
-def in_order(source: Source, size: int, workers: int = 0) -> Generator[Split, None, None]:
+def in_order(source: Source, size: int, workers: int | Workers = 0) -> Generator[Split, None, None]:
     """All examples as they are stored, `size` at a time, the last of them fewer; reads ahead as `chunks` does."""
 
     def part(number: int, read: Callable[[np.ndarray], Split]) -> Split:
@@ -212,7 +214,7 @@ def ahead(
     part: Callable[[int, Callable[[np.ndarray], Split]], Any],
     first: int,
     end: int | None,
-    workers: int,
+    workers: int | Workers,
 ) -> Generator[Any, None, None]:
     """`part(number, read)` for all numbers from `first` to `end` (None: without end), in order, some of them ahead."""
     require_grain()
@@ -222,7 +224,8 @@ def ahead(
         with contextlib.ExitStack() as stack:
             threads, read = THREADS, source.read
             if workers and not source.is_in_memory:
-                threads, read = workers, stack.enter_context(Workers(source, workers)).read
+                started = stack.enter_context(Workers(workers)) if isinstance(workers, int) else workers
+                threads, read = started.count, partial(started.read, source)
             numbers = grain.MapDataset.range(sys.maxsize if end is None else end)
             iterator = iter(
                 numbers.map(lambda number: part(int(number), read)).to_iter_dataset(
@@ -237,15 +240,13 @@ def ahead(
 
 
 class Workers:
-    """Processes that read examples, as many at a time as there are."""
+    """Processes that read examples, as many at a time as there are, for any number of streams."""
 
-    def __init__(self, source: Source, count: int) -> None:
-        self._all: list[Worker] = []
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._all = [Worker() for _ in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        told = pickle.dumps(source)
-        for _ in range(count):
-            worker = Worker(told)
-            self._all.append(worker)
+        for worker in self._all:
             self._free.put(worker)
 
     def __enter__(self) -> Workers:
@@ -255,11 +256,11 @@ class Workers:
         for worker in self._all:
             worker.close()
 
-    def read(self, indices: np.ndarray) -> Split:
+    def read(self, source: Source, indices: np.ndarray) -> Split:
         """The examples at these positions, from whichever process has nothing to do."""
         worker = self._free.get()
         try:
-            return worker.read(indices)
+            return worker.read(source, indices)
         finally:
             self._free.put(worker)
 
@@ -267,8 +268,8 @@ class Workers:
 class Worker:
     """A process that reads examples; it ends when this one does, whatever ends it."""
 
-    def __init__(self, source: bytes) -> None:
-        self._source: bytes | None = source
+    def __init__(self) -> None:
+        self._known: list[Source] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cnnlib.stream"],
             stdin=subprocess.PIPE,
@@ -276,15 +277,16 @@ class Worker:
             process_group=0,  # an interrupt from the keyboard is for this process
         )
 
-    def read(self, indices: np.ndarray) -> Split:
+    def read(self, source: Source, indices: np.ndarray) -> Split:
         """The examples at these positions; raises what reading them raised there."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and isinstance(stdout, io.BufferedReader)
         try:
-            if self._source is not None:  # told now, when it has had time to start
-                stdin.write(self._source)
-                self._source = None
-            pickle.dump(indices, stdin)
+            number = next((n for n, known in enumerate(self._known) if known is source), len(self._known))
+            is_new = number == len(self._known)
+            if is_new:  # told now, when the process has had time to start
+                self._known.append(source)
+            pickle.dump((number, source if is_new else None, indices), stdin)
             stdin.flush()
             head = pickle.load(stdout)
             if isinstance(head, Exception):
@@ -312,15 +314,16 @@ class Worker:
 
 
 def serve() -> None:
-    """The other side of `Worker`: a source, then positions, come through stdin, and their examples go out."""
+    """The other side of `Worker`: positions come through stdin, with a source that is new, and examples go out."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints does not get among the examples
+    sources: list[Source] = []
     try:
-        source: Source = pickle.load(stdin)
         while True:
-            indices = pickle.load(stdin)
+            number, new, indices = pickle.load(stdin)
+            sources += [] if new is None else [new]
             try:
-                split = source.read(indices)
+                split = sources[number].read(indices)
             except UserError as error:  # raised again on the other side
                 pickle.dump(error, stdout)
             except Exception:  # not every one can be pickled

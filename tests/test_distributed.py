@@ -92,6 +92,15 @@ def plain(tmp_path_factory):
     return alone(folder, "epochs=3")
 
 
+LONG = "epochs=40"
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """The same of a run that is long enough to be killed."""
+    return alone(tmp_path_factory.mktemp("long") / "run", LONG)
+
+
 def assert_alike(arms, plain):
     for name, arm in arms.items():
         for own, other in zip(arm["lanes"], plain[name]["lanes"], strict=True):
@@ -123,9 +132,8 @@ def test_batches_are_shared_by_devices_of_two_hosts(tmp_path, plain):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path, victim):
-    whole = alone(tmp_path / "whole", "epochs=40")
-    processes = together(tmp_path, "epochs=40")
+def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path, victim, long):
+    processes = together(tmp_path, LONG)
     until_epoch(tmp_path, 3, processes)
     processes[victim].kill()
     processes[victim].wait()
@@ -136,17 +144,16 @@ def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path
     last = said(tmp_path, 1 - victim)[-1]
     assert last.startswith(f"error: process {victim} of 2 (pid {processes[victim].pid} on ") and "--resume" in last
     # One process goes on with what two have begun.
-    arms = alone(tmp_path / "0", "epochs=40", "--resume")
-    assert_alike(arms, whole)
-    fingerprints = [[lane["parameters_sha256"] for lane in found["lenet5"]["lanes"]] for found in (arms, whole)]
+    arms = alone(tmp_path / "0", LONG, "--resume")
+    assert_alike(arms, long)
+    fingerprints = [[lane["parameters_sha256"] for lane in found["lenet5"]["lanes"]] for found in (arms, long)]
     assert fingerprints[0] == fingerprints[1]
     resumed = json.loads((tmp_path / "0" / "results.json").read_text())["resumed"]
     assert (len(resumed) == 1 and resumed[0]["in_flight"].get("mlp_75_33", 0) >= 1) or resumed[0]["finished"]
 
 
-def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path):
-    whole = alone(tmp_path / "whole", "epochs=30")
-    processes = together(tmp_path, "epochs=30")
+def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path, long):
+    processes = together(tmp_path, LONG)
     until_epoch(tmp_path, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     statuses = [process.wait(60) for process in processes]
@@ -155,9 +162,9 @@ def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path):
     assert "; go on, each host with its own --process-id, with: python -m experiments run fc_vs_conv" in last
     assert "--wandb off --distributed --coordinator 127.0.0.1:" in last
     assert last.endswith("--processes 2 --process-id 0 --resume")
-    processes = together(tmp_path, "epochs=30", "--resume")
+    processes = together(tmp_path, LONG, "--resume")
     assert [process.wait(240) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
-    assert_alike(arms_of(tmp_path / "0"), whole)
+    assert_alike(arms_of(tmp_path / "0"), long)
 
 
 def test_processes_that_would_not_compute_the_same_are_told_apart(tmp_path):
