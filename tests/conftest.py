@@ -21,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests that share what is made once a file in one process of `-n`: in two it would be made twice."""
+    for item in items:
+        known = getattr(item, "_fixtureinfo", None)
+        shared = [] if known is None else [f[-1] for f in known.name2fixturedefs.values() if f[-1].scope == "module"]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture
 def float64():
     """Double precision inside the test."""

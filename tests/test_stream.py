@@ -272,14 +272,14 @@ def test_grain_is_an_extra(monkeypatch):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs in the background inherits as ignored
 sys.modules["jax"] = None  # grain would import it, for seconds
 from cnnlib.sources import SizedLines
 from cnnlib.stream import chunks
 found = chunks(SizedLines(16, 101, 0, 0), batch_size=4, steps=3, seed=0, reshuffle=True, workers=2)
 print(next(found).y.sum(), flush=True)
-for _ in range(10 * int(sys.argv[1])):  # a signal just before a long sleep would be noticed after it
-    time.sleep(0.1)
+time.sleep(float(sys.argv[1]))
 """
 
 
