@@ -420,22 +420,25 @@ def packaged(tmp_path_factory):
 
 
 def killed_and_resumed(whole, seconds, kills, out, *arguments):
-    """Kills runs at random moments and resumes each, which must end as the `whole` one; where each was killed."""
+    """Kills runs at random moments, each twice, and resumes them; they must end as the `whole` one. Where each was."""
     chance, moments = random.Random(0), []
     arms = json.loads((whole / "results.json").read_text())["arms"]
     trains = sum(len(arm["lanes"]) * arm["train_seconds_per_lane"] for arm in arms)
     for number in range(kills):
-        folder = out / str(number)
+        folder = out / str(number // 2)
+        again = ["--resume"] if number % 2 else []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen(command(folder, *arguments), **pipes, env=environment()) as process:
-            if number % 4:  # most while it trains, of which it says the first epoch
+        with subprocess.Popen(command(folder, *arguments, *again), **pipes, env=environment()) as process:
+            if number % 4:  # most while it trains, of which it says the first epoch; one that is resumed may be done
                 assert process.stdout is not None
-                while "epoch 1/" not in process.stdout.readline():
-                    assert process.poll() is None
-                time.sleep(chance.uniform(0.0, trains))
+                is_told = any(re.search(r"epoch \d+/", line) for line in process.stdout)
+                assert is_told or again
+                time.sleep(chance.uniform(0.0, trains) if is_told else 0.0)
             else:
                 time.sleep(chance.uniform(0.5, 1.0) * seconds)
             process.kill()
+        if not again:
+            continue
         resumed = done(*command(folder, *arguments, "--resume"))
         assert resumed.returncode == 0, resumed.stderr
         assert comparable(folder) == comparable(whole), number
