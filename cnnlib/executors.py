@@ -14,6 +14,7 @@ import jax
 from cnnlib.config import Experiment
 from cnnlib.errors import UserError
 from cnnlib.job import Ending, Process, Task
+from cnnlib.mesh import cores_here
 from cnnlib.programs import free_memory
 
 USUAL_BYTES = 2**30
@@ -79,8 +80,8 @@ class LocalJobs:
     """Jobs on this machine, as many at a time as it has room for.
 
     There is a slot for each GPU, which is the job's own, or for as many cores as a job has devices, which the system
-    shares out between them. Another job starts only where
-    the free memory would hold it, and what those that run may still grow by, were each as large as the largest so far.
+    shares out between them. Another job starts only where the free memory would hold it, and what those that run may
+    still grow by, were each as large as the largest so far.
     """
 
     def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
@@ -143,11 +144,6 @@ def accelerators() -> list[dict[str, str]] | None:
             return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
     is_tpu = find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
     return [{}] if is_tpu else None
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def executor_for(wanted: Wanted, experiment: Experiment, jobs: int, place: Path) -> tuple[Executor, int | None]:

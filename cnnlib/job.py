@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LOCK_PATIENCE = 60.0
 """Seconds that a process of the same job, which has lost its owner, may take to be gone."""
+LOOK = 1.0
+"""Seconds between two looks at a job's memory, of which the system keeps the peak; each takes a millisecond."""
 ORPHANED = 70
 """Exit status of a job whose owner is gone."""
 EVENTS, ERRORS = ".events", ".stderr"
@@ -101,6 +103,7 @@ class Process:
                 stdin.write(json.dumps(task).encode() + b"\n")
                 stdin.flush()
             self._files = stack.pop_all()
+        self._looked_at = -LOOK
         self.peak_bytes = 0
         """The most memory that it, and the processes that it has started, have been seen to take."""
 
@@ -108,8 +111,10 @@ class Process:
         """How it ended; None while it runs."""
         status = self._process.poll()
         if status is None:
-            family = (self._process.pid, *children(self._process.pid))
-            self.peak_bytes = max(self.peak_bytes, sum(map(peak_of, family)))
+            if time.monotonic() >= self._looked_at + LOOK:
+                self._looked_at = time.monotonic()
+                family = (self._process.pid, *children(self._process.pid))
+                self.peak_bytes = max(self.peak_bytes, sum(map(peak_of, family)))
             return None
         self._events.seek(self._begin)
         told = [event for event in parsed(self._events.read()) if event.get("event") == "ended"]

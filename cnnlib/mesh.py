@@ -26,15 +26,19 @@ ALIGNMENT = 64
 """Bytes. An array on the host that begins at a multiple is the CPU's array as well, for all of its devices."""
 
 
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cores(count: int | None = None) -> None:
     """Makes each core that this process may use, or `count` of them, a device of JAX's CPU backend.
 
     To be called before anything is computed: what JAX has begun with stays, as does a number in `XLA_FLAGS`.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has begun
-            jax.config.update("jax_num_cpu_devices", count or cores)
+            jax.config.update("jax_num_cpu_devices", count or cores_here())
 
 
 def devices(most: int | None = None) -> tuple[jax.Device, ...]:

@@ -457,6 +457,27 @@ def test_a_mistake_in_a_job_is_one_line_and_its_files_say_the_rest(tmp_path):
     assert crash.status == 1 and "without a word: TypeError" in crash.text and not crash.is_death
 
 
+HUNGRY = """
+import json, subprocess, sys, time
+sys.stdin.readline()
+room = "room = bytearray(300 << 20); print(flush=True); import time; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", room], stdout=subprocess.PIPE)
+child.stdout.readline()
+time.sleep(3)
+child.kill()
+"""
+
+
+def test_memory_of_a_job_is_that_of_its_children_too(tmp_path, monkeypatch):
+    (tmp_path / "hungry").write_text(HUNGRY)
+    popen = subprocess.Popen
+    monkeypatch.setattr(job.subprocess, "Popen", lambda _, **how: popen([sys.executable, tmp_path / "hungry"], **how))
+    process = Process({}, None)
+    monkeypatch.undo()
+    ended(process)
+    assert 300 * 2**20 < process.peak_bytes < 400 * 2**20
+
+
 def is_living(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
