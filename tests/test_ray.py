@@ -48,15 +48,20 @@ def processes():
 
 
 def tree(root):
-    """The process and all that it has started, theirs included."""
+    """The process and all that it has started, theirs included, and the command line of each, at one moment."""
     known, found = processes(), [root]
     for pid in found:
         found += [other for other, (parent, _, _) in known.items() if parent == pid]
-    return found
+    return {pid: known[pid][2] for pid in found if pid in known}
+
+
+def jobs_of(node):
+    return [pid for pid, words in tree(node.pid).items() if "cnnlib." in words]
 
 
 def living(pids):
-    return [pid for pid in pids if processes().get(pid, (0, "Z", ""))[1] != "Z"]
+    known = processes()
+    return [pid for pid in pids if known.get(pid, (0, "Z", ""))[1] != "Z"]
 
 
 class Cluster:
@@ -83,8 +88,8 @@ class Cluster:
 
     def kill(self, node):
         """Kills the node's own processes, and leaves alone those of jobs that they have started: returns these."""
-        members, known = tree(node.pid), processes()
-        jobs = [pid for pid in members if "cnnlib." in known[pid][2]]
+        members = tree(node.pid)
+        jobs = [pid for pid, words in members.items() if "cnnlib." in words]
         for pid in members:
             if pid not in jobs:
                 with contextlib.suppress(ProcessLookupError):
@@ -180,9 +185,8 @@ def test_a_node_that_dies_at_a_random_moment_costs_no_bit_and_nothing_is_trained
         told = f"run {number}: killed {moment:.2f} s after the first epoch, {len(orphans)} orphans; {counts}\n"
         sys.stdout.write(told)
     assert went_on, "no job was killed while it trained"
-    everything = [pid for node in cluster.nodes if node.poll() is None for pid in tree(node.pid)]
-    assert not [pid for pid, (_, _, words) in processes().items() if str(tmp_path) in words]
-    assert not [pid for pid in everything if "cnnlib." in processes().get(pid, (0, "", ""))[2]]
+    assert not [words for _, _, words in processes().values() if str(tmp_path) in words]
+    assert not [job for node in cluster.nodes for job in jobs_of(node)]
 
 
 @pytest.mark.slow
@@ -193,7 +197,7 @@ def test_a_run_that_is_stopped_lets_the_nodes_save_and_goes_on(cluster, whole, t
         process.send_signal(signal.SIGTERM)
         told += process.stdout.readlines()
         assert process.wait() == 143 and told[-1].endswith(f"--executor ray --ray-address {cluster.address} --resume\n")
-    assert not [pid for pid in tree(node.pid) if "cnnlib." in processes().get(pid, (0, "", ""))[2]]
+    assert not jobs_of(node)
     again = command(tmp_path, "--executor", "ray", *on, "--resume")
     done = subprocess.run(again, capture_output=True, text=True, check=False, env=cluster.environment)
     assert done.returncode == 0, done.stderr
@@ -206,7 +210,7 @@ def test_a_command_that_is_killed_takes_its_own_cluster_along_and_is_resumed(who
     known["HOME"] = str(tmp_path)
     with started(known, tmp_path / "run") as (process, _):
         family = tree(process.pid)
-        assert any("raylet" in processes()[pid][2] for pid in family)
+        assert any("raylet" in words for words in family.values())
         process.kill()
         process.wait()
         until = time.monotonic() + 10
