@@ -29,6 +29,16 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
+def keep_file(path: Path, data: bytes) -> None:
+    """Writes a file that other processes read and write as well: each sees one of them whole.
+
+    Raises OSError where it cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+        part.write(data)
+    Path(part.name).replace(path)
+
+
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in the folder, which is made if need be."""
     try:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from cnnlib.cache import cache_folder, is_writable
+from cnnlib.cache import cache_folder, is_writable, keep_file
 from cnnlib.errors import UserError
 
 Kernels = Literal["native", "xla"]
@@ -129,9 +129,7 @@ def keep(fresh: Path, path: Path) -> None:
     files = {path: content, path.with_suffix(".sha256"): hashlib.sha256(content).hexdigest().encode()}
     if is_writable(path.parent):
         for final, data in files.items():
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-                part.write(data)
-            Path(part.name).replace(final)
+            keep_file(final, data)
 
 
 def is_intact(path: Path) -> bool:

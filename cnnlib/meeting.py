@@ -18,7 +18,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,12 +209,12 @@ def join(
     try:
         if coordinator is not None:
             _check(coordinator, process_id, seconds - BEAT)
-        descriptors, on_sigterm = set(_sockets()), signal.getsignal(signal.SIGTERM)
+        before, on_sigterm = set(_sockets().values()), signal.getsignal(signal.SIGTERM)
         try:
             jax.distributed.initialize(*wanted, initialization_timeout=int(seconds) + 60, heartbeat_timeout_seconds=100)
             if on_sigterm is not None:  # JAX has taken it, for a notice that the machine will be gone
                 signal.signal(signal.SIGTERM, on_sigterm)
-            to_coordinator = set(_sockets()) - descriptors
+            to_coordinator = set(_sockets().values()) - before
             process, count = jax.process_index(), jax.process_count()
             if count == 1:
                 return ALONE
@@ -230,7 +230,7 @@ def join(
         except Exception as error:  # JAX has no class of its own for any of its reasons
             raise _not_joined(error, wanted) from error
         if process == 0:
-            hosts.keeper = _keep_open(to_coordinator & set(_sockets()))
+            hosts.keeper = _keep_open(to_coordinator)
         try:
             hosts.same("--processes", str(processes or count))
         except UserError as error:
@@ -300,24 +300,27 @@ def _from_first_device(own: bytes) -> bytes:
     return bytes(np.asarray(told.addressable_data(0))[0]).strip()
 
 
-def _sockets() -> Iterator[int]:
-    """The descriptors of this process that are sockets, where the system tells."""
+def _sockets() -> dict[int, str]:
+    """What the system calls the sockets of this process, by their descriptors, whose numbers are used again."""
+    found = {}
     for path in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(OSError):  # that of the listing itself is gone
-            if str(path.readlink()).startswith("socket:"):
-                yield int(path.name)
+        with contextlib.suppress(OSError):  # closed by now
+            if (name := str(path.readlink())).startswith("socket:"):
+                found[int(path.name)] = name
+    return found
 
 
-def _keep_open(descriptors: set[int]) -> subprocess.Popen[bytes]:
+def _keep_open(sockets: set[str]) -> subprocess.Popen[bytes]:
     """Keeps connections of this process open for a while when it dies.
 
     As soon as process 0's connections close, JAX aborts the other processes, in the middle of what they say or write.
     """
     connected = []
-    for number in descriptors:
-        with socket.socket(fileno=os.dup(number)) as connection:
-            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # the next run needs the port
-                connected.append(number)
+    for number, name in _sockets().items():
+        if name in sockets:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:  # closed by now
+                if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # the next run needs the port
+                    connected.append(number)
     return subprocess.Popen(
         ["sh", "-c", f"read done || sleep {GRACE + 2 * LEAVING:.0f}", f"connections-of-{os.getpid()}"],
         stdin=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from cnnlib.cache import cache_folder, is_writable
+from cnnlib.cache import cache_folder, is_writable, keep_file
 from cnnlib.resolve import TrainedArm
 from cnnlib.tables import print_table
-from cnnlib.tracking import is_number, read_json_lines, write_whole
+from cnnlib.tracking import is_number, read_json_lines
 from cnnlib.watcher import Watcher
 
 USUAL_RATE = 3e9
@@ -70,8 +71,9 @@ class RateKeeper(Watcher):
             if arm["steps"] and arm["train_seconds_per_lane"]
         ]
         lines = [json.dumps(rate._asdict()) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
-        if is_writable(rates_path().parent):  # else the next estimate is no better than this one
-            write_whole(rates_path(), lambda path: path.write_text("".join(lines), encoding="utf-8"))
+        if is_writable(rates_path().parent):
+            with contextlib.suppress(OSError):  # the next estimate is no better than this one
+                keep_file(rates_path(), "".join(lines).encode())
 
 
 def cost_of(arm: TrainedArm, rates: Sequence[Rate]) -> Cost:

@@ -13,15 +13,16 @@ LOWEST = 19
 
 def lower(process: int) -> None:
     """Lets a process, and those that it has started, run only where nobody else wants the processor."""
-    set_priority(process, LOWEST)
+    set_priority(process, LOWEST, is_idle=True)
 
 
 def lend(process: int) -> bool:
     """Gives them the priority of this process; False where the system lets only administrators raise one."""
-    return set_priority(process, os.getpriority(os.PRIO_PROCESS, 0))
+    is_idle = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_IDLE
+    return set_priority(process, os.getpriority(os.PRIO_PROCESS, 0), is_idle)
 
 
-def set_priority(process: int, nice: int) -> bool:
+def set_priority(process: int, nice: int, is_idle: bool) -> bool:
     """Sets it for every thread of a process and of those that it has started, and says whether it may.
 
     Processes that have a session of their own as well: Linux shares the processor out by sessions before it looks at
@@ -32,14 +33,13 @@ def set_priority(process: int, nice: int) -> bool:
             for thread in threads(one):
                 with contextlib.suppress(ProcessLookupError):  # it has ended
                     if sys.platform == "linux":
-                        policy = os.SCHED_IDLE if nice == LOWEST else os.SCHED_OTHER
+                        policy = os.SCHED_IDLE if is_idle else os.SCHED_OTHER
                         os.sched_setscheduler(thread, policy, os.sched_param(0))
                     os.setpriority(os.PRIO_PROCESS, thread, nice)
-            if os.getsid(one) == one != process:
-                with contextlib.suppress(OSError):  # no such thing here, or asked too often
-                    Path(f"/proc/{one}/autogroup").write_text(str(nice))
-    except ProcessLookupError:
-        return True
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(one) == one != process:
+                    with contextlib.suppress(OSError):  # no such thing here, or asked too often
+                        Path(f"/proc/{one}/autogroup").write_text(str(nice))
     except PermissionError:
         return False
     return True
@@ -47,13 +47,15 @@ def set_priority(process: int, nice: int) -> bool:
 
 def threads(process: int) -> list[int]:
     """The threads of a process, where the system tells; else itself."""
-    return [int(path.name) for path in Path(f"/proc/{process}/task").glob("*")] or [process]
+    with contextlib.suppress(OSError):  # it has ended
+        return [int(path.name) for path in Path(f"/proc/{process}/task").iterdir()]
+    return [process]
 
 
 def children(process: int) -> Iterator[int]:
     """Those that a process has started, and so on."""
-    for path in Path(f"/proc/{process}/task").glob("*/children"):
+    for thread in threads(process):
         with contextlib.suppress(OSError):  # the thread has ended
-            for child in map(int, path.read_text().split()):
+            for child in map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split()):
                 yield child
                 yield from children(child)

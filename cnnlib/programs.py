@@ -8,7 +8,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,8 @@ CPU_GROUP = 8
 
 EVALUATION_BYTES = 2**26
 """500 examples of 105x105x3 as float32."""
+KEPT_FROM = 0.05
+"""Seconds that a program took to compile, to be worth its place on the disk."""
 PLACE = train.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
 """Of the types of the numbers that say where a chunk lies."""
 
@@ -328,8 +329,8 @@ def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
     """Inside, what JAX compiles is kept in the user's cache folder, one subfolder a kind of processor.
 
     A cache that the user gave JAX (`JAX_COMPILATION_CACHE_DIR`) or forbade it (`JAX_ENABLE_COMPILATION_CACHE`) stays.
-    `says` is told where nothing can be kept, and where what was kept is damaged, as a run that was killed may leave it:
-    all of it is thrown away.
+    `says` is told where nothing can be kept, and where what was kept is damaged, as a run that was killed may leave it,
+    or one that is writing just now: programs of that name are thrown away.
     """
     settings: Any = jax.config
     folder: Path | None = None
@@ -337,7 +338,7 @@ def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
     if wanted and settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
         folder = cache_folder("programs") / hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
         if is_writable(folder):
-            values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.05}
+            values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": KEPT_FROM}
         else:
             says(f"{folder} cannot be written: compiled programs are not kept")
     before = {name: getattr(settings, name) for name in values}
@@ -352,12 +353,16 @@ def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
         for name, value in before.items():
             settings.update(name, value)
         compilation_cache.reset_cache()
-    damaged = [
-        warning for warning in caught if folder and "reading persistent compilation cache" in str(warning.message)
-    ]
-    if damaged:
-        shutil.rmtree(str(folder), ignore_errors=True)
-        says(f"compiled programs in {folder} were damaged: they are thrown away")
+    damaged = set()
     for warning in caught:
-        if warning not in damaged or folder is None:
+        found = re.search(r"reading persistent compilation cache entry for '([\w-]+)'", str(warning.message))
+        if found and folder:
+            damaged.add(found[1])
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    for name in damaged:
+        for path in folder.glob(f"{name}-*") if folder else ():
+            with contextlib.suppress(OSError):  # another process was first
+                path.unlink()
+    if damaged:
+        says(f"compiled programs in {folder} were damaged: they are thrown away")

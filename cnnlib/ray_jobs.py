@@ -151,7 +151,7 @@ def parents() -> dict[int, tuple[int, str]]:
     found = {}
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):  # gone by now
-            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            fields = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
             found[int(place.name)] = (int(fields[1]), fields[19])
     return found
 
@@ -172,6 +172,7 @@ def guarded(roots: set[int]) -> subprocess.Popen[bytes]:
 def guard(roots: set[int]) -> None:
     """What `guarded` starts: looks twice a second who belongs to the family, and kills it in the end."""
     family: dict[int, str] = {}
+    is_over = False
     while True:
         known = parents()
         family |= {root: known[root][1] for root in roots if root in known and root not in family}
@@ -179,9 +180,10 @@ def guard(roots: set[int]) -> None:
         while size < len(family):
             size = len(family)
             family |= {pid: began for pid, (parent, began) in known.items() if parent in family and pid not in family}
-        is_over, _, _ = select.select([0], [], [], 0.5)
-        if is_over and not os.read(0, 1):
+        if is_over:  # and what they started last is known
             break
+        is_readable, _, _ = select.select([0], [], [], 0.5)
+        is_over = bool(is_readable) and not os.read(0, 1)
     known = parents()
     for pid, began in family.items():
         if known.get(pid, (0, ""))[1] == began:

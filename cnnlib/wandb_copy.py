@@ -193,19 +193,20 @@ class WandbCopy(Watcher):
 
     def close(self, status: int) -> None:
         """Ends the copy; what W&B has not taken when `patience` is over stays in the run's folder, for `wandb sync`."""
+        priority.lend(self._worker.pid)
         if not self._began:
             self._worker.kill()
         self._send("end", status=status)
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
-        priority.lend(self._worker.pid)
         try:
             self._worker.wait(self._patience)
         except subprocess.TimeoutExpired:
             self._worker.kill()
-            folder = self._beginning.folder / "wandb"
-            late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
-            self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
+            if self._began:
+                folder = self._beginning.folder / "wandb"
+                late = f"W&B did not end in {self._patience:.0f} s: its copy is not whole"
+                self._told.append(f"{late}; `wandb sync` uploads what there is in {folder}")
         self._writer.join(1.0)
         self._reader.join(1.0)
         if not self._reader.is_alive() and self._worker.stdout is not None:

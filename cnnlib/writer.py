@@ -103,11 +103,11 @@ class Writer:
             self._changed.notify_all()
             if not self._hurried(lambda: not self._is_busy):
                 self._process.kill()
+        if self._thread is not None:
+            self._thread.join()
+        priority.lend(self._process.pid)  # also to end: at the lowest priority that takes seconds on a busy machine
         if self._thread is None:
             self._process.kill()
-        else:
-            self._thread.join()
-            priority.lend(self._process.pid)
         end(self._process)
 
     def _hurried(self, is_done: Callable[[], bool]) -> bool:

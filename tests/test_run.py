@@ -262,6 +262,7 @@ def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+    monkeypatch.setattr(programs, "KEPT_FROM", 0.0)
     kept = lambda: {path.name for path in (tmp_path / "cache").rglob("jit_*") if path.suffix != ".atime"}  # noqa: E731
 
     def trained(**change):
@@ -273,10 +274,10 @@ def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
     without = trained()
     assert not kept() and not hits
     first = trained(compile_cache=True)
-    programs = kept()
-    assert programs and not hits
+    compiled = kept()
+    assert compiled and not hits
     second = trained(compile_cache=True)
-    assert len(hits) == len(programs) and kept() == programs
+    assert len(hits) == len(compiled) and kept() == compiled
     assert without == first == second
     assert trained() == second and not hits  # the setting lasts as long as the run
 
@@ -343,11 +344,15 @@ def test_programs_that_are_damaged_are_thrown_away_and_told(tmp_path, monkeypatc
         return [what[1] for what in watcher.told if what[0] == "says" and "thrown away" in what[1]]
 
     assert told() == []
-    for path in (tmp_path / "cache").rglob("jit_*-cache"):
+    kept = list((tmp_path / "cache").rglob("jit_*-cache"))
+    for path in kept:
         path.write_bytes(path.read_bytes()[:100])
+    (other,) = {path.parent / "jit_other-1-cache" for path in kept}
+    other.write_text("what another process is writing")
     (text,) = told()
     assert "were damaged" in text
     assert told() == [] and told() == []  # made again, and whole
+    assert other.exists()
 
 
 def test_programs_are_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
