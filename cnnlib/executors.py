@@ -7,15 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
-
-import jax
+from typing import NamedTuple, Protocol
 
 from cnnlib.config import Experiment
 from cnnlib.errors import UserError
 from cnnlib.job import Ending, Process, Task
-from cnnlib.mesh import cores_here
-from cnnlib.programs import free_memory
+from cnnlib.machine import cores_here, free_memory
 
 USUAL_BYTES = 2**30
 """Memory that a job is taken to need while none has shown what it does."""
@@ -69,13 +66,6 @@ class Executor(Protocol):
         """Ends those that run, at once."""
 
 
-class Host:
-    """This machine as a device, for `programs.free_memory`."""
-
-    def memory_stats(self) -> None:
-        """It has the host's memory."""
-
-
 class LocalJobs:
     """Jobs on this machine, as many at a time as it has room for.
 
@@ -98,7 +88,7 @@ class LocalJobs:
         peaks = [process.peak_bytes for process, _ in self._running.values()]
         largest = max(self._largest, *peaks)
         to_come = sum(largest - peak for peak in peaks)
-        return free_memory(cast(jax.Device, Host())) >= largest + to_come
+        return 9 * free_memory() // 10 >= largest + to_come
 
     def start(self, name: str, task: Task, place: Path | None) -> None:
         """Starts a process in a slot."""

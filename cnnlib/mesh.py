@@ -20,15 +20,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnnlib.errors import UserError
 from cnnlib.hosts import ALONE, Hosts
+from cnnlib.machine import cores_here
 
 LANE, DATA = "lane", "data"
 ALIGNMENT = 64
 """Bytes. An array on the host that begins at a multiple is the CPU's array as well, for all of its devices."""
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_cores(count: int | None = None) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import re
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnnlib import checkpoint, evaluation, kernels, mesh, train
+from cnnlib import checkpoint, evaluation, kernels, machine, mesh, train
 from cnnlib.cache import cache_folder, is_writable
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
@@ -57,30 +55,12 @@ def free_memory(device: jax.Device) -> int:
     """Bytes that programs may still take on the device: nine tenths of what its allocator, or the host, has free.
 
     The tenth is for what the compiler does not see: other processes, and the scratch of kernels.cc (16 partial sums of
-    a layer's kernel a lane). On a host a container's limit counts as well (control group, version 2), where file pages
-    that it would give up are free, and one on the address space (`ulimit -v`).
+    a layer's kernel a lane).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
-        return 9 * (int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))) // 10
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (meminfo := Path("/proc/meminfo")).exists():
-        free = 1024 * number_after(r"^MemAvailable:", meminfo.read_text(), otherwise=free // 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used, parts = (group / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        cached = number_after("^inactive_file", parts.read_text(), otherwise=0) if parts.exists() else 0
-        free = min(free, int(text) - int(used.read_text()) + cached)
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
-    if most != resource.RLIM_INFINITY and (status := Path("/proc/self/status")).exists():
-        free = min(free, most - 1024 * number_after("^VmSize:", status.read_text(), otherwise=0))
-    return max(0, 9 * free // 10)
-
-
-def number_after(pattern: str, text: str, otherwise: int) -> int:
-    """The whole number that follows the start of a line, as the kernel's accounts have it."""
-    found = re.search(pattern + r"\s+(\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else otherwise
+        return max(0, 9 * (int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))) // 10)
+    return 9 * machine.free_memory() // 10
 
 
 def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device], hosts: Hosts = ALONE) -> None:

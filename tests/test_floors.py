@@ -13,7 +13,7 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority"},
+    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
     {"writer", "overlap", "hosts"},
     {"spec", "registry", "kernels", "meeting"},
     {"architectures", "cost", "primitives", "windows"},
@@ -83,6 +83,7 @@ WITHOUT_JAX = {
     "fits",
     "job",
     "ray_jobs",
+    "machine",
 }
 
 

@@ -398,14 +398,14 @@ class Fake:
 
 def test_another_job_is_started_where_it_and_the_growth_of_the_others_fit(monkeypatch):
     free = {"bytes": 0}
-    monkeypatch.setattr(executors, "free_memory", lambda device: free["bytes"])
+    monkeypatch.setattr(executors, "free_memory", lambda: free["bytes"])
     local = LocalJobs([{}] * 3)
     assert local.fits()  # one always does
     gib = 2**30
     local._running = {"a": (Fake(gib // 2), {}), "b": (Fake(3 * gib), {})}
     local._free.pop()
     # b is the largest: a may grow by 2.5 GiB, and the new one needs 3.
-    for bytes_free, fits in ((5.4 * gib, False), (5.6 * gib, True)):
+    for bytes_free, fits in ((5.4 * gib / 0.9, False), (5.6 * gib / 0.9, True)):
         free["bytes"] = bytes_free
         assert local.fits() == fits
     local._free.clear()

@@ -387,7 +387,7 @@ def test_the_compiler_counts_the_memory_that_a_program_takes():
 
 def test_free_memory_is_less_than_there_is():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < programs.free_memory(jax.devices()[0]) < total
+    assert 0 < programs.free_memory(jax.devices()[0]) < 0.9 * total
 
 
 def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
