@@ -225,7 +225,7 @@ class Hosts:
             self.close(str(error))
         else:
             # A device's computation with a lost process fails sooner than the loss is known, and says less.
-            lost = self._watch.lost(2 * BEAT)
+            lost = self._watch.lost(5 * BEAT)
             self.close(f"unexpected {type(error).__name__}: {error}")
             if lost is not None:
                 raise HostLost(lost) from error
@@ -306,7 +306,7 @@ class Hosts:
     def _lost(self, peer: Peer, error: OSError) -> HostLost:
         if isinstance(error, TimeoutError):
             return HostLost(f"{peer.name} is not done {ENDING:.0f} s after this one")
-        return HostLost(self._watch.lost(2 * BEAT) or f"the connection to {peer.name} is broken: {error}")
+        return HostLost(self._watch.lost(5 * BEAT) or f"the connection to {peer.name} is broken: {error}")
 
 
 ALONE = Hosts()

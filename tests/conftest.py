@@ -8,8 +8,18 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "disabled"  # whatever key the developer has: tests that want W&B say so
 
+import hypothesis
 import jax
+import matplotlib
 import pytest
+
+# Processes that tests start in a home of their own would look through all fonts again, and say so where that is slow.
+os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
+# Examples are the same in each run, and may take their time: `--hypothesis-profile=explore` looks for others.
+patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("explore", **patient)
+hypothesis.settings.register_profile("fixed", derandomize=True, **patient)
+hypothesis.settings.load_profile("fixed")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

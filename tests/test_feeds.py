@@ -199,7 +199,15 @@ def test_by_force_a_run_goes_on_with_a_stream_or_without(tmp_path, is_first_stre
 
 @pytest.mark.slow
 def test_seconds_of_training_are_without_those_of_validating(tmp_path, monkeypatch):
-    validate = feeds.StreamedFeed.validate
-    monkeypatch.setattr(feeds.StreamedFeed, "validate", lambda *arguments: time.sleep(2) or validate(*arguments))
+    validate, later = feeds.StreamedFeed.validate, 0.0
+
+    def long(*arguments):
+        nonlocal later
+        later += 1000.0
+        return validate(*arguments)
+
+    clock = time.perf_counter
+    monkeypatch.setattr(feeds.StreamedFeed, "validate", long)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + later)
     (arm,) = run(streamed(EXPERIMENT), "tiny", tmp_path, Watcher())["arms"]
-    assert 0 < arm["waited_seconds"] < 2 * arm["train_seconds_per_lane"] < 4  # two lanes; it has slept for four
+    assert later == 2000.0 and 0 < arm["waited_seconds"] < 2 * arm["train_seconds_per_lane"] < 1000  # two lanes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -225,7 +227,7 @@ def test_one_that_is_silent_or_stuck_ends_the_others_with_their_last_words(star,
 
     began = time.monotonic()
     star.run(2, talk)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 10
     (text,) = star.ended
     assert re.match(r"process 1 of 2 \(.*\) has not been heard of for 1 s", text) and words == [text]
 
@@ -314,7 +316,7 @@ status = 0
 try:
     mesh.use_cores(1 + process)  # as different as hosts may be
     asked = meeting.asked(True, coordinator, count, process)
-    with stopping.by_signal() as wish, meeting.join(*asked, seconds=40) as own:
+    with stopping.by_signal() as wish, meeting.join(*asked, seconds=100) as own:
         told = [own.from_first(b"hello" if process == 0 else None), own.agreed(process == 1), own.agreed(False)]
         own.same("version", "other" if what == "differs" and process == chosen else "same")
         rows = own.gathered([np.full((process, 2), process, np.float32)])
@@ -385,9 +387,9 @@ class Run:
 
     def wait_told(self):
         for told in self.told:
-            assert told.wait(60)
+            assert told.wait(120)
 
-    def ends(self, seconds=60):
+    def ends(self, seconds=180):
         """The statuses."""
         until = time.monotonic() + seconds
         try:
@@ -410,8 +412,13 @@ class Run:
         return [line for line in self.errors[process].splitlines() if line.startswith("error: ")]
 
 
-def all_commands():
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+def all_words():
+    """Of the command lines of all processes."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found |= set(place.read_text(errors="replace").split("\0"))
+    return found
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -422,7 +429,7 @@ def test_processes_with_different_devices_find_and_tell_each_other_and_end(count
     for process in range(count):
         assert f"told b'hello' True False {rows}\n" in run.said[process]
         assert not run.lines(process)
-    assert f"connections-of-{run.processes[0].pid}" not in all_commands()
+    assert f"connections-of-{run.processes[0].pid}" not in all_words()
 
 
 @pytest.mark.slow
@@ -434,13 +441,13 @@ def test_a_killed_process_is_named_by_the_others_wherever_they_are(what, victim)
     time.sleep(0.5)
     began = time.monotonic()
     run.processes[victim].kill()
-    statuses = run.ends(30)
+    statuses = run.ends()
     for process in {0, 1, 2} - {victim}:
         assert statuses[process] == 2
         (line,) = run.lines(process)
         assert re.match(rf"error: process {victim} of 3 \(pid {run.processes[victim].pid} on \S+\) has died; ", line)
         assert "Check failure" not in run.errors[process] and "Terminating" not in run.errors[process]
-        assert run.ended[process] - began < hosts.GRACE + 4
+        assert run.ended[process] - began < hosts.GRACE + 20  # not the 100 s that it would sleep
 
 
 @pytest.mark.slow
@@ -452,14 +459,14 @@ def test_a_machine_that_is_silent_is_named_in_time(victim):
     run.processes[victim].send_signal(signal.SIGSTOP)
     others = sorted({0, 1, 2} - {victim})
     try:
-        statuses = [run.processes[process].wait(60) for process in others]
+        statuses = [run.processes[process].wait(120) for process in others]
     finally:
         run.stop()
     assert statuses == [2, 2]
     for process in others:
         (line,) = run.lines(process)
         assert re.match(rf"error: process {victim} of 3 \(.*\) has not been heard of for 20 s; ", line)
-        assert hosts.PATIENCE - 2 < run.ended[process] - began < hosts.PATIENCE + 6
+        assert hosts.PATIENCE - 5 < run.ended[process] - began < hosts.PATIENCE + 20
 
 
 @pytest.mark.slow
@@ -494,7 +501,7 @@ def test_a_signal_is_still_a_wish_to_stop():
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_dies_while_they_find_each_other_leaves_nobody_waiting_for_ever(victim):
     run = Run("dies early", 2, victim)
-    statuses = run.ends(60)
+    statuses = run.ends()
     assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] != 0
 
 
@@ -504,7 +511,7 @@ from cnnlib import meeting
 from cnnlib.errors import UserError
 a = [int(a) if a.isdecimal() else None if a == "-" else a for a in sys.argv[1:]]
 try:
-    meeting.join(*meeting.asked(True, *a), seconds=3)
+    meeting.join(*meeting.asked(True, *a), seconds=10)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     os._exit(2)
@@ -516,8 +523,8 @@ os._exit(0)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("127.0.0.1:{port} 2 1", "process 0 is not reached at --coordinator 127.0.0.1:{port} within 2 s: "),
-        ("127.0.0.1:{port} 2 0", "the processes did not find each other within 3 s: "),
+        ("127.0.0.1:{port} 2 1", "process 0 is not reached at --coordinator 127.0.0.1:{port} within 9 s: "),
+        ("127.0.0.1:{port} 2 0", "the processes did not find each other within 10 s: "),
         ("127.0.0.1:{taken} 2 0", "--coordinator: port {taken} is in use"),
         ("127.0.0.1:{port} 2 -", "JAX finds no cluster here that tells --process-id: "),
         ("- - -", "JAX finds no cluster here that tells --coordinator, --processes, --process-id: "),
@@ -528,7 +535,7 @@ def test_what_does_not_come_together_is_one_line(arguments, message):
         ports = {"port": free_port(), "taken": server.getsockname()[1]}
         command = [sys.executable, "-c", JOIN, *arguments.format(**ports).split()]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: {message.format(**ports)}")
 
@@ -537,7 +544,7 @@ def test_what_does_not_come_together_is_one_line(arguments, message):
 def test_processes_that_count_differently_are_named():
     coordinator = f"{ADDRESS}:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    script = JOIN.replace("seconds=3", "seconds=20")
+    script = JOIN.replace("seconds=10", "seconds=60")
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, coordinator, count, process],
@@ -548,6 +555,6 @@ def test_processes_that_count_differently_are_named():
         for count, process in (("2", "0"), ("3", "1"))
     ]
     for process in processes:
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=180)
         assert process.returncode == 2
         assert re.match(r"error: process 1 of 2 \(.*\): --processes 3, process 0 has 2", told.splitlines()[-1])

@@ -402,10 +402,12 @@ def started(out, *arguments):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command(out, *arguments), **pipes, env=environment()) as process:
         assert process.stdout is not None
-        while "epoch 1/" not in process.stdout.readline():
-            assert process.poll() is None
-        yield process
-        process.kill()
+        try:
+            while "epoch 1/" not in process.stdout.readline():
+                assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
 
 
 def limited(limit, *command):
@@ -470,7 +472,7 @@ def test_kills_beside_lanes_that_diverge_are_resumed_to_the_same_bits(tmp_path):
 def test_a_signal_ends_the_run_at_the_end_of_an_epoch(number, status, packaged, tmp_path):
     with started(tmp_path) as process:
         process.send_signal(number)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=300)
     assert process.returncode == status
     first, last = told.splitlines()
     assert first == "stopping at the end of this epoch, and saving it; once more stops at once"
@@ -482,12 +484,12 @@ def test_a_signal_ends_the_run_at_the_end_of_an_epoch(number, status, packaged, 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
-    with started(tmp_path, "epochs=1000") as process:
+    with started(tmp_path, "epochs=1000", "passes=30") as process:  # epochs of some seconds
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None and "stopping" in process.stderr.readline()
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130 and time.monotonic() - began < 1.0
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 130 and told == ""  # not the end of the epoch, and how to go on
 
 
 @pytest.mark.slow
@@ -503,7 +505,7 @@ def test_a_second_run_into_the_folder_is_refused(tmp_path):
 def test_a_disk_that_takes_no_more_is_a_clear_error_and_costs_nothing_that_was_saved(packaged, tmp_path):
     with started(tmp_path) as process:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     kept = {path.name for arm in (tmp_path / "checkpoints").iterdir() for path in arm.iterdir()}
     refused = limited("-f 40", *command(tmp_path, "--resume"))  # files of 40 kB: the next checkpoint does not fit
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
