@@ -31,6 +31,10 @@ from cnnlib.tracking import plain
 from cnnlib.watcher import Beginning, EpochReport, Watcher
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+PATIENCE = 20.0
+"""Seconds that the end of a run waits for W&B, whose servers may not answer."""
+PATIENCE_OFFLINE = 120.0
+"""The same where only the disk and a busy machine may keep it."""
 MOST_WAITING = 10_000
 """Lines that may wait for the worker; W&B that takes no more loses the rest."""
 
@@ -74,11 +78,11 @@ def has_key() -> bool:
 
 
 class WandbCopy(Watcher):
-    """Tells a worker what happens. Nothing here waits, but `close`, which gives the worker `patience` seconds."""
+    """Tells a worker what happens. Nothing here waits, but `close`, which gives the worker some time to end."""
 
-    def __init__(self, experiment: Experiment, mode: str, patience: float = 20.0) -> None:
+    def __init__(self, experiment: Experiment, mode: str) -> None:
         self._per, self._project = experiment.wandb.per, experiment.wandb.project
-        self._mode, self._patience = mode, patience
+        self._mode, self._patience = mode, PATIENCE if mode == "online" else PATIENCE_OFFLINE
         self.tell_user: Callable[[str], None] = lambda text: None
         """How the user is told that something is wrong with W&B."""
         self._waiting: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
@@ -192,7 +196,7 @@ class WandbCopy(Watcher):
         self._send("report", columns=list(COLUMNS), rows=[list(row) for row in rows(results)], figures=figures)
 
     def close(self, status: int) -> None:
-        """Ends the copy; what W&B has not taken when `patience` is over stays in the run's folder, for `wandb sync`."""
+        """Ends the copy; what W&B has not taken when its time is over stays in the run's folder, for `wandb sync`."""
         priority.lend(self._worker.pid)
         if not self._began:
             self._worker.kill()

@@ -13,6 +13,10 @@ import jax
 import matplotlib
 import pytest
 
+for variable in list(os.environ):  # by which JAX would find a cluster
+    if variable.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
+        del os.environ[variable]
+
 # Processes that tests start in a home of their own would look through all fonts again, and say so where that is slow.
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 # Examples are the same in each run, and may take their time: `--hypothesis-profile=explore` looks for others.

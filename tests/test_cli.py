@@ -92,16 +92,16 @@ def test_count_prints_exact_json(arguments, expected, capsys):
 
 def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(tmp_path):
     code = (
-        "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
+        "import json, resource, subprocess, sys; "
         "done = subprocess.run([sys.executable, '-m', 'experiments', *sys.argv[1:]], capture_output=True, text=True); "
-        "print(json.dumps([done.returncode, done.stdout, time.perf_counter() - start, "
-        "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(json.dumps([done.returncode, done.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
     done = python("-c", code, "count", "dense:1000000", "--input", "1000x1000x1", cwd=tmp_path)
     status, text, seconds, kilobytes = json.loads(done.stdout)
     assert status == 0 and "1,000,000,000,000" in text
-    # A second is what it may take; beside other tests on a busy machine it is given three.
-    assert seconds < 3 and kilobytes < 100_000
+    # A second is what it may take. Of the processor's time, and a slow processor is given two.
+    assert seconds < 2 and kilobytes < 100_000
 
 
 def test_count_shows_a_table_a_layer_that_fits_80_columns(tmp_path):

@@ -77,12 +77,12 @@ def said(folder, number):
 def until_epoch(folder, epoch, processes):
     """Waits until that many epochs of the first arm are written down."""
     metrics = folder / "0" / "metrics.jsonl"
-    for _ in range(1200):
+    for _ in range(6000):
         assert all(process.poll() is None for process in processes), [said(folder, 0), said(folder, 1)]
         if metrics.exists() and f'"epoch": {epoch},' in metrics.read_text():
             return
         time.sleep(0.1)
-    raise AssertionError("no epoch ended in two minutes")
+    raise AssertionError("no epoch ended in ten minutes")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def assert_alike(arms, plain):
 
 def test_two_processes_train_one_population_and_the_first_writes(tmp_path, plain):
     processes = together(tmp_path, "epochs=3")
-    assert [process.wait(240) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
+    assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
     arms = arms_of(tmp_path / "0")
     assert [arm["mesh"] for arm in arms.values()] == [[3, 1], [3, 1]]  # on two devices of the first, one of the other
     assert_alike(arms, plain)
@@ -125,7 +125,7 @@ def test_two_processes_train_one_population_and_the_first_writes(tmp_path, plain
 
 def test_batches_are_shared_by_devices_of_two_hosts(tmp_path, plain):
     processes = together(tmp_path, "epochs=3", "mesh=1,4")
-    assert [process.wait(240) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
+    assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
     arms = arms_of(tmp_path / "0")
     assert [arm["mesh"] for arm in arms.values()] == [[1, 4], [1, 4]]
     assert_alike(arms, plain)
@@ -139,8 +139,8 @@ def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path
     processes[victim].wait()
     killed = time.monotonic()
     survivor = processes[1 - victim]
-    assert survivor.wait(60) == 2
-    assert time.monotonic() - killed < 30
+    assert survivor.wait(300) == 2
+    assert time.monotonic() - killed < 60
     last = said(tmp_path, 1 - victim)[-1]
     assert last.startswith(f"error: process {victim} of 2 (pid {processes[victim].pid} on ") and "--resume" in last
     # One process goes on with what two have begun.
@@ -156,14 +156,14 @@ def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path, lon
     processes = together(tmp_path, LONG)
     until_epoch(tmp_path, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
-    statuses = [process.wait(60) for process in processes]
+    statuses = [process.wait(300) for process in processes]
     assert statuses == [128 + signal.SIGTERM] * 2, [said(tmp_path, 0), said(tmp_path, 1)]
     last = said(tmp_path, 0)[-1]
     assert "; go on, each host with its own --process-id, with: python -m experiments run fc_vs_conv" in last
     assert "--wandb off --distributed --coordinator 127.0.0.1:" in last
     assert last.endswith("--processes 2 --process-id 0 --resume")
     processes = together(tmp_path, LONG, "--resume")
-    assert [process.wait(240) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
+    assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
     assert_alike(arms_of(tmp_path / "0"), long)
 
 

@@ -439,7 +439,7 @@ def task_of(**change):
     return Task(**{**known, **change})
 
 
-def ended(process, seconds=60):
+def ended(process, seconds=300):
     until = time.monotonic() + seconds
     while (ending := process.ending()) is None:
         assert time.monotonic() < until

@@ -6,9 +6,9 @@ import ast
 import configparser
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jupytext
@@ -31,7 +31,7 @@ SMALL = {
 }
 """Parameters with which each is executed here: less of the same."""
 SECONDS = 120
-"""In which each is done, on two cores."""
+"""In which each is done: of two cores, so that of the processor it takes at most twice as many."""
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -99,11 +99,11 @@ def test_installing_leaves_the_jax_that_is_there():
 
 
 def executed(name, folder, **environment):
-    """The cells of a notebook after papermill has run it in a folder, and how long it took."""
+    """The cells of a notebook after papermill has run it in a folder, and the processor's time that it took."""
     arguments = [part for key, value in SMALL[name].items() for part in ("-y", f"{{{key}: {value}}}")]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--execution-timeout", str(SECONDS)]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--execution-timeout", "600"]
     out = folder / f"{name}.ipynb"
-    began = time.monotonic()
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run(
         [*command, *arguments, str(FOLDER / f"{name}.ipynb"), str(out)],
         cwd=folder,
@@ -113,7 +113,7 @@ def executed(name, folder, **environment):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return nbformat.read(out, as_version=4).cells, time.monotonic() - began
+    return nbformat.read(out, as_version=4).cells, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
 
 
 def outputs(cells):
@@ -128,7 +128,7 @@ def pictures(cells):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_in_time_without_a_warning_and_shows_pictures(name, tmp_path):
     cells, seconds = executed(name, tmp_path)
-    assert seconds < SECONDS
+    assert seconds < 2 * SECONDS
     assert [output.text for output in outputs(cells) if output.get("name") == "stderr"] == []
     assert len(pictures(cells)) >= 1
     assert "CpuDevice" in "".join(output.text for output in outputs(cells) if output.get("name") == "stdout")

@@ -349,7 +349,7 @@ def looks_right(tab, scheme, folder):
             words = rf"arm\s+{arm}\s.*\sseed\s+{seed}\s"
             tab.wait_for_function(
                 f"new RegExp({json.dumps(words)}, 's').test(document.querySelector('.vg-tooltip.visible')?.innerText)",
-                timeout=5_000,
+                timeout=60_000,
             )
     # What is not known stays below, whichever way the others are sorted.
     tab.evaluate("document.querySelector('main tbody tr td:nth-child(6)').dataset.value = ''")  # conv's, now the first

@@ -32,6 +32,7 @@ def environment(tmp_path, **change):
     if not token.exists():
         token.write_text(secrets.token_hex(32))
     known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text(), "RAY_USAGE_STATS_ENABLED": "0"}
+    known["RAY_raylet_start_wait_time_s"] = "300"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled", **known, **change}
 
 

@@ -205,7 +205,7 @@ def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has not answered for 0 s|has died"):
         run(EXPERIMENT, "tiny", tmp_path, Listener(), writer=held)
     held.close()
-    assert held._process.returncode == -signal.SIGKILL
+    assert held._process.returncode in (-signal.SIGKILL, 0)  # 0: of one that took over
 
 
 def test_a_process_whose_run_is_dead_writes_nothing(tmp_path):
