@@ -12,6 +12,7 @@ import pytest
 from cnnlib import feeds, stream
 from cnnlib.config import Arm, Augment, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
+from cnnlib.hosts import Hosts
 from cnnlib.predictions import read_answers
 from cnnlib.run import run
 from cnnlib.spec import parse_model
@@ -144,6 +145,17 @@ def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_p
     assert "waited_seconds" in results["arms"][0]
     kept = run(replace(experiment, data=replace(experiment.data, stream=False)), "tiny", tmp_path / "kept", watcher)
     assert "waited_seconds" not in kept["arms"][0]
+
+
+@pytest.mark.slow
+def test_what_takes_too_much_of_one_host_is_streamed_on_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds, "STREAM_SHARE", 0.5)
+    told = iter([6 * 2**20])  # by another one, of its memory; then of what it has for lanes, which is plenty
+    monkeypatch.setattr(Hosts, "lowest", lambda hosts, number: min(number, next(told, number)))
+    watcher = Told()
+    results = run(replace(EXPERIMENT, epochs=1), "tiny", tmp_path, watcher)
+    assert "waited_seconds" in results["arms"][0]
+    assert any("more than 50% of the 6.0 MiB that are free: it is streamed" in text for text in watcher.texts)
 
 
 def test_examples_drawn_for_each_lane_cannot_be_streamed(tmp_path):

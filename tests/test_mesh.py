@@ -19,12 +19,12 @@ SCRIPT = """
 import json, re, sys
 from dataclasses import replace
 from pathlib import Path
-from cnnlib import mesh
+from cnnlib import feeds, mesh
 from cnnlib.config import Arm, Augment, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.data import load
 from cnnlib.errors import Stopped
 from cnnlib.feeds import Resident, on_devices
-from cnnlib.programs import compile_programs
+from cnnlib.programs import compile_programs, size_of, spread_of
 from cnnlib.resolve import resolve
 from cnnlib.run import run
 from cnnlib.spec import parse_model
@@ -39,8 +39,9 @@ arms = (
     Arm("norm", parse_model("conv:4@3 norm relu max:2 dense:classes"),
         own=("optim.name=sgd", "optim.learning_rate=0.01", "epochs=1")),
 )
+data = Data("mnist5k", validation=500)
 experiment = Experiment(
-    arms=arms, data=Data("mnist5k", validation=500), optim=Optim("adam", learning_rate=(0.01,)),
+    arms=arms, data=data, optim=Optim("adam", learning_rate=(0.01,)),
     augment=Augment(shift=2, flip=True), lanes=Lanes(seed=(0, 1, 2)), epochs=2, batch_size=200,
     compile_cache=False, checkpoint=Checkpoint(share=1.0),
 )
@@ -88,6 +89,16 @@ def collectives(arm, devices, **fields):
 arm = resolve(experiment)[0]
 told["lanes only"] = collectives(arm, mesh.devices())
 told["batches"] = collectives(arm, mesh.devices(), mesh=(2, 4))
+
+def streamed(count):  # bytes that as many lanes need as there are devices, and those of three chunks
+    one = replace(experiment, arms=arms[1:2], lanes=Lanes(seed=tuple(range(count))), data=replace(data, stream=True))
+    (arm,), devices = resolve(one), mesh.devices(count)
+    (data_set,) = feeds.read_or_open_all([arm.data], 2**40, print, None).values()
+    feed = feeds.feed_of(data_set, devices)
+    chunks = 3 * size_of(feed.examples(arm, spread_of(arm, devices))["train"])
+    return compile_programs(arm, feed, devices).memory_bytes, chunks
+
+told["streamed"] = [streamed(1), streamed(8)]
 splits = on_devices(load(arm.data), mesh.devices())
 told["copies"] = len({shard.data.unsafe_buffer_pointer() for shard in splits["train"].x.addressable_shards})
 told["errors"] = []
@@ -114,6 +125,13 @@ def told(tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_devices_of_one_memory_share_the_chunks_of_a_stream(told):
+    (one, chunks), (eight, same) = told["streamed"]
+    assert same == chunks and eight == pytest.approx(8 * (one - chunks) + chunks, rel=0.05)
+    assert chunks > 0.5 * one  # so that counting them eight times would be seen
 
 
 @pytest.mark.slow

@@ -118,8 +118,7 @@ def cluster(tmp_path_factory):
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         try:
             head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
-            head += [f"--temp-dir={temporary}", f"--ray-client-server-port={free_port()}"]  # paths of sockets are short
-            made.begin(*head)
+            made.begin(*head, f"--temp-dir={temporary}")  # paths of sockets are short
             yield made
         finally:
             for node in made.nodes:
@@ -228,6 +227,23 @@ def test_a_run_that_is_stopped_lets_the_nodes_save_and_goes_on(cluster, whole, t
     done = subprocess.run(again, capture_output=True, text=True, check=False, env=cluster.environment)
     assert done.returncode == 0, done.stderr
     assert fingerprints(tmp_path) == whole and "goes on after epoch" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_job_that_ray_gives_up_ends_the_run_which_is_gone_on_with(cluster, whole, tmp_path):
+    worker(cluster)
+    on = ("--ray-address", cluster.address)
+    with started(cluster.environment, tmp_path, *on, "--retries", "0") as (process, told):
+        for node in cluster.nodes:
+            if node.poll() is None and jobs_of(node):
+                cluster.kill(node)
+        assert ending(process, told) == 2
+    assert "was lost by Ray, which has tried again 0 times" in told[-1], "".join(told)
+    worker(cluster)
+    again = command(tmp_path, "--executor", "ray", *on, "--resume")
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=cluster.environment)
+    assert done.returncode == 0, done.stderr
+    assert fingerprints(tmp_path) == whole
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from cnnlib.errors import UserError
 from cnnlib.feeds import Resident
 from cnnlib.fields import from_dict
 from cnnlib.folder import RunFolder
+from cnnlib.hosts import Hosts
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
 from cnnlib.run import kernels_for, run
@@ -318,6 +319,14 @@ def test_as_many_lanes_run_at_a_time_as_fit_in_the_memory(monkeypatch):
     asked = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
     with pytest.raises(UserError, match="4 lanes, 4 at a time, need"):  # what was asked for is not changed in silence
         in_the_memory(asked, monkeypatch, all_four.memory_bytes - 1)
+
+
+@pytest.mark.slow
+def test_hosts_have_as_many_lanes_at_a_time_as_fit_on_the_smallest(monkeypatch):
+    need = in_the_memory(EXPERIMENT, monkeypatch, 2**40).memory_bytes
+    fewer = in_the_memory(EXPERIMENT, monkeypatch, need - 1).at_a_time
+    monkeypatch.setattr(Hosts, "lowest", lambda hosts, number: min(number, need - 1))  # another one has told this
+    assert in_the_memory(EXPERIMENT, monkeypatch, 2**40).at_a_time == fewer < 4
 
 
 def test_the_program_that_takes_most_decides(monkeypatch):
