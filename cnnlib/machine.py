@@ -44,7 +44,9 @@ def free_memory() -> int:
         ):
             with contextlib.suppress(OSError, ValueError):  # no limit here
                 left = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{used}").read_text())
-                free = min(free, left + number_after(f"^{cached}", (group / "memory.stat").read_text(), otherwise=0))
+                parts = group / "memory.stat"
+                known = parts.read_text() if parts.exists() else ""
+                free = min(free, left + number_after(f"^{cached}", known, otherwise=0))
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY and (status := Path("/proc/self/status")).exists():
         free = min(free, most - 1024 * number_after("^VmSize:", status.read_text(), otherwise=0))

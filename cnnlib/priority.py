@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -32,9 +33,7 @@ def set_priority(process: int, nice: int, is_idle: bool) -> bool:
         for one in [process, *children(process)]:
             for thread in threads(one):
                 with contextlib.suppress(ProcessLookupError):  # it has ended
-                    if sys.platform == "linux":
-                        policy = os.SCHED_IDLE if is_idle else os.SCHED_OTHER
-                        os.sched_setscheduler(thread, policy, os.sched_param(0))
+                    set_policy(thread, is_idle)
                     os.setpriority(os.PRIO_PROCESS, thread, nice)
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(one) == one != process:
@@ -43,6 +42,16 @@ def set_priority(process: int, nice: int, is_idle: bool) -> bool:
     except PermissionError:
         return False
     return True
+
+
+def set_policy(thread: int, is_idle: bool) -> None:
+    """Where Linux has such a thing: sandboxes that stand in for it have priorities alone."""
+    if sys.platform == "linux":
+        try:
+            os.sched_setscheduler(thread, os.SCHED_IDLE if is_idle else os.SCHED_OTHER, os.sched_param(0))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 def threads(process: int) -> list[int]:

@@ -50,6 +50,8 @@ def test_the_least_of_the_groups_around_a_process_counts(group, version, tmp_pat
     written(memory / used, f"{250 * MIB}\n")
     written(memory / "memory.stat", f"{cached} {100 * MIB}\nanon 5\n")
     assert free_memory() == 150 * MIB
+    (memory / "memory.stat").unlink()
+    assert free_memory() == 50 * MIB
     written(memory / limit, f"{100 * MIB}\n")  # lowered below what is used
     assert free_memory() == 0
 

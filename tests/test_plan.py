@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
@@ -37,6 +38,17 @@ def test_rates_of_a_run_are_kept(tmp_path, monkeypatch):
     with plan.rates_path().open("a") as file:
         file.write('{"connectivity": 3}\n{"connectivity": "conv", "macs": -1, "seconds": 1}\nno json')
     assert len(known_rates()) == 2
+
+
+def test_runs_that_end_at_once_do_not_get_into_each_others_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arm = {"connectivity": "full", "macs": 1000, "batch_size": 4, "steps": 50, "train_seconds_per_lane": 2.0}
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: RateKeeper().run_ends({"arms": [arm]}), range(60)):
+            pass  # raises what was raised
+    kept = known_rates()
+    assert kept and set(kept) == {Rate("full", 4000, 0.04)}
+    assert [path.name for path in plan.rates_path().parent.iterdir()] == ["rates.jsonl"]
 
 
 def test_the_plan_has_programs_lanes_steps_and_a_sum(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def test_threads_and_children_are_lowered_and_raised():
             os.kill(child, 9)
     priority.lower(one.pid)  # which is no more
     assert priority.lend(one.pid)
+
+
+def test_a_sandbox_without_idle_processes_lowers_them_as_far_as_it_can(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with process("import time; time.sleep(60)") as one:
+        priority.lower(one.pid)
+        assert os.getpriority(os.PRIO_PROCESS, one.pid) == priority.LOWEST
 
 
 def a_job(folder):
