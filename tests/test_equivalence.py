@@ -99,7 +99,13 @@ def small():
     return parse_model("conv:3@3x2/2x1:1+0x0+1 tanh dense:2"), (6, 5, 2)
 
 
-@pytest.mark.parametrize("source, target", [("full", "local"), ("full", "conv"), ("local", "conv")])
+@pytest.mark.parametrize(
+    "source, target",
+    [
+        ("full", "conv"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("full", "local"), ("local", "conv"))),
+    ],
+)
 def test_a_projection_is_the_least_squares_solution(small, source, target, float64):
     # The columns of `expand` span the smaller set: an ordinary least-squares fit onto them is the oracle.
     model, shape = small

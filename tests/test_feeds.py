@@ -181,7 +181,8 @@ class Small:
         monkeypatch.setattr("cnnlib.run.free_memory", lambda device: self.free)
 
 
-@pytest.mark.parametrize("stream", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [None, True])
 def test_a_stream_that_memory_has_asked_for_goes_on_where_there_is_more(tmp_path, monkeypatch, stream):
     experiment = replace(EXPERIMENT, checkpoint=Checkpoint(share=1.0))
     machine = Small(monkeypatch)

@@ -176,7 +176,7 @@ def test_lanes_on_an_accelerator_are_products_of_patches_with_the_same_values():
 
 
 @each_implementation
-@pytest.mark.parametrize("features", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7, 20, 64)), 1, 6, 16, 33])
+@pytest.mark.parametrize("features", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7, 16, 20, 64)), 6, 33])
 @pytest.mark.parametrize("channels, kernel_size, strides", [(1, 5, 1), (3, 3, 2), (17, 3, 1), (32, 1, 1)])
 def test_conv_is_right_for_every_width_of_vectors(implementation, features, channels, kernel_size, strides):
     # Few features are folded, 16 fill a vector, 33 leave a rest; 12 columns fold, 5 do not; 17 channels exceed a tile.
@@ -299,7 +299,7 @@ def test_values_that_tie_share_the_gradient_of_their_window(implementation):
 
 
 @each_implementation
-@pytest.mark.parametrize("channels", [1, 6, 16, 19])
+@pytest.mark.parametrize("channels", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 16)), 6, 19])
 @pytest.mark.parametrize("size, window", [((6, 8), 2), ((7, 9), 2), ((8, 8), 3), ((8, 5), (3, 1))])
 def test_max_pool_is_right_for_every_width_of_vectors(implementation, channels, size, window):
     x = normal((3, *size, channels))

@@ -407,7 +407,9 @@ def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere()
     assert [preferred(kind, 64, "gpu") for kind in ("full", "conv")] == [64, 64]
 
 
-@pytest.mark.parametrize(("asked", "lanes"), [(3, 3), (9, 4), (None, 1)])
+@pytest.mark.parametrize(
+    ("asked", "lanes"), [(3, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((9, 4), (None, 1)))]
+)
 def test_lanes_at_a_time_can_be_asked_for(asked, lanes, monkeypatch):
     experiment = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=asked), arms=EXPERIMENT.arms[1:])
     assert in_the_memory(experiment, monkeypatch, 2**40).at_a_time == lanes

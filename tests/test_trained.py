@@ -37,6 +37,7 @@ def models():
     return train_models(EXPERIMENT)
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_a_run(models, tmp_path):
     nets, _ = models
     results = run(EXPERIMENT, "tiny", tmp_path, Watcher())
