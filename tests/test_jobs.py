@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import children, is_living
 
 from cnnlib import executors, job, jobs, ray_jobs
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
@@ -476,21 +477,6 @@ def test_memory_of_a_job_is_that_of_its_children_too(tmp_path, monkeypatch):
     monkeypatch.undo()
     ended(process)
     assert 300 * 2**20 < process.peak_bytes < 400 * 2**20
-
-
-def is_living(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def children(pid):
-    found = []
-    for place in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(place.name))
-    return found
 
 
 def test_a_job_and_its_writer_end_when_their_owner_is_killed(tmp_path):

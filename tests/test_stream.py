@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import children, is_living
 
 from cnnlib import stream
 from cnnlib.config import Data
@@ -38,26 +38,6 @@ def same(one, other):
     assert one._replace(x=0, y=0) == other._replace(x=0, y=0)
     np.testing.assert_array_equal(one.x, other.x)
     np.testing.assert_array_equal(one.y, other.y)
-
-
-def children(parent=None):
-    """Processes of this one, or of another, that are there, also those that have ended and were not waited for."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[1]) == (parent or os.getpid()):
-            found.append(int(place.parent.name))
-    return found
-
-
-def is_running(pid):
-    """Whether a process has not ended; of those whose parent is gone, it depends on the machine who waits for them."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 # The order.
@@ -145,10 +125,10 @@ def test_chunks_are_the_same_for_any_number_of_workers(monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     alone = some(LINES, 21)
     for workers in (1, 4):
-        before = children()
+        before = children(os.getpid())
         for one, other in zip(alone, some(LINES, 21, workers=workers), strict=True):
             same(one, other)
-        assert children() == before  # closed, they have ended
+        assert children(os.getpid()) == before  # closed, they have ended
 
 
 def test_a_stream_goes_on_where_it_was_stopped():
@@ -207,24 +187,24 @@ def test_reading_goes_on_ahead_and_stays_near():
 
 def test_what_is_in_memory_needs_no_processes():
     whole = LINES.read(np.arange(101))
-    before = children()
+    before = children(os.getpid())
     found = chunks(Arrays(*whole), batch_size=4, steps=3, seed=0, reshuffle=True, workers=3)
     same(next(found), some(LINES, 1)[0])
-    assert children() == before
+    assert children(os.getpid()) == before
     found.close()
 
 
 def test_a_worker_that_dies_is_said_in_one_line():
-    before = set(children())
+    before = set(children(os.getpid()))
     found = chunks(LINES, batch_size=4, steps=3, seed=0, reshuffle=True, workers=2)
     next(found)
-    for child in set(children()) - before:
+    for child in set(children(os.getpid())) - before:
         os.kill(child, signal.SIGKILL)
     with pytest.raises(UserError) as error:
         for _ in range(20):
             next(found)
     assert str(error.value) == "a process that reads examples has died (exit status -9)"
-    assert set(children()) == before
+    assert set(children(os.getpid())) == before
 
 
 class Broken(SizedLines):
@@ -319,7 +299,7 @@ def test_workers_end_with_the_process_that_reads(tmp_path):
         os.killpg(main.pid, how)
         said = main.communicate(timeout=30)[1]  # ends when nobody has the pipes any more
         deadline = time.monotonic() + 30
-        while any(map(is_running, workers)):
+        while any(map(is_living, workers)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert said.count("Traceback") == (how == signal.SIGINT)
