@@ -1,0 +1,125 @@
+"""Known defects of jaxlib that compute wrong numbers or crash, and the XLA flags that avoid them.
+
+`import cnnlib` sets the flags that the installed jaxlib needs. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+Version = tuple[int, ...]
+
+
+class Defect(NamedTuple):
+    """A defect of some versions of jaxlib."""
+
+    name: str
+    """Of the program in `known_bad.py` that shows it."""
+    first: Version
+    fixed: Version
+    """The first version without it."""
+    platform: str
+    processors: str
+    symptom: str
+    flag: str
+    """In `XLA_FLAGS`, avoids it."""
+    source: str
+
+    @property
+    def option(self) -> str:
+        """The name of the flag, without its value."""
+        return self.flag.partition("=")[0]
+
+
+NO_XNNPACK = "--xla_cpu_use_xnnpack=false"
+NO_YNN_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+"""Without library fusions for sums. Those for products stay: they are right."""
+
+DEFECTS = (
+    Defect(
+        "dense_products",
+        (0, 7, 2),
+        (0, 8, 3),
+        "cpu",
+        "seen on AMD EPYC, Zen 3; others not tried",
+        "up to half of the matrix products of 250x784 by 784x300 are wrong, others in each run",
+        NO_XNNPACK,
+        "found by this project's tests",
+    ),
+    Defect(
+        "sum_of_products",
+        (0, 10, 2),
+        (0, 11, 0),
+        "cpu",
+        "all x86-64",
+        "a product followed by a sum is wrong from 32,769 rows on (16,385 in float64)",
+        NO_YNN_SUMS,
+        "https://github.com/jax-ml/jax/issues/39103",
+    ),
+    Defect(
+        "sum_of_8_axes",
+        (0, 10, 2),
+        (0, 11, 1),
+        "cpu",
+        "all x86-64",
+        "a broadcast product summed over one of 8 axes crashes or hangs",
+        NO_YNN_SUMS,
+        "https://github.com/jax-ml/jax/issues/39257",
+    ),
+    Defect(
+        "sum_of_7_axes",
+        (0, 10, 2),
+        (0, 11, 0),
+        "cpu",
+        "all x86-64",
+        "a product summed over one of 7 axes crashes where another axis has size 1",
+        NO_YNN_SUMS,
+        "https://github.com/jax-ml/jax/issues/40412",
+    ),
+)
+"""The first two numbers of `fixed` were tried here, with each released version in between."""
+
+
+def numbers_of(text: str) -> Version:
+    """The first three numbers of a version: `0.12.0.1` is (0, 12, 0)."""
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdecimal())
+
+
+def known(jaxlib: str) -> tuple[Defect, ...]:
+    """Return the defects that a version of jaxlib has."""
+    return tuple(defect for defect in DEFECTS if defect.first <= numbers_of(jaxlib) < defect.fixed)
+
+
+def with_flags(jaxlib: str, flags: str) -> str:
+    """Return `XLA_FLAGS` with the flags that this jaxlib needs. An option that is set already keeps its value."""
+    for defect in known(jaxlib):
+        if defect.option not in flags:
+            flags = f"{flags} {defect.flag}".strip()
+    return flags
+
+
+def avoid() -> None:
+    """Set the flags that the installed jaxlib needs in `XLA_FLAGS`.
+
+    Warns where JAX has started before: it reads its flags once, at its first computation.
+    """
+    try:
+        jaxlib = version("jaxlib")
+    except PackageNotFoundError:  # what needs no JAX runs without it
+        return
+    before = os.environ.get("XLA_FLAGS", "")
+    after = with_flags(jaxlib, before)
+    if after == before:
+        return
+    os.environ["XLA_FLAGS"] = after
+    bridge = sys.modules.get("jax._src.xla_bridge")  # JAX has no public name for this
+    if bridge is not None and bridge.backends_are_initialized():
+        warnings.warn(
+            f"JAX started before cnnlib was imported, and jaxlib {jaxlib} can compute wrong numbers so: import cnnlib "
+            f"first, or set XLA_FLAGS='{after}' before Python starts",
+            stacklevel=2,
+        )
