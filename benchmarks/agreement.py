@@ -72,9 +72,7 @@ def compared(arm: TrainedArm, data: DataSet, lanes: int, steps: int) -> dict[str
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
     at_a_time = preferred_at_a_time(arm.model.connectivity, lanes, jax.devices()[0].platform)
-    training, test = (
-        Examples(split.x, split.y, data.mean, data.deviation) for split in (data.train, data.test)
-    )
+    training, test = (Examples(split.x, split.y, data.mean, data.deviation) for split in (data.train, data.test))
     states = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1))(numbers)
     epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)).lower(states, numbers, training)
     predict = train.over_lanes(evaluation.predict(recipe, evaluation_batch(arm)), at_a_time, lane_arguments=2)
@@ -97,7 +95,9 @@ def compared(arm: TrainedArm, data: DataSet, lanes: int, steps: int) -> dict[str
     }
 
 
-def outcome(programs: Sequence[Any], states: train.State, numbers: Any, training: Examples, test: Examples) -> np.ndarray:
+def outcome(
+    programs: Sequence[Any], states: train.State, numbers: Any, training: Examples, test: Examples
+) -> np.ndarray:
     """The training loss of each lane's epoch, then its loss on each test example."""
     epoch, predict = programs
     trained, sums = epoch(states, numbers, training)

@@ -188,6 +188,7 @@ OWN_FIELDS = (
     "accumulate",
     "remat",
     "compute_dtype",
+    "precision",
 )
 """Fields of an experiment that each of its arms may have of its own."""
 
@@ -264,6 +265,9 @@ class Experiment:
     as many groups as share the lanes, and of the devices left as many a group as divide the batch; on a CPU one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; parameters, optimiser state and losses stay float32."""
+    precision: Literal["default", "high", "highest"] = "default"
+    """Precision of float32 products. `default` is one pass of bfloat16 on a TPU and TF32 on a GPU, `high` three passes
+    of bfloat16 on a TPU, `highest` float32. On a CPU all three are float32."""
     comparisons: tuple[str, ...] = ()
     """Pairs of arms, FIRST:SECOND, whose difference is the question: the fewer, the narrower their intervals can be.
     None: each with each of few arms, each with the first of many."""

@@ -61,6 +61,8 @@ class Task(NamedTuple):
     force: bool = False
     expected: dict[str, Any] | None = None
     """The identity that a job of this part must have."""
+    check: bool = True
+    """Whether to check the backend before training."""
 
 
 class Ending(NamedTuple):
@@ -271,7 +273,8 @@ def do(task: Task, teller: Teller, wish: stopping.Wish) -> Any:
             how |= {"resume": task.resume and os.path.lexists(folder / "run.json"), "part": part_of(task)}
         experiment = from_dict(task.experiment, Experiment)
         use_cores(task.cores)
-        found = run(experiment, task.name, folder, Watchers(watchers), force=task.force, stop=wish.is_made, **how)
+        how |= {"force": task.force, "check": task.check, "stop": wish.is_made}
+        found = run(experiment, task.name, folder, Watchers(watchers), **how)
         return found if task.does == "identify" else None
 
 

@@ -141,6 +141,7 @@ def run_jobs(
     copy: Watcher | None = None,
     resume: bool = False,
     force: bool = False,
+    check: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """`run.run` of the experiment, trained as jobs; returns what `results.json` holds.
@@ -165,7 +166,7 @@ def run_jobs(
         experiment = replace(experiment, devices=devices)
         arms = resolve(experiment)
         jobs = divided(arms, wanted.seeds_a_job)
-        told = Task("identify", name, to_dict(experiment), str(out / JOBS / ".none"), devices, force=force)
+        told = Task("identify", name, to_dict(experiment), str(out / JOBS / ".none"), devices, force=force, check=check)
         known = alone(executor, told, wanted.retries, stop)
         this = known["identity"]
         changes: list[str] = []
@@ -182,7 +183,7 @@ def run_jobs(
                 watcher.says(f"the files of an earlier run moved to {earlier}")
         sweep = Sweep(held, arms, jobs, left, executor, wanted, began, watcher)
         try:
-            beginning = begin(held, name, experiment, this, left, changes, force)
+            beginning = begin(held, name, experiment, this, left, changes, force, check)
             beginning = described(beginning, arms)
             log.run_begins(beginning)
             if copy is not None:

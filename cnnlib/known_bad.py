@@ -60,5 +60,5 @@ LARGEST = 1e-5
 
 if __name__ == "__main__":
     worst = PROGRAMS[sys.argv[1]]()
-    print(worst)
+    sys.stdout.write(f"{worst}\n")
     sys.exit(0 if worst <= LARGEST else 1)

@@ -92,10 +92,10 @@ def headline(results: dict[str, Any]) -> str:
     return f"{best['name']} {accuracy_text(best['test_accuracy'])}"
 
 
-def compare(runs: Sequence[Path], console: Console) -> None:
+def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None:
     """Sets finished runs side by side: test accuracy and time of each arm, and the fields in which they differ.
 
-    Raises UserError for a folder without results.
+    Raises UserError for a folder without results, and without `mixed` for runs of different devices or precisions.
     """
     names = labels(runs)
     found = []
@@ -106,6 +106,10 @@ def compare(runs: Sequence[Path], console: Console) -> None:
                 f"there are no results in {run}: its run is {folder.state(run) if run.is_dir() else 'not there'}"
             )
         found.append(results)
+    computed = [computed_on(results) for results in found]
+    if not mixed and len(set(computed)) > 1:
+        told = ", ".join(f"{name} on {text}" for name, text in zip(names, computed, strict=True))
+        raise UserError(f"these runs were computed in different ways: {told}; --mixed compares them all the same")
     arms = dict.fromkeys(arm["name"] for results in found for arm in results["arms"])
     rows = []
     for name in arms:
@@ -121,6 +125,13 @@ def compare(runs: Sequence[Path], console: Console) -> None:
     print_table(console, columns, rows, left=2, headers=headers, padding=0)
     for text in (*disagreements(names, found), *fingerprints(found)):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def computed_on(results: dict[str, Any]) -> str:
+    """The kind of device of a run and the precision of its products: what its accuracies and times depend on."""
+    device, config = _object(results.get("device")), _object(results.get("config"))
+    kind, precision = device.get("kind"), config.get("precision", "default")
+    return f"{kind}, precision {precision}"
 
 
 def labels(runs: Sequence[Path]) -> list[str]:

@@ -127,6 +127,14 @@ class ExamplesOf(Protocol):
 def compile_programs(
     arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
 ) -> Programs:
+    """`compiled_in_precision` in the precision that the arm asks for, whatever JAX's own setting is."""
+    with jax.default_matmul_precision(arm.experiment.precision):
+        return compiled_in_precision(arm, feed, devices, before, hosts)
+
+
+def compiled_in_precision(
+    arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None, hosts: Hosts
+) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
     The lanes are spread over the devices, each of which has the examples, or a chunk of them.

@@ -75,13 +75,23 @@ def caption(results: dict[str, Any]) -> str:
     """What the numbers are: data, training, interval, conventions, device."""
     data, config, device = results["data"], results["config"], results["device"]
     matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
-    return (
+    told = (
         f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test; "
-        f"{config['epochs']} epochs in {config['compute_dtype']}. Interval: Student's t over n lanes. "
+        f"{config['epochs']} epochs in {config['compute_dtype']}{precision_text(config)}. "
+        f"Interval: Student's t over n lanes. "
         f"Connections and multiply-adds an example count taps on padding, not biases. "
         f"{device['count']} x {device['kind']}, {device['kernels']} kernels, jax {results['versions']['jax']}, "
-        f"{results['wall_seconds']:.0f} s in all." + (f" Matched: {'; '.join(matched)}." if matched else "")
+        f"{results['wall_seconds']:.0f} s in all."
     )
+    if not device.get("checked", True):
+        told += " The backend was not checked."
+    return told + (f" Matched: {'; '.join(matched)}." if matched else "")
+
+
+def precision_text(config: dict[str, Any]) -> str:
+    """The precision of products, where it is not the default."""
+    precision = config.get("precision", "default")
+    return "" if precision == "default" else f", products in precision {precision}"
 
 
 def match_text(arm: dict[str, Any]) -> str:

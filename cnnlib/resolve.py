@@ -80,6 +80,7 @@ class TrainedArm(ResolvedArm):
             one.accumulate,
             one.remat,
             one.compute_dtype,
+            one.precision,
         )
 
 

@@ -25,7 +25,7 @@ from cnnlib.hosts import Hosts
 from cnnlib.resolve import TrainedArm
 
 Says = Callable[[str], None]
-SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
+SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_numpy_dtype_promotion")
 """Of JAX, that change numbers."""
 NEVER_IN_THE_NUMBERS = (
     "checkpoint",

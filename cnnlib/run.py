@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from cnnlib import feeds, folder, kernels, mesh, tracking
+from cnnlib import backend, feeds, folder, kernels, mesh, tracking
 from cnnlib.arms import Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
 from cnnlib.data import DataSet, StreamedSet, describe
@@ -64,6 +64,7 @@ def run(
     hosts: Hosts = ALONE,
     streamed: Collection[str] | None = None,
     identifies: bool = False,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
@@ -73,9 +74,10 @@ def run(
     `part` only that is trained, as one job of several, and the results are those of its arm. With `hosts` the processes
     of a run on several call this together; `out` of all but process 0 is for nobody to read. `streamed` are the names
     of the data sets that are streamed, where that is decided (as of a job's run). With `identifies` it ends
-    where training would begin: with the identity of the run, and of what each arm is as a part. Raises UserError, with
-    nothing written, for whatever does not fit together or does not fit in the memory; and later for a disk that takes
-    no more: what was saved before stays.
+    where training would begin: with the identity of the run, and of what each arm is as a part. Without `check` the
+    backend is not checked, and the results say so. Raises UserError, with nothing written, for whatever does not fit
+    together or does not fit in the memory, and for a backend that computes wrong numbers; and later for a disk that
+    takes no more: what was saved before stays.
     """
     began = time.perf_counter()
     chosen = part.of if part else tuple
@@ -127,6 +129,9 @@ def run(
             known, count = data_set.description, data_set.description.counts["train"]
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
         left = passed_on(hosts, Left({}, {}) if held is None else what_is_left(held, arms, watcher))
+        if check and len(left.finished) < len(arms):
+            for precision in dict.fromkeys(arm.experiment.precision for arm in arms):
+                backend.require_right(device, precision, experiment.compile_cache, watcher.says)
         programs = Compiled(experiment.compile_cache, fed, devices, hosts, left, watcher)
         programs.compile(arms[:MOST_AHEAD])
         if held is None:
@@ -141,7 +146,7 @@ def run(
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
         training = Training(experiment, fed, held, watcher, stop, clock, writer, [], hosts)
         try:
-            beginning = begin(held, name, experiment, this, left, changes, force)
+            beginning = begin(held, name, experiment, this, left, changes, force, check)
             if hosts.count > 1:  # where this thread is stuck when a host is lost
                 hosts.last_words.append(partial(held.end_session, "failed"))
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
@@ -167,6 +172,9 @@ def run(
                     "count": len(devices),
                     "hosts": hosts.count,
                     "kernels": cpu_kernels,
+                    "precision": experiment.precision,
+                    "flags": os.environ.get("XLA_FLAGS", ""),
+                    "checked": held.record["checked"],
                 },
                 "machine": tracking.machine(),
                 "finished": tracking.now(),
@@ -359,6 +367,7 @@ def begin(
     left: Left,
     changes: list[str],
     force: bool,
+    check: bool,
 ) -> Beginning:
     """Writes what a session writes before it trains: its configuration, where it runs, that it does."""
     # What jobs have trained is put together in a session of its own: nothing was interrupted.
@@ -369,7 +378,9 @@ def begin(
         kept = {"finished": list(left.finished), "in_flight": in_flight}
         resumed.append({"time": tracking.now(), **kept, "changes": changes, "forced": force})
     command = tracking.command_for(name, experiment)
-    held.begin_session({"experiment": name, "identity": this, "command": command, "resumed": resumed})
+    checked = check and bool(held.record.get("checked", True))  # in all sessions
+    known = {"experiment": name, "identity": this, "command": command, "resumed": resumed, "checked": checked}
+    held.begin_session(known)
     config = to_dict(experiment)
     where = tracking.environment(command)
     texts = {"config.json": {"experiment": name, **config}, "environment.json": where}

@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | show NAME | run NAME | runs DIR | compare DIR DIR | count WHAT`.
+"""The command line: `python -m experiments COMMAND`, such as `list`, `run NAME` and `compare DIR DIR`.
 
 Nothing here imports JAX until an experiment is run. Whatever the user got wrong is one line on standard error and exit
 status 2; `--traceback` shows where it was noticed.
@@ -21,7 +21,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib import stopping
@@ -42,12 +42,14 @@ if TYPE_CHECKING:
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...]",
-    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE] [--traceback]\n           "
+    "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
+    "[--no-check] [--traceback]\n           "
     "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]\n           "
     "[--executor local|ray [--seeds-a-job N] [--retries N] [--ray-address ADDRESS] [--gpus-a-job N] "
     "[--resources NAME=N]]",
     "runs": "runs [DIR]",
-    "compare": "compare DIR DIR [DIR ...]",
+    "check": "check [--precision default|high|highest] [--only TEXT]",
+    "compare": "compare DIR DIR [DIR ...] [--mixed]",
     "report": "report DIR [DIR ...] [--out FILE]",
     "all": "all [--out DIR]",
     "results": "results [DIR]",
@@ -91,6 +93,11 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--show", action="store_true", help="open it in a window as well")
     elif command == "compare":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
+        parser.add_argument("--mixed", action="store_true", help="also runs of different devices or precisions")
+    elif command == "check":
+        precisions = ("default", "high", "highest")
+        parser.add_argument("--precision", choices=precisions, default="default", help="of float32 products")
+        parser.add_argument("--only", metavar="TEXT", default="", help="only operations with this in their name")
     elif command != "list":
         parser.add_argument("name", metavar="NAME", help=f"an experiment: {', '.join(EXPERIMENTS)}")
         parser.add_argument(
@@ -101,6 +108,7 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--wandb", choices=modes, default="auto", help="a copy of the run in Weights & Biases")
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
         parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
+        parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
         parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
         parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")
         parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
@@ -249,7 +257,16 @@ def command_look(options: argparse.Namespace) -> None:
     elif len(options.folders) < 2:
         raise UserError(f"compare needs two runs or more; usage: python -m experiments {COMMANDS['compare']}")
     else:
-        compare([Path(folder) for folder in options.folders], console)
+        compare([Path(folder) for folder in options.folders], console, options.mixed)
+
+
+def command_check(precision: Literal["default", "high", "highest"], only: str) -> int:
+    """Checks JAX's default device; the status is 1 where something is wrong."""
+    from rich.console import Console
+
+    from cnnlib.check_table import print_check
+
+    return 0 if print_check(precision, only, Console(highlight=False)) else 1
 
 
 def command_all(out: str) -> int:
@@ -384,6 +401,7 @@ def followed(name: str, experiment: Experiment, scratch: Path, options: argparse
     with stopping.by_signal() as wish:
         try:
             how = {"resume": options.resume, "force": options.force, "stop": wish.is_made}
+            how["check"] = not options.no_check
             run(experiment, name, scratch, Watcher(), **how, hosts=joined)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
@@ -425,7 +443,7 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
                     ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
                 how = {"resume": options.resume, "force": options.force, "stop": wish.is_made, "writer": writer}
-                how["hosts"] = joined
+                how |= {"hosts": joined, "check": not options.no_check}
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
             print(how_to_go_on(stopped, name, options), file=sys.stderr)
@@ -440,6 +458,7 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
     command = ["python", "-m", "experiments", "run", name, *options.overrides]
     command += [] if options.out is None else ["--out", options.out]
     command += [] if options.wandb == "auto" else ["--wandb", options.wandb]
+    command += ["--no-check"] if options.no_check else []
     command += given(options, ("executor", *JOB_OPTIONS))
     where = ""
     if options.distributed:
@@ -474,6 +493,7 @@ def command_jobs(name: str, experiment: Experiment, out: Path, options: argparse
                 if copy is not None:
                     copy.tell_user = shown.says
                 how = {"copy": copy, "resume": options.resume, "force": options.force, "stop": wish.is_made}
+                how["check"] = not options.no_check
                 results = run_jobs(
                     experiment, name, out, wanted, shown, lambda job: next(bars, LineWatcher(console)), **how
                 )
@@ -504,6 +524,8 @@ def main(arguments: Sequence[str]) -> int:
         if command == "count":
             command_count(options)
             return 0
+        if command == "check":
+            return command_check(options.precision, options.only)
         if command == "demo":
             command_demo(options.name, options.out, options.show)
             return 0

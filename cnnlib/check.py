@@ -1,0 +1,542 @@
+"""Check a backend: every operation that training uses, forward and gradients, against float64 NumPy.
+
+A case is an operation on arrays of one size. It runs in the forms in which training runs it (`FORMS`), and each number
+is compared with a tolerance that follows from how many terms it sums, how large they are, and how the backend rounds.
+A sum of n terms, added in any order, is off by a few times sqrt(n) units of rounding, times the sum of the magnitudes,
+with a probability near one (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). So the
+largest error of a right backend, in units of the tolerance, is at most 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnnlib import ops
+from cnnlib.config import LaneNumbers, Optim
+from cnnlib.optim import optimizer
+from cnnlib.train import over_lanes
+
+Precision = Literal["default", "high", "highest"]
+Lowering = Callable[..., Any]
+
+LANES = 3
+PRODUCT_BITS = {
+    "cpu": {"default": 24, "high": 24, "highest": 24},
+    "gpu": {"default": 11, "high": 11, "highest": 24},
+    "tpu": {"default": 8, "high": 16, "highest": 24},
+}
+"""Significant bits of the factors of a float32 product, by platform and precision: TF32 on a GPU, one or three passes
+of bfloat16 on a TPU (documentation of `jax.lax.Precision`)."""
+SPREAD = 4.0
+"""Times the square root of the number of terms."""
+TINY = 1e-30
+"""Absolute, so that an exact zero has a tolerance."""
+SLACK = 64.0
+"""Roundings that the few operations on one number may take: exp, log, tanh, division, square root."""
+
+
+class Expected(NamedTuple):
+    """What an exact computation gives, and how far from it rounding may lead."""
+
+    value: np.ndarray
+    magnitude: np.ndarray
+    """The sum of the magnitudes of the terms of each number."""
+    terms: np.ndarray | float
+    """How many there are."""
+    is_product: bool = False
+    """Whether the terms are products, whose factors a backend may round first."""
+
+
+class Case(NamedTuple):
+    """An operation on arrays of one size."""
+
+    operation: str
+    size: str
+    function: Callable[..., jax.Array]
+    """Of `arguments`."""
+    arguments: tuple[np.ndarray, ...]
+    """Float32, with a leading lane axis; integers are passed on as they are."""
+    reference: Callable[..., Sequence[Expected]]
+    """Of the lane's arguments and the gradient of the result, in float64: the result, and the gradients."""
+    gradients: int
+    """Of the first so many arguments."""
+    sums_in_own_type: bool = False
+    """Whether sums of bfloat16 numbers are rounded to bfloat16 after each addition, not in float32."""
+    has_bfloat16: bool = True
+    """Whether training runs it in bfloat16; otherwise in float32 alone."""
+
+
+class Found(NamedTuple):
+    """How a case came out."""
+
+    operation: str
+    form: str
+    dtype: str
+    size: str
+    error: float
+    """The largest, in units of the tolerance: at most 1 where the backend is right."""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether an error is larger than rounding explains; one that is no number is."""
+        return not self.error <= 1.0
+
+
+FORMS: dict[str, Callable[[Lowering], Lowering]] = {
+    "one": lambda function: lambda *lanes: jax.tree.map(lambda y: y[None], function(*(lane[0] for lane in lanes))),
+    "vmap": jax.vmap,
+    "scan": lambda function: lambda *lanes: jax.lax.scan(lambda n, lane: (n + 1, function(*lane)), 0, lanes)[1],
+    "map": lambda function: over_lanes(function, at_a_time=2, lane_arguments=99),
+}
+"""How a function of one lane runs over lanes: the first alone, all vectorised, one after another, two at a time."""
+
+
+class Prepared(NamedTuple):
+    """A case in one type, with what an exact computation gives."""
+
+    case: Case
+    dtype: str
+    arguments: tuple[np.ndarray, ...]
+    cotangent: np.ndarray
+    """The gradient of the result, for each lane."""
+    expected: list[Sequence[Expected]]
+    """The result and its gradients, for each lane."""
+
+
+def check(
+    chosen: Sequence[Case], forms: Sequence[str], dtypes: Sequence[str], precision: Precision = "default"
+) -> Iterator[Found]:
+    """Run cases on JAX's default device, one program per case, form and type."""
+    for case in chosen:
+        for dtype in dtypes:
+            if dtype == "float32" or case.has_bfloat16:
+                one = prepared(case, dtype)
+                for form in forms:
+                    yield from run([one], form, precision)
+
+
+def quick_check(precision: Precision = "default") -> list[Found]:
+    """Run `quick_cases` in one program, in the form in which most lanes run on this platform."""
+    form = "scan" if jax.default_backend() == "cpu" else "vmap"
+    return run([prepared(case, "float32") for case in quick_cases()], form, precision)
+
+
+def prepared(case: Case, dtype: str) -> Prepared:
+    """Round a case's arguments to a type and compute what they give in float64."""
+    arguments = tuple(rounded(argument, dtype) for argument in case.arguments)
+    shape = jax.eval_shape(case.function, *(argument[0] for argument in arguments)).shape
+    cotangent = rounded(normal(f"cotangent of {case.operation}, {case.size}", LANES, *shape), dtype)
+    exact = [a.astype(np.float64) if a.dtype.kind not in "iu" else a for a in (*arguments, cotangent)]
+    expected = [case.reference(*(a[lane] for a in exact)) for lane in range(LANES)]
+    return Prepared(case, dtype, arguments, cotangent, expected)
+
+
+def run(chosen: Sequence[Prepared], form: str, precision: Precision) -> list[Found]:
+    """Compile cases into one program, run it, and compare."""
+
+    def program(arguments: Sequence[tuple[Any, ...]], cotangents: Sequence[Any]) -> list[Any]:
+        return [
+            FORMS[form](with_gradients(one.case))(*own, cotangent)
+            for one, own, cotangent in zip(chosen, arguments, cotangents, strict=True)
+        ]
+
+    with jax.default_matmul_precision(precision):
+        results = jax.jit(program)([one.arguments for one in chosen], [one.cotangent for one in chosen])
+    platform = jax.default_backend()
+    return [
+        Found(one.case.operation, form, one.dtype, one.case.size, largest_error(one, got, platform, precision))
+        for one, got in zip(chosen, jax.device_get(results), strict=True)
+    ]
+
+
+def with_gradients(case: Case) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function of one lane that returns the operation's result and its gradients."""
+
+    def function(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        *own, cotangent = arguments
+        moving, fixed = own[: case.gradients], own[case.gradients :]
+        y, back = jax.vjp(lambda *moving: case.function(*moving, *fixed), *moving)
+        return (y, *back(cotangent))
+
+    return function
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Real numbers in a type; integers as they are."""
+    return array.astype(jnp.dtype(dtype)) if array.dtype == np.float32 else array
+
+
+def largest_error(one: Prepared, results: Sequence[np.ndarray], platform: str, precision: Precision) -> float:
+    """The largest error of a case over its lanes and results, in units of its tolerance."""
+    own, single = 2.0**-8 if one.dtype == "bfloat16" else 2.0**-24, 2.0**-24
+    factor = 2.0 ** -PRODUCT_BITS.get(platform, PRODUCT_BITS["tpu"])[precision]
+    addition = own if one.case.sums_in_own_type else single
+    worst = 0.0
+    for lane in range(len(results[0])):
+        for got, expected in zip(results, one.expected[lane], strict=True):
+            relative = (SPREAD * np.sqrt(expected.terms) + SLACK) * addition
+            if expected.is_product:
+                relative = relative + 2 * max(0.0, factor - own)
+            tolerance = expected.magnitude * relative + 2 * own * np.abs(expected.value)
+            error = np.abs(got[lane].astype(np.float64) - expected.value) / (tolerance + TINY)
+            worst = max(worst, float(np.max(error, initial=0.0)) if np.isfinite(error).all() else np.inf)
+    return worst
+
+
+# The cases. Each reference is written out in NumPy from the definition, by loops over taps.
+
+
+def normal(name: str, *shape: int) -> np.ndarray:
+    """Standard normal numbers that depend on the name alone."""
+    return np.random.RandomState(sum(name.encode()) * 7919 % 2**32).normal(size=shape).astype(np.float32)
+
+
+def bilinear(
+    operation: str,
+    size: str,
+    function: Callable[..., jax.Array],
+    x: np.ndarray,
+    kernel: np.ndarray,
+    value: Callable[..., np.ndarray],
+    to_x: Callable[..., np.ndarray],
+    to_kernel: Callable[..., np.ndarray],
+) -> Case:
+    """A case of an operation that is linear in both of its arguments.
+
+    The magnitudes of the terms are the same sums of absolute values, and their number the same sums of ones.
+    """
+
+    def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        parts = ((value, x, kernel), (to_x, gradient, kernel), (to_kernel, x, gradient))
+        return [
+            Expected(of(a, b), of(np.abs(a), np.abs(b)), of(np.ones_like(a), np.ones_like(b)), is_product=True)
+            for of, a, b in parts
+        ]
+
+    return Case(operation, size, function, (x, kernel), reference, gradients=2)
+
+
+def dense(rows: int, inputs: int, outputs: int) -> Case:
+    """A matrix product."""
+    size = f"{rows}x{inputs} by {inputs}x{outputs}"
+    return bilinear(
+        "dense",
+        size,
+        lambda x, kernel: x @ kernel,
+        normal(size, LANES, rows, inputs),
+        normal(f"kernel {size}", LANES, inputs, outputs),
+        lambda x, kernel: x @ kernel,
+        lambda gradient, kernel: gradient @ kernel.T,
+        lambda x, gradient: x.T @ gradient,
+    )
+
+
+class Taps(NamedTuple):
+    """The geometry of a window over `(image, height, width, channel)`, for the references."""
+
+    window: tuple[int, int]
+    strides: int = 1
+    dilation: int = 1
+    padding: int = 0
+
+    def places(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Output rows and columns."""
+        rows, columns = (
+            (n + 2 * self.padding - (k - 1) * self.dilation - 1) // self.strides + 1
+            for n, k in zip(shape[1:3], self.window, strict=True)
+        )
+        return rows, columns
+
+    def padded(self, x: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        """The input with its padding."""
+        edge = (self.padding, self.padding)
+        return np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=fill)
+
+    def each(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
+        """For every tap its row and column, and where the padded input lies under it at all positions."""
+        rows, columns = self.places(shape)
+        for i in range(self.window[0]):
+            for j in range(self.window[1]):
+                first = i * self.dilation, j * self.dilation
+                yield (
+                    i,
+                    j,
+                    (
+                        slice(None),
+                        slice(first[0], first[0] + (rows - 1) * self.strides + 1, self.strides),
+                        slice(first[1], first[1] + (columns - 1) * self.strides + 1, self.strides),
+                    ),
+                )
+
+    def cropped(self, padded: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What lies on the input of a gradient of the padded input."""
+        p = self.padding
+        return padded[:, p : p + shape[1], p : p + shape[2]]
+
+
+def filtered(
+    operation: str, x_shape: tuple[int, ...], features: int, taps: Taps, *, local: bool = False, signals: bool = False
+) -> Case:
+    """A convolution, or with `local` one with weights of its own at every position; with `signals` over one axis."""
+    places, shape = taps.places(x_shape), (*taps.window, x_shape[-1], features)
+    size = f"{'x'.join(map(str, x_shape))} by {'x'.join(map(str, shape))}"
+    size += f" /{taps.strides}" * (taps.strides > 1) + f" dilated {taps.dilation}" * (taps.dilation > 1)
+    letters = "nrcx,rcxf->nrcf" if local else "nrcx,xf->nrcf"
+    inputs, outputs = letters.split("->")
+    maps, weights = inputs.split(",")
+
+    def tap(kernel: np.ndarray, i: int, j: int) -> np.ndarray:
+        return kernel[:, :, i, j] if local else kernel[i, j]
+
+    def value(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        padded = taps.padded(x)
+        return sum((np.einsum(letters, padded[at], tap(kernel, i, j)) for i, j, at in taps.each(x.shape)), np.zeros(()))
+
+    def to_x(gradient: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        back = np.zeros_like(taps.padded(np.zeros(x_shape)))
+        for i, j, at in taps.each(x_shape):
+            back[at] += np.einsum(f"{outputs},{weights}->{maps}", gradient, tap(kernel, i, j))
+        return taps.cropped(back, x_shape)
+
+    def to_kernel(x: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        found, padded = np.zeros((*places, *shape) if local else shape), taps.padded(x)
+        for i, j, at in taps.each(x.shape):
+            tap(found, i, j)[...] = np.einsum(f"{maps},{outputs}->{weights}", padded[at], gradient)
+        return found
+
+    conv, unshared = (ops.conv1d, ops.local1d) if signals else (ops.conv2d, ops.local2d)
+    operate: Callable[..., jax.Array] = functools.partial(
+        unshared if local else conv,
+        strides=taps.strides,
+        dilation=taps.dilation,
+        padding=taps.padding,
+    )
+
+    def function(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if not signals:
+            return operate(x, kernel)
+        return operate(x[:, 0], kernel[0, :, 0] if local else kernel[0])[:, None]
+
+    kernel = normal(f"kernel {size}", LANES, *(places if local else ()), *shape)
+    case = bilinear(operation, size, function, normal(size, LANES, *x_shape), kernel, value, to_x, to_kernel)
+    # The input's gradient of a local layer is added up over the taps in the type of its input.
+    return case._replace(sums_in_own_type=local)
+
+
+def pooled(operation: str, x_shape: tuple[int, ...], taps: Taps) -> Case:
+    """`max_pool` or `avg_pool`; values that tie for the largest share the gradient."""
+    size = f"{'x'.join(map(str, x_shape))}, {taps.window[0]}x{taps.window[1]} /{taps.strides}"
+
+    def reference(x: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        under = np.stack([x[at] for _, _, at in taps.each(x.shape)])
+        if operation == "max_pool":
+            y = under.max(axis=0)
+            share = (under == y) / (under == y).sum(axis=0)
+            value = Expected(y, np.zeros_like(y), 0.0)
+        else:
+            y, share = under.mean(axis=0), np.full_like(under, 1 / len(under))
+            value = Expected(y, np.abs(under).mean(axis=0), len(under))
+        back, magnitude = np.zeros_like(x), np.zeros_like(x)
+        for part, (_, _, at) in zip(share, taps.each(x.shape), strict=True):
+            back[at] += part * gradient
+            magnitude[at] += part * np.abs(gradient)
+        return [value, Expected(back, magnitude, len(under))]
+
+    function = functools.partial(getattr(ops, operation), window_shape=taps.window, strides=taps.strides)
+    return Case(operation, size, function, (normal(size, LANES, *x_shape),), reference, 1, sums_in_own_type=True)
+
+
+def normalised(x_shape: tuple[int, ...]) -> Case:
+    """Batch normalisation with its gradients (Ioffe and Szegedy 2015, section 3)."""
+    size, epsilon = "x".join(map(str, x_shape)), 1e-5
+    count, channels = float(np.prod(x_shape[:-1])), x_shape[-1]
+    axes = tuple(range(len(x_shape) - 1))
+
+    def reference(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        mean, deviation = x.mean(axes), np.sqrt(x.var(axes) + epsilon)
+        unit = (x - mean) / deviation
+        along = (gradient * unit).mean(axes)
+        y = unit * scale + bias
+        back = scale / deviation * (gradient - gradient.mean(axes) - unit * along)
+        largest = np.abs(unit).max(axes)
+        sizes = np.abs(gradient).mean(axes), np.abs(gradient * unit).mean(axes)
+        spread = np.abs(scale) / deviation * (np.abs(gradient) + sizes[0] + np.abs(unit) * sizes[1])
+        return [
+            Expected(y, np.abs(unit * scale) + np.abs(scale) + np.abs(bias), count),
+            Expected(back, spread, count),
+            Expected((gradient * unit).sum(axes), count * (sizes[0] * (1 + largest) + sizes[1]), count),
+            Expected(gradient.sum(axes), count * sizes[0], count),
+        ]
+
+    x = normal(size, LANES, *x_shape)
+    scale, bias = 1 + normal(f"scale {size}", LANES, channels), normal(f"bias {size}", LANES, channels)
+    function = lambda x, scale, bias: ops.batch_norm(x, scale, bias, epsilon)[0]  # noqa: E731
+    return Case("batch_norm", size, function, (x, scale, bias), reference, 3, has_bfloat16=False)
+
+
+def activated(rows: int, units: int) -> Case:
+    """A bias and an activation; the gradient of the bias is a sum over all rows."""
+    size = f"{rows}x{units}"
+
+    def reference(x: np.ndarray, bias: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        y = np.tanh(np.maximum(x + bias, 0))
+        back, most = gradient * (1 - y**2) * (x + bias > 0), np.abs(gradient)
+        return [Expected(y, np.abs(y), 2), Expected(back, most, 2), Expected(back.sum(0), most.sum(0), rows)]
+
+    # In eighths and sixteenths, so that sums are exact in bfloat16, and never zero: there a gradient is either.
+    x, bias = np.round(8 * normal(size, LANES, rows, units)) / 8, normal(f"bias {size}", LANES, units)
+    arguments = (np.clip(x, -3, 3), (np.clip(np.round(8 * bias), -7, 7) + 0.5).astype(np.float32) / 8)
+    function = lambda x, bias: jnp.tanh(jax.nn.relu(x + bias[None]))  # noqa: E731
+    return Case("bias, relu, tanh", size, function, arguments, reference, 2, sums_in_own_type=True)
+
+
+def summed(rows: int) -> Case:
+    """The squares of a product, summed: the distance of many rows."""
+    size = f"{rows} rows of 3"
+
+    def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        y, most = x @ kernel, np.abs(x) @ np.abs(kernel)
+        back, along = 2 * gradient[:, None] * y, 2 * np.abs(gradient)[:, None] * most
+        return [
+            Expected((y**2).sum(1), (most**2).sum(1), 9.0, is_product=True),
+            Expected(back @ kernel.T, along @ np.abs(kernel).T, 9.0, is_product=True),
+            Expected(x.T @ back, np.abs(x).T @ along, 9.0 * rows, is_product=True),
+        ]
+
+    arguments = (normal(size, LANES, rows, 3), normal(f"kernel {size}", LANES, 3, 3))
+    function = lambda x, kernel: jnp.sum((x @ kernel) ** 2, axis=1)  # noqa: E731
+    return Case("sum of squared products", size, function, arguments, reference, 2, has_bfloat16=False)
+
+
+def loss(rows: int, classes: int) -> Case:
+    """Softmax cross-entropy with smoothed labels, one number per example."""
+    size, smoothing = f"{rows} examples, {classes} classes", 0.1
+
+    def reference(logits: np.ndarray, labels: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        shifted = logits - logits.max(1, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        targets = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+        back = gradient[:, None] * (np.exp(logs) - targets)
+        return [
+            Expected(-(targets * logs).sum(1), np.abs(logs).sum(1), classes),
+            Expected(back, np.abs(gradient)[:, None] * (1 + np.abs(logits)) * 2, classes),
+        ]
+
+    def function(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
+        return jnp.asarray(optax.softmax_cross_entropy(logits, targets))
+
+    labels = np.random.RandomState(rows).randint(0, classes, (LANES, rows)).astype(np.int32)
+    arguments = (normal(size, LANES, rows, classes), labels)
+    return Case("cross-entropy", size, function, arguments, reference, 1, has_bfloat16=False)
+
+
+STEPS, RATE, MOMENTUM, DECAY, ADAM_BETA, ADAM_EPSILON = 3, 0.05, 0.9, 0.01, 0.999, 1e-8
+
+
+def updated(name: Literal["sgd", "adam", "adamw"], size: int) -> Case:
+    """Three steps of an optimiser (Kingma and Ba 2015; Loshchilov and Hutter 2019), with the same gradient in each."""
+
+    def reference(weights: np.ndarray, slope: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        found, first, second = weights, np.zeros_like(weights), np.zeros_like(weights)
+        for step in range(1, STEPS + 1):
+            along = slope + (0 if name == "adamw" else DECAY) * found
+            if name == "sgd":
+                first = MOMENTUM * first + along
+                found = found - RATE * first
+                continue
+            first = MOMENTUM * first + (1 - MOMENTUM) * along
+            second = ADAM_BETA * second + (1 - ADAM_BETA) * along**2
+            change = first / (1 - MOMENTUM**step)
+            change = change / (np.sqrt(second / (1 - ADAM_BETA**step)) + ADAM_EPSILON)
+            found = found - RATE * (change + (DECAY * found if name == "adamw" else 0))
+        return [Expected(found, np.abs(weights) + STEPS * RATE * (STEPS * np.abs(slope) + 10), 20.0)]
+
+    def function(weights: jax.Array, slope: jax.Array) -> jax.Array:
+        numbers = LaneNumbers(0, 0, RATE, MOMENTUM, DECAY, 0.0, 0.0, 0.0)
+        rule = optimizer(Optim(name), numbers, total_steps=STEPS)
+
+        def step(_: int, model: Any) -> Any:
+            update, state = rule.update(slope, model[1], model[0])
+            return optax.apply_updates(model[0], update), state
+
+        return jnp.asarray(jax.lax.fori_loop(0, STEPS, step, (weights, rule.init(weights)))[0])
+
+    arguments = (normal(f"{name} {size}", LANES, size), 1 + np.abs(normal(f"slope {name}", LANES, size)))
+    return Case(f"{name} step", f"{size} weights", function, arguments, reference, 0, has_bfloat16=False)
+
+
+def gathered(count: int, batch: int) -> Case:
+    """The examples of a batch, by position, as real numbers: exact."""
+    size = f"{batch} of {count} images"
+
+    def reference(images: np.ndarray, index: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        y = images[index].astype(np.float64)
+        return [Expected(y, np.zeros_like(y), 0.0)]
+
+    generator = np.random.RandomState(count)
+    images = generator.randint(0, 256, (LANES, count, 4, 4, 1)).astype(np.uint8)
+    index = generator.randint(0, count, (LANES, batch)).astype(np.int32)
+    function = lambda images, index: images[index].astype(jnp.float32)  # noqa: E731
+    return Case("gather", size, function, (images, index), reference, 0, has_bfloat16=False)
+
+
+@functools.cache
+def cases() -> tuple[Case, ...]:
+    """All cases: sizes on both sides of those at which libraries divide the work, such as 32,768 rows."""
+    images, signals = (8, 12, 12, 3), (8, 1, 40, 3)
+    return (
+        dense(7, 5, 3),
+        dense(250, 784, 300),
+        dense(32_769, 3, 3),
+        filtered("conv2d", (128, 28, 28, 1), 6, Taps((5, 5), padding=2)),
+        filtered("conv2d", (16, 14, 14, 16), 33, Taps((3, 3))),
+        filtered("conv2d", images, 4, Taps((3, 2), strides=2, padding=1)),
+        filtered("conv2d", images, 4, Taps((3, 3), dilation=2)),
+        filtered("conv1d", (100, 1, 40, 1), 25, Taps((1, 5), strides=2), signals=True),
+        filtered("conv1d", signals, 4, Taps((1, 3), dilation=2), signals=True),
+        filtered("local2d", (128, 12, 12, 2), 6, Taps((5, 5)), local=True),
+        filtered("local2d", images, 4, Taps((3, 3), strides=2, padding=1), local=True),
+        filtered("local1d", (100, 1, 40, 1), 8, Taps((1, 5), strides=2), local=True, signals=True),
+        pooled("max_pool", (64, 24, 24, 6), Taps((2, 2), strides=2)),
+        pooled("max_pool", images, Taps((3, 3), strides=2)),
+        pooled("avg_pool", (64, 24, 24, 6), Taps((2, 2), strides=2)),
+        normalised((7, 3)),
+        normalised((64, 24, 24, 3)),
+        activated(7, 5),
+        activated(32_769, 4),
+        summed(7),
+        summed(32_769),
+        loss(100, 10),
+        loss(32_769, 10),
+        updated("sgd", 1000),
+        updated("adam", 1000),
+        updated("adamw", 1000),
+        gathered(40_000, 100),
+    )
+
+
+@functools.cache
+def quick_cases() -> tuple[Case, ...]:
+    """One case per operation, small enough for all of them together to take less than a second."""
+    return (
+        dense(250, 784, 30),
+        filtered("conv2d", (32, 12, 12, 1), 6, Taps((5, 5), padding=2)),
+        filtered("conv1d", (32, 1, 40, 1), 8, Taps((1, 5), strides=2), signals=True),
+        filtered("local2d", (32, 8, 8, 2), 6, Taps((5, 5)), local=True),
+        pooled("max_pool", (16, 12, 12, 6), Taps((2, 2), strides=2)),
+        normalised((16, 12, 12, 3)),
+        activated(100, 10),
+        summed(32_769),
+        loss(100, 10),
+        updated("sgd", 100),
+        updated("adamw", 100),
+        gathered(1000, 100),
+    )

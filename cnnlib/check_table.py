@@ -1,0 +1,94 @@
+"""`python -m experiments check`: known-bad programs and every operation of training, as one table."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+
+from rich.console import Console
+
+from cnnlib import kernels
+from cnnlib.check import FORMS, Found, Precision, cases, check
+from cnnlib.defects import DEFECTS
+from cnnlib.errors import UserError
+from cnnlib.mesh import devices
+from cnnlib.programs import compile_cache
+
+PATIENCE = 120.0
+"""Seconds that a known-bad program may take; a right one takes a few."""
+
+
+def print_check(precision: Precision, only: str, console: Console) -> bool:
+    """Check JAX's default device and print what came out, line by line.
+
+    Args:
+        precision: Of float32 products.
+        only: Look only at programs and operations with this in their name.
+        console: Where the table goes.
+
+    Returns:
+        Whether everything is right.
+
+    Raises:
+        UserError: No name contains `only`, or JAX finds no device.
+    """
+    programs = [one for one in DEFECTS if only in one.name]
+    chosen = [one for one in cases() if only in one.operation]
+    if not programs and not chosen:
+        names = dict.fromkeys((*(one.name for one in DEFECTS), *(one.operation for one in cases())))
+        raise UserError(f"nothing to check has {only!r} in its name; there are: {', '.join(names)}")
+    device = devices()[0]
+    flags = os.environ.get("XLA_FLAGS", "") or "none"
+    used = f", {kernels.chosen()} kernels" if device.platform == "cpu" else ""
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"{device.device_kind} ({device.platform}), jaxlib {version('jaxlib')}, precision {precision}{used}")
+    line(f"XLA_FLAGS: {flags}\n")
+    wrong = []
+    for defect in programs:
+        if defect.platform == device.platform:
+            outcome = run_known_bad(defect.name)
+            wrong += [f"{defect.name}: {outcome}"] * (outcome != "right")
+            line(f"{defect.name:<44}{outcome:>10}")
+    line(f"\nlargest error in units of its tolerance (right: at most 1)\n{ROW.format(*COLUMNS)}")
+    with compile_cache(True, line):
+        for operation, own in itertools.groupby(chosen, lambda case: case.operation):
+            found = list(check(tuple(own), tuple(FORMS), TYPES, precision))
+            for form in FORMS:
+                line(ROW.format(operation, form, *(cell(found, form, dtype) for dtype in TYPES)))
+            wrong += [
+                f"{one.operation} {one.size}, {one.form}, {one.dtype}: {one.error:.3g}" for one in found if one.is_wrong
+            ]
+    line("\neverything is right" if not wrong else "\nwrong:\n  " + "\n  ".join(wrong))
+    return not wrong
+
+
+TYPES = ("float32", "bfloat16")
+COLUMNS = ("operation", "form", *TYPES)
+ROW = "{:<28}{:<6}{:>10}{:>10}"
+
+
+def cell(found: list[Found], form: str, dtype: str) -> str:
+    """The largest error of an operation's sizes in a form and a type; a dash where training has no such type."""
+    errors = [one.error for one in found if (one.form, one.dtype) == (form, dtype)]
+    return f"{max(errors):.3f}" if errors else "-"
+
+
+def run_known_bad(name: str) -> str:
+    """Run a known-bad program in a process of its own, which may crash or hang: `right`, or what happened."""
+    command = [sys.executable, "-m", "cnnlib.known_bad", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    if done.returncode < 0:
+        return f"crashes ({signal.Signals(-done.returncode).name})"
+    if done.returncode == 0:
+        return "right"
+    return "wrong" if done.stdout else f"fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
