@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib.cache import cache_folder
+from cnnlib.cache import cache_folder, make
 from cnnlib.config import Data
 from cnnlib.errors import UserError
 from cnnlib.sources import Origin, Split
@@ -308,7 +308,7 @@ def _save_atomically(path: Path, array: np.ndarray) -> None:
     """Writes beside and renames, so that a reader never sees half a file. A cache that cannot be written is skipped:
     the examples are in memory, only the next run decodes them again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             np.save(file, array, allow_pickle=False)
         Path(file.name).replace(path)
