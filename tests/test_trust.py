@@ -1,4 +1,4 @@
-"""Data sets that somebody else made run no code: no modules that their files name, no programs for their images."""
+"""What others made runs no code: no modules that a data set names, no programs for images or of a git configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from cnnlib import own_data
+import cnnlib
+from cnnlib import own_data, tracking
 from cnnlib.config import Data
 from cnnlib.data import Split, load, open_splits
 from cnnlib.errors import UserError
@@ -223,3 +224,30 @@ def test_what_lies_beside_the_image_is_not_decoded(ghostscript, tmp_path, monkey
     opened = open_splits(data)
     assert (opened.test.read(np.array([1])).x == 255).all() and opened.train.labels().tolist() == [0, 0, 0]
     assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("setting", ["diff.external", "diff.python.textconv", "core.fsmonitor"])
+def test_the_diff_is_taken_without_the_programs_of_git_s_configuration(setting, tmp_path, monkeypatch):
+    package, ran, script = tmp_path / "checkout", tmp_path / "ran", tmp_path / "script"
+    package.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch '{ran}'\necho by a program\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+    def git(*arguments):
+        identity = ("-c", "user.name=name", "-c", "user.email=address")
+        subprocess.run(["git", *identity, *arguments], cwd=package, check=True, capture_output=True)
+
+    git("init")
+    (package / "__init__.py").write_text("before\n")
+    (package / ".gitattributes").write_text("*.py diff=python\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (package / "__init__.py").write_text("after\n")
+    git("config", "color.ui", "always")
+    git("config", setting, str(script))
+    monkeypatch.setattr(cnnlib, "__file__", str(package / "__init__.py"))
+    assert tracking.commit().endswith("-dirty")
+    told = tracking.diff()
+    assert not ran.exists()
+    assert "-before\n+after\n" in told and "\x1b" not in told
