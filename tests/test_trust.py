@@ -21,6 +21,7 @@ from cnnlib.config import Data
 from cnnlib.data import Split, load, open_splits
 from cnnlib.errors import UserError
 from cnnlib.own_data import from_arrays, from_folder
+from cnnlib.prepared import import_tfds, quiet
 from experiments.__main__ import main
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
@@ -224,6 +225,20 @@ def test_what_lies_beside_the_image_is_not_decoded(ghostscript, tmp_path, monkey
     opened = open_splits(data)
     assert (opened.test.read(np.array([1])).x == 255).all() and opened.train.labels().tolist() == [0, 0, 0]
     assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("file_type", ["png RGB", "png L", "jpeg RGB", "bmp RGB", "gif L"])
+def test_images_are_decoded_as_tfds_decodes_them(file_type, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kind, mode = file_type.split()
+    pixels = np.random.RandomState(0).randint(0, 256, (4, 4, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind)
+    monkeypatch.setattr(own_data, "png", lambda pixels: io.BytesIO(file.getvalue()))
+    made = from_arrays("mine", tmp_path, black(3), black(2), ["all"])
+    with quiet():
+        expected = import_tfds().builder_from_directory(made).as_data_source("test")[0]["image"]
+    np.testing.assert_array_equal(load(Data("mine", data_dir=str(tmp_path))).test.x, [expected] * 2)
 
 
 @pytest.mark.parametrize("setting", ["diff.external", "diff.python.textconv", "core.fsmonitor"])
