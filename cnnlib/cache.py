@@ -9,13 +9,16 @@ from pathlib import Path
 
 
 def cache_folder(part: str) -> Path:
-    """`$XDG_CACHE_HOME/cnnlib/PART`, else `~/.cache/cnnlib/PART`; without a home, in the temporary folder."""
+    """`$XDG_CACHE_HOME/cnnlib/PART`, else `~/.cache/cnnlib/PART`; without a home, in the temporary folder.
+
+    Links in it are followed, so that nobody can turn one elsewhere after `changeable_by_others` has looked.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         root = Path(base) if base else Path.home() / ".cache"
     except RuntimeError:  # no HOME, and no entry in the list of users
         root = private_folder(Path(tempfile.gettempdir()) / f"cnnlib-{os.getuid()}")
-    return root / "cnnlib" / part
+    return (root / "cnnlib" / part).resolve()
 
 
 def private_folder(folder: Path) -> Path:
@@ -39,11 +42,43 @@ def keep_file(path: Path, data: bytes) -> None:
     Path(part.name).replace(path)
 
 
+def make(folder: Path) -> None:
+    """Make a folder and those above it that are missing, for this user alone whatever the umask.
+
+    Raises OSError where it cannot be made.
+    """
+    if not folder.is_dir():
+        make(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in the folder, which is made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make(folder)
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
         return False
+
+
+def changeable_by_others(path: Path) -> Path | None:
+    """Find what lets other users than this one and root change a file or folder: itself, or a folder above it.
+
+    Others may write to a sticky folder above it, such as /tmp: they cannot replace there what is not theirs.
+    Raises OSError where nothing is there.
+    """
+    for place in (path, *path.parents):
+        found = place.lstat()
+        is_shared = found.st_mode & 0o022 and not (found.st_mode & stat.S_ISVTX and place != path)
+        if is_shared or found.st_uid not in (0, os.getuid()) or stat.S_ISLNK(found.st_mode):
+            return place
+    return None
+
+
+def refusal(folder: Path) -> str | None:
+    """Say why no code is loaded from a folder or kept in it, which is made if need be; None where it is."""
+    if not is_writable(folder):
+        return f"{folder} cannot be written"
+    place = changeable_by_others(folder)
+    return f"{place} can be changed by others (XDG_CACHE_HOME names another folder)" if place else None

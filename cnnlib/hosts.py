@@ -318,13 +318,13 @@ Parts = Sequence[bytes | memoryview]
 
 
 def packed(groups: Sequence[Sequence[np.ndarray]]) -> Parts:
-    """Arrays as bytes: what they are, in JSON, and their numbers. Raises TypeError for arrays of Python's objects."""
+    """Arrays as bytes: what they are, in JSON, and their numbers. Raises TypeError for arrays of anything else."""
     kinds: list[list[Any]] = []
     parts: list[bytes | memoryview] = []
     for group in groups:
         for array in group:
-            if array.dtype.hasobject:
-                raise TypeError("only numbers and fixed texts can be sent")
+            if not is_numeric(array.dtype):
+                raise TypeError(f"only numbers can be sent, not {array.dtype}")
             numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             parts += [numbers, bytes(-len(numbers) % ALIGNMENT)]
         # What extends NumPy, such as bfloat16, is known by its name alone.
@@ -335,17 +335,32 @@ def packed(groups: Sequence[Sequence[np.ndarray]]) -> Parts:
 
 
 def unpacked(said: bytearray) -> list[list[np.ndarray]]:
-    """The arrays that `packed` made these bytes of, in their memory."""
-    (length,) = struct.unpack_from("!Q", said)
-    start = 8 + length
+    """View the arrays that `packed` made these bytes of, in their memory.
+
+    Raises UserError where they are no arrays of numbers, or do not fit the bytes: an array of objects would take the
+    bytes of another process for pointers.
+    """
     groups: list[list[np.ndarray]] = []
-    for kinds in json.loads(said[8:start]):
-        groups.append([])
-        for name, shape in kinds:
-            array = np.ndarray(shape, np.dtype(name), said, start)
-            groups[-1].append(array)
-            start += array.nbytes + -array.nbytes % ALIGNMENT
+    try:
+        (length,) = struct.unpack_from("!Q", said)
+        start = 8 + length
+        for kinds in json.loads(said[8:start]):
+            groups.append([])
+            for name, shape in kinds:
+                dtype = np.dtype(name)
+                if not is_numeric(dtype) or min(shape, default=0) < 0:
+                    raise ValueError(f"dtype {dtype}, shape {shape}")
+                array = np.ndarray(shape, dtype, said, start)  # raises where these bytes are too few
+                groups[-1].append(array)
+                start += array.nbytes + -array.nbytes % ALIGNMENT
+    except (struct.error, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"another process sent something other than arrays of numbers: {error}") from error
     return groups
+
+
+def is_numeric(dtype: np.dtype) -> bool:
+    """Whether a dtype is boolean, a number of NumPy's, or one that extends NumPy, such as bfloat16."""
+    return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.type is not np.void)
 
 
 def _received(connection: socket.socket) -> bytes:

@@ -3,8 +3,8 @@
 XLA's own CPU convolutions are slow where they count here: weight gradients in loops, and few channels. kernels.cc takes
 a quarter to a half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers
 come with JAX. It is compiled for the processor at hand at its first use, in about 7 s, and kept in the user's cache
-folder. `CNNLIB_KERNELS=xla` does without it, `CNNLIB_KERNELS=native` insists on it; by default it is used on a machine
-that can compile it.
+folder, unless others could change it there. `CNNLIB_KERNELS=xla` does without it, `CNNLIB_KERNELS=native` insists on
+it; by default it is used on a machine that can compile it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from cnnlib.cache import cache_folder, is_writable, keep_file
+from cnnlib.cache import cache_folder, changeable_by_others, keep_file, refusal
 from cnnlib.errors import UserError
 
 Kernels = Literal["native", "xla"]
@@ -89,8 +89,16 @@ def is_compiled() -> bool:
         return True
 
 
+def not_kept() -> str | None:
+    """Say why each process compiles the kernels anew; None where they are kept."""
+    return refusal(cache_folder("kernels"))
+
+
 def library() -> ctypes.CDLL:
-    """The shared library for this machine, compiled if it is not there or damaged. Raises Unavailable."""
+    """The shared library for this machine, compiled if it is not there, damaged, or others could change it.
+
+    Raises Unavailable.
+    """
     command = compiler()
     path = library_path(command)
     if is_intact(path):
@@ -122,21 +130,21 @@ def loaded(path: Path) -> ctypes.CDLL:
 def keep(fresh: Path, path: Path) -> None:
     """Puts a compiled library where the next process looks for it, beside the hash of what it holds.
 
-    Each file appears whole, since several processes may come here at once. A folder that cannot be written keeps
-    nothing, and the next process compiles again.
+    Each file appears whole, since several processes may come here at once. A folder that cannot be written, or that
+    others could change, keeps nothing, and the next process compiles again.
     """
     content = fresh.read_bytes()
     files = {path: content, path.with_suffix(".sha256"): hashlib.sha256(content).hexdigest().encode()}
-    if is_writable(path.parent):
+    if refusal(path.parent) is None:
         for final, data in files.items():
             keep_file(final, data)
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the library is there and what was written."""
+    """Whether the library is there, is what was written, and others could not change it."""
     try:
         expected = path.with_suffix(".sha256").read_text()
-        return hashlib.sha256(path.read_bytes()).hexdigest() == expected
+        return not changeable_by_others(path) and hashlib.sha256(path.read_bytes()).hexdigest() == expected
     except (OSError, UnicodeDecodeError):
         return False
 

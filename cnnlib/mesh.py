@@ -156,7 +156,7 @@ class Spread(NamedTuple):
             return jax.tree.map(lambda rows: rows[: self.lanes], jax.device_get(tree))
         arrays, structure = jax.tree.flatten(tree)
         found = self.hosts.gathered([self._own_rows(array) for array in arrays])
-        return jax.tree.unflatten(structure, self._joined(found))
+        return jax.tree.unflatten(structure, self._joined(found, arrays))
 
     def fetched_by_first(self, tree: Any) -> Any:
         """The same on process 0 of several; None on the others. Of one process, still on its devices and with copies:
@@ -165,7 +165,7 @@ class Spread(NamedTuple):
             return tree
         arrays, structure = jax.tree.flatten(tree)
         found = self.hosts.gathered_by_first([self._own_rows(array) for array in arrays])
-        return None if found is None else jax.tree.unflatten(structure, self._joined(found))
+        return None if found is None else jax.tree.unflatten(structure, self._joined(found, arrays))
 
     def _own_rows(self, array: jax.Array) -> np.ndarray:
         """Of the lanes whose first device is one of this host's."""
@@ -173,8 +173,18 @@ class Spread(NamedTuple):
         own = [np.asarray(by_device[device]) for device in self.devices[:: self.shards] if device in by_device]
         return np.concatenate(own) if own else np.zeros((0, *array.shape[1:]), array.dtype)
 
-    def _joined(self, parts: list[list[np.ndarray]]) -> list[np.ndarray]:
-        """The rows of all hosts, whose devices are in the order of their processes."""
+    def _joined(self, parts: list[list[np.ndarray]], arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+        """Concatenate the rows of all hosts, whose devices are in the order of their processes.
+
+        Raises UserError where they do not make up arrays of the dtypes and shapes of `arrays`.
+        """
+        of_hosts = [device.process_index for device in self.devices[:: self.shards]]
+        expected = [
+            [((of_hosts.count(host) * self.lanes_a_device, *array.shape[1:]), array.dtype) for array in arrays]
+            for host in range(self.hosts.count)
+        ]
+        if [[(rows.shape, rows.dtype) for rows in own] for own in parts] != expected:
+            raise UserError("another process sent arrays of other dtypes or shapes than expected")
         return [np.concatenate(rows)[: self.lanes] for rows in zip(*parts, strict=True)]
 
     def shared(self, tree: Any) -> Any:

@@ -17,6 +17,9 @@ from cnnlib.data import Split, is_ours, quiet, stratified
 from cnnlib.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
+"""Pillow's names of what files of these endings hold. Without them it looks into the file, and starts Ghostscript for
+an EPS of any name."""
 VERSION = "1.0.0"
 
 
@@ -93,7 +96,7 @@ def read_image(path: Path, size: tuple[int, int] | None, grey: bool) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{path} has more than 8 bits a channel: it must be saved with 8")

@@ -1,24 +1,27 @@
 """Prepared data sets of TensorFlow Datasets: found by name, prepared if need be, read whole or by position.
 
-TFDS is imported when used; reading what is prepared needs no TensorFlow.
+TFDS is imported when used; reading what is prepared needs no TensorFlow. A prepared set may come from anybody: nothing
+of it is run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import logging
+import re
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cnnlib.cache import cache_folder
+from cnnlib.cache import cache_folder, make
 from cnnlib.config import Data
 from cnnlib.errors import UserError
 from cnnlib.sources import Origin, Split
@@ -29,6 +32,29 @@ PREPARED_WITH_TENSORFLOW = (
     "tensorflow_datasets.image_classification.cifar",
 )
 """Builders that are known to fail without TensorFlow, but only after their download, so we say it before."""
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
+"""Pillow's names of the formats that TFDS keeps images in. For others, such as EPS, Pillow may start a program."""
+
+
+@functools.cache
+def import_tfds() -> Any:
+    """Import TFDS, and keep it from importing modules that a data set names.
+
+    `features.json` and `dataset_info.json` name the classes of the features. TFDS imports the module of each class that
+    it does not know, and the author of the files may have put such a module beside them.
+    """
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    class_of = connector.cls_from_name
+
+    def known_class_of(name: str) -> Any:
+        if name not in connector._registered_features:
+            raise UserError(f"its files name the class {name}; allowed are the feature classes of TFDS")
+        return class_of(name)
+
+    connector.cls_from_name = known_class_of
+    return tfds
 
 
 @contextlib.contextmanager
@@ -53,8 +79,9 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
         raise UserError(f"data.seed has no meaning for {data.name}: it is not generated")
     if data.data_dir is not None and not Path(data.data_dir).expanduser().is_dir():
         raise UserError(f"data.data_dir={data.data_dir} is no folder")
-    import tensorflow_datasets as tfds
-
+    if found := re.match(r"([\w-]+):[a-zA-Z]", data.name):  # what follows the colon is no version
+        raise UserError(f"data.name={data.name}: data sets of a namespace, such as {found[1]}, run their authors' code")
+    tfds = import_tfds()
     directory = None if data.data_dir is None else str(Path(data.data_dir).expanduser())
     try:
         builder = tfds.builder(data.name, data_dir=directory)
@@ -132,14 +159,13 @@ class Records:
 
     def read(self, indices: np.ndarray) -> Split:
         """Decodes the examples at these positions."""
-        image_key, label_key = self._keys
         x, y = np.empty((len(indices), *self.input_shape), np.uint8), np.empty(len(indices), np.int32)
         try:
             with self._lock:
                 if self._opened is None:
-                    self._opened = self._open()
-            for index, example in enumerate(_examples(self._opened, indices)):
-                x[index], y[index] = example[image_key], example[label_key]
+                    self._opened = self._open(*self._keys)
+            for index, (encoded, label) in enumerate(self._opened(indices)):
+                x[index], y[index] = pixels(encoded), label
         except Exception as error:
             raise UserError(_unreadable(self._name, error)) from error
         return Split(x, y)
@@ -149,37 +175,52 @@ class Records:
         cached = _whole(self._labels_path, (self.count,), np.int32)
         if cached is not None:
             return cached
-        import tensorflow_datasets as tfds
-
-        image_key, label_key = self._keys
         try:
-            source = self._open({image_key: tfds.decode.SkipDecoding()})
-            examples = _examples(source, np.arange(self.count))
-            y = np.fromiter((example[label_key] for example in examples), np.int32, self.count)
+            read = self._open(self._keys[1])
+            y = np.fromiter((label for (label,) in read(np.arange(self.count))), np.int32, self.count)
         except Exception as error:
             raise UserError(_unreadable(self._name, error)) from error
         _save_atomically(self._labels_path, y)
         return y
 
-    def _open(self, decoders: dict[str, Any] | None = None) -> Any:
-        import tensorflow_datasets as tfds
-
+    def _open(self, *keys: str) -> Reader:
         with quiet():  # from its folder, since another process may not know the class that prepared it
-            builder = tfds.builder_from_directory(self._folder)
-        return _data_source(builder, self._split, decoders)
+            builder = import_tfds().builder_from_directory(self._folder)
+        return _reader(builder, self._split, *keys)
 
 
-def _data_source(builder: Any, split: str, decoders: dict[str, Any] | None = None) -> Any:
+Reader = Callable[[np.ndarray], Iterator[list[Any]]]
+"""Reads the examples at some positions: of each the features that were asked for, an image as the bytes of its file."""
+
+
+def _reader(builder: Any, split: str, *keys: str) -> Reader:
+    """Open a split to read these features. No others are decoded."""
+    tfds = import_tfds()
     with quiet():
-        source = builder.as_data_source(split=split, decoders=decoders)
-        if len(source):
-            source[0]  # with the first image that it decodes TFDS recommends another decoder
-    return source
+        source = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
+    encoded = [key for key in keys if isinstance(features[key], tfds.features.Image)]
+    decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
+
+    def read(indices: np.ndarray) -> Iterator[list[Any]]:
+        for start in range(0, len(indices), AT_A_TIME):
+            for record in source.__getitems__(indices[start : start + AT_A_TIME].tolist()):
+                example = features.deserialize_example_np(record, decoders=decoders)
+                yield [example[key] for key in keys]
+
+    return read
 
 
-def _examples(source: Any, indices: np.ndarray) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(indices), AT_A_TIME):
-        yield from source.__getitems__(indices[start : start + AT_A_TIME].tolist())
+def pixels(encoded: bytes) -> np.ndarray:
+    """Decode an image file to `(height, width, channel)`; raises UserError for other formats than `IMAGE_FORMATS`."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            array = np.asarray(image, np.uint8)
+    except UnidentifiedImageError as error:  # which names no file, only an object of Python's
+        raise UserError(f"an image has none of the formats {', '.join(IMAGE_FORMATS)}") from error
+    return array if array.ndim == 3 else array[..., None]
 
 
 def _counts(name: str, splits: Any) -> dict[str, int]:
@@ -203,8 +244,7 @@ def _needs_tensorflow(name: str, error: object) -> str:
 
 def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
     """Keys of image and label, the image's shape, the label; or a UserError that says what is missing."""
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     keys = info.supervised_keys
     if isinstance(keys, tuple) and len(keys) == 2 and all(isinstance(key, str) for key in keys):
         image, label = info.features[keys[0]], info.features[keys[1]]
@@ -239,10 +279,10 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     x, y = _whole(paths[0], shape, np.uint8), _whole(paths[1], (count,), np.int32)
     if x is not None and y is not None:
         return Split(x, y)
-    source = _data_source(builder, split)
+    read = _reader(builder, split, image_key, label_key)
     x, y = np.empty(shape, np.uint8), np.empty(count, np.int32)
-    for index, example in enumerate(_examples(source, np.arange(count))):
-        x[index], y[index] = example[image_key], example[label_key]
+    for index, (encoded, label) in enumerate(read(np.arange(count))):
+        x[index], y[index] = pixels(encoded), label
     for path, array in zip(paths, (x, y), strict=True):
         _save_atomically(path, array)
     return Split(x, y)
@@ -268,7 +308,7 @@ def _save_atomically(path: Path, array: np.ndarray) -> None:
     """Writes beside and renames, so that a reader never sees half a file. A cache that cannot be written is skipped:
     the examples are in memory, only the next run decodes them again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             np.save(file, array, allow_pickle=False)
         Path(file.name).replace(path)

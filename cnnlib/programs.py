@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from cnnlib import checkpoint, evaluation, kernels, machine, mesh, train
-from cnnlib.cache import cache_folder, is_writable
+from cnnlib.cache import cache_folder, refusal
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.hosts import ALONE, Hosts
@@ -314,21 +314,22 @@ def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:
 
 @contextlib.contextmanager
 def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
-    """Inside, what JAX compiles is kept in the user's cache folder, one subfolder a kind of processor.
+    """Inside, what JAX compiles is kept in the user's cache folder, one subfolder per kind of processor.
 
     A cache that the user gave JAX (`JAX_COMPILATION_CACHE_DIR`) or forbade it (`JAX_ENABLE_COMPILATION_CACHE`) stays.
-    `says` is told where nothing can be kept, and where what was kept is damaged, as a run that was killed may leave it,
-    or one that is writing just now: programs of that name are thrown away.
+    Where nothing can be written, or others could put their machine code, nothing is kept, and `says` is told. It is
+    also told where what was kept is damaged, as a run that was killed may leave it, or one that is writing just now:
+    programs of that name are thrown away.
     """
     settings: Any = jax.config
     folder: Path | None = None
     values: dict[str, Any] = {} if wanted else {"jax_enable_compilation_cache": False}
     if wanted and settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
         folder = cache_folder("programs") / hashlib.sha256(kernels.processor().encode()).hexdigest()[:16]
-        if is_writable(folder):
+        if (reason := refusal(folder)) is None:
             values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": KEPT_FROM}
         else:
-            says(f"{folder} cannot be written: compiled programs are not kept")
+            says(f"{reason}: compiled programs are not kept")
     before = {name: getattr(settings, name) for name in values}
     try:
         for name, value in values.items():

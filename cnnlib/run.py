@@ -406,7 +406,9 @@ def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watch
     if device.platform != "cpu" or not any(isinstance(layer, (Conv, Local, MaxPool)) for layer in layers):
         return "xla"
     if asked != "xla" and not kernels.is_compiled():
-        watcher.says("compiling the convolutions for this processor, once")
+        reason = kernels.not_kept()
+        how_often = f"for this process only: {reason}" if reason else "once"
+        watcher.says(f"compiling the convolutions for this processor, {how_often}")
     choice = kernels.chosen()
     if (asked, choice) == ("auto", "xla"):
         watcher.says(f"{kernels.register()}: convolutions run on XLA's own kernels, 2 to 4 times as long")

@@ -265,10 +265,14 @@ def code_sha256() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about cnnlib's own checkout; None outside one, and without git."""
+    """What git says about cnnlib's own checkout; None outside one, and without git.
+
+    The program of `core.fsmonitor` is not run: git's configuration may be somebody else's.
+    """
     package = Path(cnnlib.__file__).parent
+    command = ["git", "-c", "core.fsmonitor=false", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, check=False)
+        done = subprocess.run(command, cwd=package, capture_output=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None
@@ -288,5 +292,5 @@ def commit() -> str | None:
 
 
 def diff() -> str:
-    """How tracked files of cnnlib's own checkout differ from its commit."""
-    return _git("diff", "HEAD") or ""
+    """How tracked files of cnnlib's own checkout differ from its commit, by git itself and without colours."""
+    return _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD") or ""

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -97,7 +98,6 @@ ARRAYS = [
     np.zeros((0, 5), np.uint8),
     np.array([True, False, True]),
     np.array([1.5, -2.0], ml_dtypes.bfloat16),
-    np.array(["one", "three"]),
     np.arange(12, dtype=">i2").reshape(3, 4).T,
     np.array([1 + 2j], np.complex64),
 ]
@@ -132,9 +132,61 @@ def test_a_large_array_is_gathered(star):
     assert others == [None, None]
 
 
-def test_python_objects_are_not_sent():
+@pytest.mark.parametrize("array", [np.array([{}]), np.array(["text"]), np.array([(1, {})], "i4,O")])
+def test_only_numbers_are_sent(array):
     with pytest.raises(TypeError, match="only numbers"):
-        hosts.packed([[np.array([{}])]])
+        hosts.packed([[array]])
+
+
+def message(kinds, numbers=bytes(64)):
+    """The bytes of arrays that are described like this."""
+    header = kinds if isinstance(kinds, bytes) else json.dumps(kinds).encode()
+    return bytearray(struct.pack("!Q", len(header)) + header + numbers)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        message([[["|O", [2]]]]),  # pointers, to wherever the other process likes
+        message([[["|O", [0]]]]),
+        message([[["<i4,|O", [1]]]]),
+        message([[[[["a", "|O"]], [1]]]]),
+        message([[["|V8", [1]]]]),
+        message([[["<U2", [1]]]]),
+        message([[["<M8[s]", [1]]]]),
+        message([[["nothing", [1]]]]),
+        message([[["<f4", [17]]]]),  # more than came
+        message([[["<f4", [-1]]]]),
+        message([[["<f4", [-1, -16]]]]),
+        message([[["<f4", [0, 2**62]]]]),
+        message([[["<f4", [2**62, 4]]]]),
+        message([[["<f4", [2**70]]]]),
+        message([[["<f4", [1] * 100]]]),
+        message([[["<f4", [1.5]]]]),
+        message([[["<f4", "ab"]]]),
+        message([[["<f4"]]]),
+        message(5),
+        message({"a": [1]}),
+        message(b"\xff"),
+        message(b"[" * 100_000),
+        bytearray(5),
+        bytearray(struct.pack("!Q", 2**63)),
+    ],
+)
+def test_what_holds_no_numbers_or_does_not_fit_is_not_taken(said):
+    with pytest.raises(UserError, match=r"^another process sent something other than arrays of numbers: [^\n]+$"):
+        hosts.unpacked(said)
+
+
+def test_a_process_that_sends_pointers_ends_the_run(star, monkeypatch):
+    def talk(own):
+        with own:
+            if own.process == 1:
+                monkeypatch.setattr(hosts, "packed", lambda groups: [bytes(message([[["|O", [1]]]]))])
+            return own.gathered_by_first([np.zeros(1)])
+
+    first, _ = star.run(2, talk)
+    assert isinstance(first, UserError) and "other than arrays of numbers" in str(first)
 
 
 def test_who_differs_from_the_first_is_named_on_all(star):

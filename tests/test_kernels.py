@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,48 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path):
     (tmp_path / "tmp").mkdir()
     found = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "tmp"))
     assert found[1] == "native" and not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A library where the kernels are looked for, with its hash, that leaves the file `ran` when it is loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ran = tmp_path / "ran"
+    code = f'#include <cstdio>\n__attribute__((constructor)) void run() {{ fclose(fopen("{ran}", "w")); }}\n'
+    code += "".join(f'extern "C" void {target}() {{}}\n' for target in kernels.TARGETS)
+    (tmp_path / "planted.cc").write_text(code)
+    subprocess.run([*kernels.compiler(), "-shared", "-fPIC", "planted.cc", "-o", "planted"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("CXX", "false")  # is asked in vain where the planted library is not taken
+    path = kernels.library_path(["false"])
+    kernels.keep(tmp_path / "planted", path)
+    assert path.exists()
+    return SimpleNamespace(path=path, ran=ran)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", range(5))
+def test_a_library_that_others_could_have_put_there_is_not_loaded(planted, level):
+    place = (planted.path, *planted.path.parents)[level]  # up to what holds the cache
+    place.chmod(0o777)
+    with pytest.raises(kernels.Unavailable, match="does not compile"):
+        kernels.library()
+    assert not planted.ran.exists() and not kernels.is_compiled()
+    assert (kernels.not_kept() is None) == (level == 0)
+
+
+@needs_compiler
+def test_a_library_of_a_folder_of_the_user_s_own_is_loaded(planted):
+    assert kernels.is_compiled() and kernels.not_kept() is None
+    kernels.library()
+    assert planted.ran.exists()
+
+
+@needs_compiler
+def test_a_library_is_not_kept_where_others_can_write(planted):
+    planted.path.unlink()
+    planted.path.parent.chmod(0o777)
+    kernels.keep(planted.path.with_suffix(".sha256"), planted.path)
+    assert not planted.path.exists()
 
 
 def test_the_choice_can_be_made_by_hand(monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 from cnnlib.config import Data
 from cnnlib.data import Split, load
 from cnnlib.errors import UserError
-from cnnlib.own_data import from_arrays, from_folder
+from cnnlib.own_data import ENDINGS, from_arrays, from_folder, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,14 @@ def test_what_is_hidden_is_left_out_and_photographs_are_upright_and_opaque(tmp_p
     assert data.description.class_names == ("a",) and data.train.x.shape == (3, 8, 4, 3)
     (ink,) = (image for image in data.train.x if image[0, 0].tolist() == [0, 0, 0] and image[1, 0, 0] == 255)
     assert (ink[1:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "gif", "webp", "mpo"])
+def test_files_of_all_endings_are_read_whatever_the_ending_says(kind, tmp_path):
+    for ending in ENDINGS:
+        path = tmp_path / f"image{ending}"
+        Image.new("RGB", (5, 6), "white").save(path, kind)  # a phone's JPEG may be an MPO: several in one
+        assert np.asarray(read_image(path, None, False)).tolist() == np.full((6, 5, 3), 255).tolist()
 
 
 def test_a_set_is_made_anew_and_read_anew(tmp_path):

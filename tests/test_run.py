@@ -423,6 +423,12 @@ def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
     assert kernels_for(arms, jax.devices()[0], watcher) == "xla"
     ((_, text),) = watcher.told[-1:]
     assert text.startswith("there is no C++ compiler (c++): convolutions run on XLA's own kernels")
+    monkeypatch.setattr(kernels, "is_compiled", lambda: False)
+    monkeypatch.setattr(kernels, "not_kept", lambda: "/shared can be changed by others")
+    assert kernels_for(arms, jax.devices()[0], watcher) == "xla"
+    assert watcher.told[-2][1] == (
+        "compiling the convolutions for this processor, for this process only: /shared can be changed by others"
+    )
     silent = Silent()
     monkeypatch.setenv("CNNLIB_KERNELS", "xla")  # as asked for
     assert kernels_for(arms, jax.devices()[0], silent) == "xla" and not silent.told
