@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import jax
 
@@ -55,9 +54,8 @@ PASSED: set[str] = set()
 """Keys of the backends that have passed, in this process or an earlier one."""
 
 
-def backend_of(device: jax.Device, precision: Precision) -> dict[str, str | bool]:
+def backend_of(device: jax.Device, precision: Precision) -> dict[str, str]:
     """What decides whether a check has to be run again."""
-    settings: Any = jax.config
     return {
         "platform": device.platform,
         "device": device.device_kind,
@@ -68,7 +66,6 @@ def backend_of(device: jax.Device, precision: Precision) -> dict[str, str | bool
         "precision": precision,
         "kernels": kernels.chosen() if device.platform == "cpu" else "xla",
         "code": tracking.code_sha256(),
-        "disabled passes": bool(settings.jax_disable_most_optimizations),
         **{name: os.environ.get(name, "") for name in FLAG_VARIABLES},
     }
 
