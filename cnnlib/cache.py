@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 from pathlib import Path
@@ -65,15 +67,25 @@ def is_writable(folder: Path) -> bool:
 def changeable_by_others(path: Path) -> Path | None:
     """Find what lets other users than this one and root change a file or folder: itself, or a folder above it.
 
-    Others may write to a sticky folder above it, such as /tmp: they cannot replace there what is not theirs.
-    Raises OSError where nothing is there.
+    Others may write to a sticky folder above it, such as /tmp: they cannot replace there what is not theirs. This
+    user's private group may write: it has no other members. Raises OSError where nothing is there.
     """
     for place in (path, *path.parents):
         found = place.lstat()
-        is_shared = found.st_mode & 0o022 and not (found.st_mode & stat.S_ISVTX and place != path)
+        others = 0o002 if is_private_group(found.st_gid) else 0o022
+        is_shared = found.st_mode & others and not (found.st_mode & stat.S_ISVTX and place != path)
         if is_shared or found.st_uid not in (0, os.getuid()) or stat.S_ISLNK(found.st_mode):
             return place
     return None
+
+
+def is_private_group(group: int) -> bool:
+    """Whether a group is the one that the system made for this user alone, as Debian and Fedora do."""
+    try:
+        user, known = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return group == user.pw_gid and known.gr_name == user.pw_name and set(known.gr_mem) <= {user.pw_name}
 
 
 def refusal(folder: Path) -> str | None:

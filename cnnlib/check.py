@@ -35,7 +35,7 @@ PRODUCT_BITS = {
 """Significant bits of the factors of a float32 product, by platform and precision: TF32 on a GPU, one or three passes
 of bfloat16 on a TPU (documentation of `jax.lax.Precision`)."""
 SPREAD = 4.0
-"""Times the square root of the number of terms."""
+"""Standard deviations that a sum of independent roundings may be off."""
 TINY = 1e-30
 """Absolute, so that an exact zero has a tolerance."""
 SLACK = 64.0
@@ -50,8 +50,9 @@ class Expected(NamedTuple):
     """The sum of the magnitudes of the terms of each number."""
     terms: np.ndarray | float
     """How many there are."""
-    is_product: bool = False
-    """Whether the terms are products, whose factors a backend may round first."""
+    spread: np.ndarray | None = None
+    """Where the terms are products: the root of the sum of their squares. A backend may round the factors first, which
+    changes each term independently, by so much in all."""
 
 
 class Case(NamedTuple):
@@ -190,9 +191,9 @@ def largest_error(one: Prepared, results: Sequence[np.ndarray], platform: str, p
     for lane in range(len(results[0])):
         for got, expected in zip(results, one.expected[lane], strict=False):  # without gradients only the first
             relative = (SPREAD * np.sqrt(expected.terms) + SLACK) * addition
-            if expected.is_product:
-                relative = relative + 2 * max(0.0, factor - own)
             tolerance = expected.magnitude * relative + 2 * own * np.abs(expected.value)
+            if expected.spread is not None:
+                tolerance = tolerance + 2 * SPREAD * max(0.0, factor - own) * expected.spread
             error = np.abs(got[lane].astype(np.float64) - expected.value) / (tolerance + TINY)
             worst = max(worst, float(np.max(error, initial=0.0)) if np.isfinite(error).all() else np.inf)
     return worst
@@ -218,13 +219,13 @@ def bilinear(
 ) -> Case:
     """A case of an operation that is linear in both of its arguments.
 
-    The magnitudes of the terms are the same sums of absolute values, and their number the same sums of ones.
+    The magnitudes of the terms are the same sums of absolute values, their number of ones, their spread of squares.
     """
 
     def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
         parts = ((value, x, kernel), (to_x, gradient, kernel), (to_kernel, x, gradient))
         return [
-            Expected(of(a, b), of(np.abs(a), np.abs(b)), of(np.ones_like(a), np.ones_like(b)), is_product=True)
+            Expected(of(a, b), of(np.abs(a), np.abs(b)), of(np.ones_like(a), np.ones_like(b)), np.sqrt(of(a**2, b**2)))
             for of, a, b in parts
         ]
 
@@ -412,7 +413,8 @@ def summed(rows: int) -> Case:
 
     def reference(x: np.ndarray, gradient: np.ndarray) -> list[Expected]:
         y, most = x @ kernel.T, np.abs(x) @ np.abs(kernel.T)
-        return [Expected((y**2).sum(1), (most**2).sum(1), 9.0, is_product=True)]
+        spread = 2 * (most * np.sqrt(x**2 @ kernel.T**2)).sum(1)
+        return [Expected((y**2).sum(1), (most**2).sum(1), 9.0, spread)]
 
     function = jax.vmap(lambda row: jnp.sum((kernel @ row) ** 2))
     arguments = (normal(size, LANES, rows, 3),)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 from pathlib import Path
 
 import jax
@@ -73,6 +75,22 @@ def give_away(folder, monkeypatch):
         monkeypatch.setattr(os, "getuid", lambda: 12345)
 
 
+def members_of_the_group(monkeypatch, *others):
+    """Makes this user's group a private one, named as the user, with these other members."""
+    user = pwd.getpwuid(os.getuid())
+    known = grp.struct_group((user.pw_name, "x", user.pw_gid, [user.pw_name, *others]))
+    monkeypatch.setattr(grp, "getgrgid", lambda group: known)
+
+
+def test_a_user_s_private_group_may_write(tmp_path, monkeypatch):
+    """As folders are made with the umask 002 that Debian and Fedora give their users."""
+    tmp_path.chmod(0o770)
+    members_of_the_group(monkeypatch)
+    assert refusal(tmp_path) is None
+    members_of_the_group(monkeypatch, "somebody")
+    assert refusal(tmp_path) is not None
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777, None])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_code_is_not_taken_from_a_folder_that_others_can_change(mode, level, tmp_path, monkeypatch):
@@ -85,6 +103,7 @@ def test_code_is_not_taken_from_a_folder_that_others_can_change(mode, level, tmp
         place = place if os.geteuid() == 0 else folder
     else:
         place.chmod(mode)
+    members_of_the_group(monkeypatch, "somebody")
     if mode == 0o1777 and level:  # as /tmp
         assert refusal(folder) is None
         return
