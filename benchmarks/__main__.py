@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | mesh | scale | ops | memory | tracking | mnist1d`: see README.md here."""
+"""`python -m benchmarks step | lanes | mesh | scale | ops | memory | tracking | mnist1d | agreement`: see README.md."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
+from benchmarks import agreement, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.errors import UserError
 from cnnlib.mesh import use_cores
 from cnnlib.tracking import versions
+
+BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement")
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
@@ -38,6 +40,8 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield from (memory.measure(net, options.batch_size) for net in nets)
         case "mnist1d":
             yield mnist1d.measure(options.rounds, epochs=options.epochs, lanes=(options.lanes or [30])[0])
+        case "agreement":
+            yield from agreement.measure(options.lanes or (1, 0), options.steps, options.only)
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 
@@ -45,17 +49,23 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=["step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d"])
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="for ops and scale: those with this in their name")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="for ops, scale: those with this in their name; for agreement: the experiment",
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="for agreement")
     parser.add_argument("--epochs", type=int, default=150, help="for mnist1d: 40 steps each")
     parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    if min(options.batch_size, options.rounds, options.epochs, *(options.lanes or [1])) < 1:
+    if min(options.batch_size, options.rounds, options.epochs, options.steps, *(options.lanes or [1])) < 1:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `python -m experiments run` does

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import lanes, operations, step
+from benchmarks import agreement, lanes, operations, step
 from benchmarks.timing import Contestant, Table, interleaved, summary
+from cnnlib.defects import numbers_of
 
 
 @pytest.mark.slow
@@ -105,3 +107,18 @@ def test_numbers_below_one_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["step", "--rounds", "0"])
     assert ended.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(numbers_of(version("jaxlib")) < (0, 9, 2), reason="this jaxlib has no such fusions")
+@pytest.mark.parametrize("name", ["neyshabur", "sharing_and_locality", "fashion", "mnist1d", "dsd", "depth"])
+def test_library_fusions_change_no_loss_by_more_than_rounding(name):
+    """The arm with the most multiply-adds of experiments that differ in their layers or their data.
+
+    `python -m benchmarks agreement` looks at all arms of all experiments.
+    """
+    on_digits = ["data.name=mnist5k", "data.validation=500"] if name == "fashion" else []
+    largest = lambda arms: [max(arms, key=lambda arm: arm.count.macs)]  # noqa: E731
+    (table,) = agreement.measure([2], steps=1, only=name, overrides=on_digits, chosen=largest)
+    (row,) = table.rows
+    assert float(row["difference"]) < 1e-3

@@ -217,7 +217,7 @@ def test_a_second_run_keeps_the_first(tiny_run, tmp_path):
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run, runs, compare, report, all, results, demo, count"),
+    (["train"], "there are: list, show, run, runs, check, compare, report, all, results, demo, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
     (["show", "nothing"], "no experiment 'nothing'; there are: augmentation, depth, dsd, explosion"),

@@ -13,8 +13,8 @@ import cnnlib
 import experiments
 
 FLOORS = [
-    {"errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
-    {"writer", "overlap", "hosts"},
+    {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
+    {"writer", "overlap", "hosts", "known_bad"},
     {"spec", "registry", "kernels", "meeting"},
     {"architectures", "cost", "primitives", "windows"},
     {"budget", "ops", "fields"},
@@ -24,11 +24,11 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits", "own_data"},
     {"resolve", "train", "tracking", "counting"},
-    {"folder", "report", "terminal", "demo", "wandb_worker", "plan", "evaluation", "comparisons"},
+    {"check", "folder", "report", "terminal", "demo", "wandb_worker", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
     {"mesh"},
     {"programs"},
-    {"resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
+    {"backend", "check_table", "resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
     {"arms"},
     {"run", "results_page", "page", "parts"},
     {"trained", "job"},
@@ -40,6 +40,7 @@ FLOORS = [
     {"experiments.__main__"},
 ]
 WITHOUT_JAX = {
+    "defects",
     "errors",
     "cache",
     "spec",

@@ -107,6 +107,27 @@ def test_runs_side_by_side_show_accuracies_and_what_differs(tmp_path, capsys):
         assert part in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value", "told"),
+    [
+        ("device", "kind", "TPU v5e", "x on cpu, precision default, y on TPU v5e, precision default"),
+        ("config", "precision", "highest", "x on cpu, precision default, y on cpu, precision highest"),
+    ],
+)
+def test_devices_and_precisions_are_not_mixed_unless_asked_for(part, field, value, told, tmp_path, capsys):
+    first = {**RESULTS, "device": {"kind": "cpu"}}
+    other = copy.deepcopy(first)
+    other[part][field] = value
+    made(tmp_path / "x", "finished", first)
+    made(tmp_path / "y", "finished", other)
+    folders = [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert main(["compare", *folders]) == 2
+    text = capsys.readouterr().err
+    assert told in text and "--mixed compares them all the same" in text and len(text.splitlines()) == 1
+    assert main(["compare", *folders, "--mixed"]) == 0
+    assert value in capsys.readouterr().out
+
+
 def test_runs_of_other_arms_have_no_parameters_in_common(tmp_path):
     other = copy.deepcopy(RESULTS)
     del other["arms"][0]
