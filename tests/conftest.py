@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before JAX is imported: every test runs on the CPU, whatever the machine has.
@@ -29,12 +30,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leaves out the compiler's passes for speed: compiling is what takes long. Slow tests have them all."""
-    if config.option.markexpr == "not slow":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of the processes that tests start
-        jax.config.update("jax_disable_most_optimizations", True)
+    """Make XLA compile fast rather than well: compiling takes most of the time. Slow tests compile as users do."""
+    if config.option.markexpr != "not slow":
+        return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of the processes that tests start
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = os.environ.get("XLA_FLAGS", "")
+    # Fusions take half of what is left. Later versions do not know the flag, and end on flags that they do not know.
+    if jax.__version_info__ < (0, 11) and "fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: tracing makes so many objects that looking for it takes a fifth of the time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps tests that share what is made once a file in one process of `-n`: in two it would be made twice."""
     for item in items:
