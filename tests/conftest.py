@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -47,14 +48,25 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps tests that share what is made once a file in one process of `-n`: in two it would be made twice."""
-    for item in items:
-        known = getattr(item, "_fixtureinfo", None)
-        shared = [] if known is None else [f[-1] for f in known.name2fixturedefs.values() if f[-1].scope == "module"]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Keep a file's tests in one process of `-n` where they share what is made once: in two it would be made twice.
+
+    xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2, where the name of a test cannot be changed.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def shares(file: str) -> bool:
+        text = (config.rootpath / file).read_text()
+        return 'scope="module"' in text or "@functools.cache" in text
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return file if shares(file) else nodeid
+
+    return ByFile(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture

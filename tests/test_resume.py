@@ -84,7 +84,7 @@ def interrupted(out, epochs, experiment=EXPERIMENT):
     return watcher, str(stopped.value)
 
 
-SECRET = "s3cr3t-value"
+SECRET = "-".join(("s3cr3t", "value"))  # not as it is in git.diff, while this line is edited
 
 
 @pytest.fixture(scope="module")
