@@ -14,6 +14,7 @@ import hypothesis
 import jax
 import matplotlib
 import pytest
+from processes import compiling_fast
 
 for variable in list(os.environ):  # by which JAX would find a cluster
     if variable.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
@@ -32,14 +33,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make XLA compile fast rather than well: compiling takes most of the time. Slow tests compile as users do."""
-    if "not slow" not in config.option.markexpr:
-        return
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of the processes that tests start
-    jax.config.update("jax_disable_most_optimizations", True)
-    flags = os.environ.get("XLA_FLAGS", "")
-    # Fusions take half of what is left. Later versions do not know the flag, and end on flags that they do not know.
-    if jax.__version_info__ < (0, 11) and "fusion_emitters" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    if "not slow" in config.option.markexpr:
+        os.environ.update(compiling_fast())  # of the processes that tests start, too
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish() -> None:
