@@ -107,11 +107,14 @@ def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(json.dumps([done.returncode, done.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
-    done = python("-c", code, "count", "dense:1000000", "--input", "1000x1000x1", cwd=tmp_path)
-    status, text, seconds, kilobytes = json.loads(done.stdout)
-    assert status == 0 and "1,000,000,000,000" in text
-    # A second is what it may take. Of the processor's time, and a slow processor is given two.
-    assert seconds < 2 and kilobytes < 100_000
+
+    def measured(*arguments):
+        return json.loads(python("-c", code, "count", *arguments, cwd=tmp_path).stdout)
+
+    status, text, seconds, kilobytes = measured("dense:1000000", "--input", "1000x1000x1")
+    assert status == 0 and "1,000,000,000,000" in text and kilobytes < 100_000
+    # A second is what it may take, of the processor's time. A slow or busy one takes longer, for a single node as well.
+    assert seconds < 1 or seconds < 2 * measured("dense:1", "--input", "1x1x1")[2]
 
 
 def test_count_shows_a_table_a_layer_that_fits_80_columns(here, capfd):
