@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 
 # Before JAX is imported: every test runs on the CPU, whatever the machine has.
@@ -12,6 +14,7 @@ import hypothesis
 import jax
 import matplotlib
 import pytest
+from processes import compiling_fast
 
 for variable in list(os.environ):  # by which JAX would find a cluster
     if variable.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
@@ -29,19 +32,37 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leaves out the compiler's passes for speed: compiling is what takes long. Slow tests have them all."""
-    if config.option.markexpr == "not slow":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # of the processes that tests start
+    """Make XLA compile fast rather than well: compiling takes most of the time. Slow tests compile as users do."""
+    if "not slow" in config.option.markexpr:
+        os.environ.update(compiling_fast())  # of the processes that tests start, too
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps tests that share what is made once a file in one process of `-n`: in two it would be made twice."""
-    for item in items:
-        known = getattr(item, "_fixtureinfo", None)
-        shared = [] if known is None else [f[-1] for f in known.name2fixturedefs.values() if f[-1].scope == "module"]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: tracing makes so many objects that looking for it takes a fifth of the time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Keep a file's tests in one process of `-n` where they share what is made once: in two it would be made twice.
+
+    xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2, where the name of a test cannot be changed.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def shares(file: str) -> bool:
+        text = (config.rootpath / file).read_text()
+        return 'scope="module"' in text or "@functools.cache" in text
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return file if shares(file) else nodeid
+
+    return ByFile(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture

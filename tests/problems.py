@@ -38,6 +38,11 @@ def each_implementation(test):
     return pytest.mark.parametrize("implementation", names)(test)
 
 
+def needs_native(test):
+    """The test is about kernels.cc, and left out where no compiler is."""
+    return pytest.mark.skipif(bool(kernels.register()), reason="no compiler")(test)
+
+
 @st.composite
 def problems(draw):
     """Shapes of x and kernel, and the arguments of a convolution that fits; paddings also resolved to pairs."""

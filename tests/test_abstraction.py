@@ -83,11 +83,16 @@ def test_the_last_activations_are_the_logits_and_all_are_those_of_prefixes():
     np.testing.assert_allclose(found[-1], whole, rtol=1e-5, atol=1e-5)
     for layer, output in enumerate(found):
         np.testing.assert_allclose(output, prefix_of(net, layer, seen), rtol=1e-5, atol=1e-5, err_msg=str(layer))
-    np.testing.assert_array_equal(found[2], np.maximum(found[1], 0))
-    np.testing.assert_array_equal(found[3], found[2][:, :8].reshape(7, 4, 2, 4, 2, 3).max(axis=(2, 4)))
+    # Rounding is the compiler's: it may compute a layer once for its own output, and again inside the next layer.
+    pooled = found[2][:, :8].reshape(7, 4, 2, 4, 2, 3).max(axis=(2, 4))
     some = activations(net, IMAGES, (6, 0))
-    np.testing.assert_array_equal(some[0], found[6])
-    np.testing.assert_array_equal(some[1], found[0])
+    for one, other in (
+        (found[2], np.maximum(found[1], 0)),
+        (found[3], pooled),
+        (some[0], found[6]),
+        (some[1], found[0]),
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_the_three_readings_have_the_same_activations():

@@ -12,6 +12,8 @@ import pytest
 import cnnlib
 from cnnlib.comparisons import differences
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(cnnlib.__file__).parents[1]
 TABLE = (ROOT / "notebooks" / "README.md").read_text().split("| statement | function | test | notebook |\n")[1]
 ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in TABLE.split("\n\n")[0].splitlines()[1:]]

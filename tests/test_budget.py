@@ -15,6 +15,8 @@ from cnnlib.cost import count
 from cnnlib.errors import UserError
 from cnnlib.spec import Dense, Model, parse_model
 
+pytestmark = pytest.mark.once
+
 DIGITS = (28, 28, 1)
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, in an empty folder."""
+"""The command line as a user meets it: in an empty folder, and where that may matter in a process of its own."""
 
 from __future__ import annotations
 
@@ -35,10 +35,19 @@ def visible(folder):
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def test_list_has_a_line_an_experiment_with_its_question(tmp_path):
-    done = experiments("list", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("fc_vs_conv "))
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, which is the working directory, and a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def test_list_has_a_line_an_experiment_with_its_question(here, capfd):
+    assert main(["list"]) == 0
+    told = capfd.readouterr()
+    assert told.err == ""
+    (line,) = (line for line in told.out.splitlines() if line.startswith("fc_vs_conv "))
     assert line.endswith("?")
 
 
@@ -50,20 +59,21 @@ def test_show_tells_note_configuration_and_counts_and_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_looking_imports_no_jax(tmp_path):
+    commands = [
         ["list"],
         ["show", "fc_vs_conv"],
         ["show", "explosion"],
         ["run", "explosion"],
         ["count", "fc_vs_conv"],
         ["count", "lenet5", "--input", "28x28x1"],
-    ],
-)
-def test_looking_imports_no_jax(command, tmp_path):
-    code = "import sys; from experiments.__main__ import main; main(sys.argv[1:]); assert 'jax' not in sys.modules"
-    done = python("-c", code, *command, cwd=tmp_path)
+    ]
+    code = (
+        "import json, sys; from experiments.__main__ import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    assert main(command) == 0 and 'jax' not in sys.modules, command"
+    )
+    done = python("-c", code, json.dumps(commands), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -97,23 +107,27 @@ def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(json.dumps([done.returncode, done.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
-    done = python("-c", code, "count", "dense:1000000", "--input", "1000x1000x1", cwd=tmp_path)
-    status, text, seconds, kilobytes = json.loads(done.stdout)
-    assert status == 0 and "1,000,000,000,000" in text
-    # A second is what it may take. Of the processor's time, and a slow processor is given two.
-    assert seconds < 2 and kilobytes < 100_000
+
+    def measured(*arguments):
+        return json.loads(python("-c", code, "count", *arguments, cwd=tmp_path).stdout)
+
+    status, text, seconds, kilobytes = measured("dense:1000000", "--input", "1000x1000x1")
+    assert status == 0 and "1,000,000,000,000" in text and kilobytes < 100_000
+    # A second is what it may take, of the processor's time. A slow or busy one takes longer, for a single node as well.
+    assert seconds < 1 or seconds < 2 * measured("dense:1", "--input", "1x1x1")[2]
 
 
-def test_count_shows_a_table_a_layer_that_fits_80_columns(tmp_path):
-    done = experiments("count", "lenet5", "--input", "28x28x1", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.splitlines()
+def test_count_shows_a_table_a_layer_that_fits_80_columns(here, capfd):
+    assert main(["count", "lenet5", "--input", "28x28x1"]) == 0
+    told = capfd.readouterr()
+    assert told.err == ""
+    lines = told.out.splitlines()
     assert max(map(len, lines)) <= 80
     (row,) = (line for line in lines if line.startswith("3 conv:16@5:valid"))
     assert row.split() == ["3", "conv:16@5:valid", "10x10x16", "2,416", "240,000", "240,000", "14"]
     (total,) = (line for line in lines if line.startswith("total"))
     assert total.split() == ["total", "61,706", "416,520", "416,520", "all"]
-    assert "406,656" in done.stdout and "241.0 KiB" in done.stdout
+    assert "406,656" in told.out and "241.0 KiB" in told.out
 
 
 def test_count_of_an_experiment_has_all_its_arms(capsys):
@@ -175,13 +189,13 @@ def test_a_narrow_and_a_wide_layer_are_matched_in_no_time(capsys):
     assert abs(match["value"] - match["target"]) < 0.001 * match["target"]
 
 
-def test_a_growth_is_shown_and_run(tmp_path):
-    shown = experiments("show", "explosion", "sides=8,32", cwd=tmp_path)
-    assert shown.returncode == 0 and "9,437,184" in shown.stdout and list(tmp_path.iterdir()) == []
-    done = experiments("run", "explosion", "sides=8,32", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 80
-    out = tmp_path / "runs" / "explosion"
-    assert visible(out) == {"config.json", "results.json", "table.md", "growth.png"}
+def test_a_growth_is_shown_and_run(here, capfd):
+    assert main(["show", "explosion", "sides=8,32"]) == 0
+    assert "9,437,184" in capfd.readouterr().out and list(here.iterdir()) == []
+    assert main(["run", "explosion", "sides=8,32"]) == 0
+    told = capfd.readouterr()
+    assert told.err == "" and max(map(len, told.out.splitlines())) <= 80
+    assert visible(here / "runs" / "explosion") == {"config.json", "results.json", "table.md", "growth.png"}
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +219,17 @@ def test_run_writes_its_files_and_ends_with_the_table(tiny_run):
     assert "61,485" in (out / "table.md").read_text()
 
 
-def test_a_second_run_keeps_the_first(tiny_run, tmp_path):
+def test_a_second_run_keeps_the_first_and_goes_on_when_its_reader_stops(tiny_run):
     _, folder = tiny_run
     out = folder / "runs" / "fc_vs_conv"
     before = (out / "results.json").read_bytes()
-    done = experiments("run", "fc_vs_conv", *TINY, "arms=mlp_75_33", cwd=folder)
-    assert done.returncode == 0 and "earlier" in done.stdout
+    command = " ".join([sys.executable, "-m experiments run fc_vs_conv", *TINY, "arms=mlp_75_33 | grep -m 1 earlier"])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
     (kept,) = (out / "earlier").rglob("results.json")
     assert kept.read_bytes() == before
+    assert (out / "table.md").exists()  # written after its reader had stopped
 
 
 WRONG = [
@@ -253,19 +270,29 @@ WRONG = [
 ]
 
 
+# What a new process does differently: no command, no such field, and an error after JAX was imported and has computed.
+IN_A_PROCESS = ([], ["show", "fc_vs_conv", "epoch=3"], ["run", "fc_vs_conv", "data.name=nowhere"])
+
+
 @pytest.mark.parametrize(("arguments", "part"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
-def test_what_the_user_got_wrong_is_one_line_and_status_2(arguments, part, tmp_path):
-    done = experiments(*arguments, cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and part in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_what_the_user_got_wrong_is_one_line_and_status_2(arguments, part, here, capfd, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(here))
+    assert main(arguments) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1 and part in told.err
+    assert list(here.iterdir()) == []
+    if arguments in IN_A_PROCESS:
+        done = experiments(*arguments, cwd=here)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", told.err)
+        assert list(here.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_made_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = experiments("run", "fc_vs_conv", *TINY, "--out", "file/x", cwd=tmp_path)
-    assert done.returncode == 2 and "cannot write to file/x" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_an_output_folder_that_cannot_be_made_is_said(here, capfd):
+    (here / "file").write_text("")
+    assert main(["run", "fc_vs_conv", *TINY, "--out", "file/x"]) == 2
+    told = capfd.readouterr().err
+    assert "cannot write to file/x" in told and len(told.splitlines()) == 1
 
 
 def test_traceback_shows_where_it_was_noticed(tmp_path):
@@ -281,26 +308,21 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     assert subprocess.run(["bash", "-c", nobody], cwd=tmp_path, capture_output=True, check=False).stderr == b""
 
 
-def test_a_run_goes_on_when_its_reader_stops(tmp_path):
-    command = " ".join([sys.executable, "-m experiments run fc_vs_conv", *TINY, "arms=mlp_75_33 | head -n 1"])
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
-    assert (tmp_path / "runs" / "fc_vs_conv" / "table.md").exists()
+def test_what_nobody_foresaw_is_one_line_too_and_no_success(here, capfd, monkeypatch):
+    def fails(data):
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr("cnnlib.data.describe", fails)
+    assert main(["count", "fc_vs_conv"]) == 1
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "unexpected KeyError" in told
 
 
-def test_what_nobody_foresaw_is_one_line_too_and_no_success(tmp_path):
-    code = (
-        "import sys, cnnlib.data; from experiments.__main__ import main\n"
-        "def fails(data): raise KeyError('two\\nlines')\n"
-        "cnnlib.data.describe = fails; sys.exit(main(['show', 'fc_vs_conv']))"
-    )
-    done = python("-c", code, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "unexpected KeyError" in done.stderr
-
-
-def test_help_is_there(tmp_path):
-    assert "run NAME" in experiments("--help", cwd=tmp_path).stdout
-    assert "FIELD=VALUE" in experiments("run", "--help", cwd=tmp_path).stdout
+def test_help_is_there(capfd):
+    assert main(["--help"]) == 0 and "run NAME" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert ended.value.code == 0 and "FIELD=VALUE" in capfd.readouterr().out
 
 
 def test_all_runs_every_experiment_goes_on_and_ends_with_the_worst_status(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from scipy import stats
 from cnnlib.comparisons import MOST_ARMS, accuracies, differences, spread_sentence, spreads
 from cnnlib.config import SETTING_FIELDS
 
+pytestmark = pytest.mark.once
+
 SETTING = dict.fromkeys(SETTING_FIELDS, 0.0)
 
 

@@ -16,6 +16,8 @@ from cnnlib.config import Arm, Data, Experiment, Lanes, Optim, assignments, lane
 from cnnlib.errors import UserError
 from cnnlib.fields import from_dict, to_dict
 
+pytestmark = pytest.mark.once
+
 EXPERIMENT = Experiment(arms=(Arm("full", mlp(30)), Arm("lenet5", lenet5())), optim=Optim(learning_rate=(0.1, 0.3)))
 
 

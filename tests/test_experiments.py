@@ -12,6 +12,8 @@ from cnnlib.growth import resolve_growth
 from cnnlib.resolve import resolve
 from experiments.__main__ import lab_note
 
+pytestmark = pytest.mark.once
+
 SECTIONS = ("Question:", "Command:", "Expected:", "Cost:", "Source:")
 
 

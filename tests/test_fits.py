@@ -10,6 +10,8 @@ from scipy.optimize import isotonic_regression
 from cnnlib.errors import UserError
 from cnnlib.fits import Component, log_linear, needed, power_law, spread
 
+pytestmark = pytest.mark.once
+
 
 def agrees(found, share, count):
     """Whether a share found in `count` simulations is the true one, four binomial standard deviations apart at most."""

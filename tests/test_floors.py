@@ -12,6 +12,8 @@ import pytest
 import cnnlib
 import experiments
 
+pytestmark = pytest.mark.once
+
 FLOORS = [
     {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
     {"writer", "overlap", "hosts", "known_bad"},

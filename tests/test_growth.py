@@ -12,6 +12,8 @@ from cnnlib.errors import UserError
 from cnnlib.spec import parse_model
 from experiments import explosion  # noqa: F401  # registers it
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -486,7 +486,7 @@ def test_processes_with_different_devices_find_and_tell_each_other_and_end(count
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["waits", "computes", "sleeps"])
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 1])  # the first is where all meet; the others are alike
 def test_a_killed_process_is_named_by_the_others_wherever_they_are(what, victim):
     run = Run(what, 3, victim)
     run.wait_told()

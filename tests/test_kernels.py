@@ -45,8 +45,21 @@ def test_a_machine_without_a_compiler_falls_back_and_says_why(tmp_path):
     assert reason.strip() == "there is no C++ compiler (no-such-compiler)"
 
 
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
-    _, choice, reason = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path), CXX="false")
+@pytest.fixture
+def chosen_with(tmp_path, monkeypatch):
+    """Return the kernels that a new process would choose with another compiler and nothing compiled, and the reason."""
+
+    def choose(compiler):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setattr(kernels, "register", kernels.register.__wrapped__)
+        return kernels.chosen(), kernels.register()
+
+    return choose
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(chosen_with, tmp_path):
+    choice, reason = chosen_with("false")
     assert choice == "xla"
     assert reason.startswith("false does not compile kernels.cc")
     assert not list(tmp_path.rglob("*.so"))
@@ -61,11 +74,11 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path):
         ("{folder}/broken", "the C++ compiler {folder}/broken does not start: No such file or directory"),
     ],
 )
-def test_a_compiler_that_is_none_is_a_reason_too(command, reason, tmp_path):
+def test_a_compiler_that_is_none_is_a_reason_too(command, reason, chosen_with, tmp_path):
     (tmp_path / "broken").write_text("#!/no/such/interpreter\n")
     (tmp_path / "broken").chmod(0o755)
     command, reason = (text.replace("{folder}", str(tmp_path)) for text in (command, reason))
-    _, choice, told = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path), CXX=command)
+    choice, told = chosen_with(command)
     assert choice == "xla" and told.startswith(reason)
     assert not list(tmp_path.rglob("*.so"))
 

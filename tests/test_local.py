@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import each_implementation, implementations, normal, problems, using
+from problems import each_implementation, implementations, needs_native, normal, problems, using
 
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
@@ -155,13 +155,14 @@ def test_local_is_the_same_under_every_transformation(problem, implementation):
         agree(jax.tree.map(lambda leaf, i=i: leaf[i], over_inputs), alone[i][1])
 
 
-@each_implementation
+@pytest.mark.once
+@needs_native
 @pytest.mark.parametrize("batch, channels, features", [(8, 1, 6), (9, 3, 7), (15, 6, 16), (64, 5, 13), (81, 17, 1)])
-def test_local_is_right_for_every_width_of_vectors(implementation, batch, channels, features):
+def test_local_is_right_for_every_width_of_vectors(batch, channels, features):
     # 16 images fill a vector and 64 a tile; 6 sums fill a tile of features, 4 rows one of the weights' gradient.
     x, kernel = normal((batch, 5, 7, channels)), normal((3, 4, 3, 3, channels, features))
     expected, theirs = jax.vjp(lambda x, k: stock(x, k, (2, 2), ((1, 1), (1, 1)), (1, 1)), x, kernel)
-    with using(implementation):
+    with using("native"):
         y, ours = jax.vjp(lambda x, k: local(x, k, strides=2, padding=1), x, kernel)
         gradients = ours(normal(y.shape, seed=1))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

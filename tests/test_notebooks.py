@@ -135,7 +135,9 @@ def test_it_runs_in_time_without_a_warning_and_shows_pictures(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["abstraction", "ablation_on_tpu", "full_vs_conv", "your_own_data"])
+@pytest.mark.parametrize(
+    "name", ["abstraction", "ablation_on_tpu"]
+)  # they train in memory, and as runs; others likewise
 def test_it_runs_on_eight_devices_as_it_is(name, tmp_path):
     cells, _ = executed(name, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     said = "".join(output.text for output in outputs(cells) if output.get("name") == "stdout")

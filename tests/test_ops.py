@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import each_implementation, implementations, normal, problems, using
+from problems import each_implementation, implementations, needs_native, normal, problems, using
 
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
@@ -175,17 +175,18 @@ def test_lanes_on_an_accelerator_are_products_of_patches_with_the_same_values():
         np.testing.assert_allclose(kernel_gradient[lane], alone[0], rtol=1e-4, atol=1e-4)
 
 
-@each_implementation
+@pytest.mark.once
+@needs_native
 @pytest.mark.parametrize("features", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7, 16, 20, 64)), 6, 33])
 @pytest.mark.parametrize("channels, kernel_size, strides", [(1, 5, 1), (3, 3, 2), (17, 3, 1), (32, 1, 1)])
-def test_conv_is_right_for_every_width_of_vectors(implementation, features, channels, kernel_size, strides):
+def test_conv_is_right_for_every_width_of_vectors(features, channels, kernel_size, strides):
     # Few features are folded, 16 fill a vector, 33 leave a rest; 12 columns fold, 5 do not; 17 channels exceed a tile.
     for width in (5, 12):
         x, kernel = normal((3, 7, width, channels)), normal((kernel_size, kernel_size, channels, features))
         pads = pad_pairs("SAME", (7, width), (kernel_size,) * 2, (strides,) * 2, (1, 1))
         reference = functools.partial(stock, strides=(strides,) * 2, resolved=pads, dilation=(1, 1))
         expected, theirs = jax.vjp(reference, x, kernel)
-        with using(implementation):
+        with using("native"):
             y, ours = jax.vjp(lambda x, k: conv(x, k, strides=strides), x, kernel)
             gradient = normal(y.shape, seed=1)
             gradients = ours(gradient)
@@ -298,15 +299,16 @@ def test_values_that_tie_share_the_gradient_of_their_window(implementation):
         np.testing.assert_allclose(along.ravel(), [(0 + 1 + 4) / 3])
 
 
-@each_implementation
+@pytest.mark.once
+@needs_native
 @pytest.mark.parametrize("channels", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 16)), 6, 19])
 @pytest.mark.parametrize("size, window", [((6, 8), 2), ((7, 9), 2), ((8, 8), 3), ((8, 5), (3, 1))])
-def test_max_pool_is_right_for_every_width_of_vectors(implementation, channels, size, window):
+def test_max_pool_is_right_for_every_width_of_vectors(channels, size, window):
     x = normal((3, *size, channels))
     per_axis = (window, window) if isinstance(window, int) else window
     expected, theirs = jax.vjp(lambda x: windowed(x, -jnp.inf, lax.max, per_axis, None, ((0, 0), (0, 0))), x)
     gradient = normal(expected.shape, seed=1)
-    with using(implementation):
+    with using("native"):
         y, ours = jax.vjp(lambda x: ops.max_pool(x, window), x)
         np.testing.assert_array_equal(y, expected)
         np.testing.assert_allclose(ours(gradient)[0], theirs(gradient)[0])

@@ -26,6 +26,8 @@ from cnnlib.overlap import (
     point_sources,
 )
 
+pytestmark = pytest.mark.once
+
 SIGNALS = [
     Box(1.5, 0.3),
     Box(0.4, -1.0),

@@ -5,6 +5,8 @@ import pytest
 from cnnlib.errors import UserError
 from cnnlib.registry import Registry
 
+pytestmark = pytest.mark.once
+
 
 def test_a_name_is_declared_once():
     things = Registry("thing")

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from cnnlib import report
 
+pytestmark = pytest.mark.once
+
 NUMBERS = {"momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0}
 
 

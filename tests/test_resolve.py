@@ -12,6 +12,8 @@ from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve, resolve_arms
 from cnnlib.spec import parse_model
 
+pytestmark = pytest.mark.once
+
 DIGITS = (28, 28, 1)
 
 

@@ -16,6 +16,8 @@ from cnnlib.folder import read_json
 from cnnlib.results_page import by_seed, dsd_exponents, sample_sizes
 from experiments.__main__ import asked, main
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 STORED = sorted(path.parent.name for path in DOCS.glob("*/results.json") if "arms" in read_json(path))

@@ -84,6 +84,27 @@ def interrupted(out, epochs, experiment=EXPERIMENT):
     return watcher, str(stopped.value)
 
 
+SECRET = "-".join(("s3cr3t", "value"))  # not as it is in git.diff, while this line is edited
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs that were stopped after epoch 1 and after epoch 2 of the first arm, among secrets."""
+    outs = {epoch: tmp_path_factory.mktemp("stopped") for epoch in (1, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, SECRET)
+        for epoch, out in outs.items():
+            interrupted(out, epoch)
+    return outs
+
+
+def copy_of(out, place):
+    """Copy a run, so that a test may change it."""
+    shutil.copytree(out, place)
+    return place
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(whole, tmp_path):
     watcher, told = interrupted(tmp_path, 1)
@@ -133,9 +154,9 @@ SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("truncated",
 
 
 @pytest.mark.parametrize("damage", ["flipped", *SLOW])
-def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, tmp_path):
-    interrupted(tmp_path, 2)
-    last = checkpoints(tmp_path)[-1]
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, stopped, tmp_path):
+    out = copy_of(stopped[2], tmp_path / "run")
+    last = checkpoints(out)[-1]
     numbers = max(
         (path for path in (last / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
@@ -150,22 +171,22 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, tmp
     else:
         (last / "progress" / "metadata").write_text("{")
     watcher = Listener()
-    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    run(EXPERIMENT, "tiny", out, watcher, resume=True)
     (told,) = (text for text in watcher.said if "cannot be read" in text)
     assert told.startswith(f"the checkpoint of full after epoch {last.name} cannot be read")
-    assert watcher.epochs[0] == ("full", int(last.name)) and len(list((tmp_path / "unreadable").iterdir())) == 1
-    assert comparable(tmp_path) == comparable(whole)
+    assert watcher.epochs[0] == ("full", int(last.name)) and len(list((out / "unreadable").iterdir())) == 1
+    assert comparable(out) == comparable(whole)
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, tmp_path):
-    interrupted(tmp_path, 2)
-    for checkpoint in checkpoints(tmp_path):
+def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, stopped, tmp_path):
+    out = copy_of(stopped[2], tmp_path / "run")
+    for checkpoint in checkpoints(out):
         shutil.rmtree(checkpoint / "progress")
     watcher = Listener()
-    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    run(EXPERIMENT, "tiny", out, watcher, resume=True)
     assert "full has no checkpoint to go on from: it starts anew" in watcher.said
-    assert comparable(tmp_path) == comparable(whole)
+    assert comparable(out) == comparable(whole)
 
 
 def test_an_arm_whose_last_checkpoint_is_all_there_is_is_tested_and_kept(whole, tmp_path):
@@ -188,14 +209,14 @@ def test_arms_of_other_seeds_are_no_results_of_this_configuration(whole, tmp_pat
     assert [[lane["seed"] for lane in arm["lanes"]] for arm in results["arms"]] == [[7, 8, 7, 8]] * 2
 
 
-def test_a_checkpoint_of_another_run_is_not_gone_on_from(whole, tmp_path):
-    interrupted(tmp_path, 1)
-    shutil.rmtree(tmp_path / "checkpoints")
-    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(whole, stopped, tmp_path):
+    out = copy_of(stopped[1], tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    shutil.copytree(whole / "checkpoints", out / "checkpoints")
     watcher = Listener()
-    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)
+    run(EXPERIMENT, "tiny", out, watcher, resume=True)
     assert any("its run is not that of this run" in text for text in watcher.said)
-    assert watcher.epochs[0] == ("full", 1) and comparable(tmp_path) == comparable(whole)
+    assert watcher.epochs[0] == ("full", 1) and comparable(out) == comparable(whole)
 
 
 def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
@@ -220,15 +241,15 @@ def test_a_process_whose_run_is_dead_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_has_changed_is_said_and_refused_unless_forced(tmp_path):
-    interrupted(tmp_path, 1)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def test_what_has_changed_is_said_and_refused_unless_forced(stopped, tmp_path):
+    out = copy_of(stopped[1], tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     changed = replace(EXPERIMENT, batch_size=100)
     with pytest.raises(UserError, match=r"cannot be resumed to the same numbers: batch_size was 200, is 100; --force"):
-        run(changed, "tiny", tmp_path, Listener(), resume=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        run(changed, "tiny", out, Listener(), resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     watcher = Listener()
-    results = run(changed, "tiny", tmp_path, watcher, resume=True, force=True)
+    results = run(changed, "tiny", out, watcher, resume=True, force=True)
     assert "since the run began: batch_size was 200, is 100" in watcher.said and watcher.epochs[0] == ("full", 2)
     (entry,) = results["resumed"]
     assert entry["changes"] == ["batch_size was 200, is 100"] and entry["forced"]
@@ -310,17 +331,16 @@ def test_hosts_train_together_only_where_what_they_do_is_one_thing(change, told)
 @pytest.mark.slow
 def test_resumed_with_more_lanes_at_a_time_the_numbers_agree_to_rounding(whole, tmp_path):
     one = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=1))
-    interrupted(tmp_path, 1, one)
+    interrupted(tmp_path / "one", 1, one)
+    out = copy_of(tmp_path / "one", tmp_path / "four")
     watcher = Listener()
-    run(EXPERIMENT, "tiny", tmp_path, watcher, resume=True)  # goes on as it was
+    run(EXPERIMENT, "tiny", tmp_path / "one", watcher, resume=True)  # goes on as it was
     assert not any("lanes at a time" in text for text in watcher.said)
-    shutil.rmtree(tmp_path)
-    interrupted(tmp_path, 1, one)
     four = replace(EXPERIMENT, lanes=Lanes(seed=(3, 4), at_a_time=4))
     watcher = Listener()
-    run(four, "tiny", tmp_path, watcher, resume=True)
+    run(four, "tiny", out, watcher, resume=True)
     assert any("4 lanes at a time, 1 before: the results agree to rounding" in text for text in watcher.said)
-    for ours, theirs in zip(comparable(tmp_path)[1], comparable(whole)[1], strict=True):
+    for ours, theirs in zip(comparable(out)[1], comparable(whole)[1], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
@@ -339,9 +359,8 @@ def test_a_lane_that_diverges_harms_no_other_and_stays_gone_after_a_resume(tmp_p
     assert [setting["test_accuracy"]["n"] for setting in arm["settings"]] == [2, 0]
 
 
-def test_nothing_is_read_or_written_through_a_link_that_leads_out(tmp_path):
-    run_folder, outside = tmp_path / "run", tmp_path / "outside"
-    interrupted(run_folder, 1)
+def test_nothing_is_read_or_written_through_a_link_that_leads_out(stopped, tmp_path):
+    run_folder, outside = copy_of(stopped[1], tmp_path / "run"), tmp_path / "outside"
     (run_folder / "checkpoints").rename(outside)
     (run_folder / "checkpoints").symlink_to(outside)
     before = sorted(outside.rglob("*"))
@@ -350,12 +369,9 @@ def test_nothing_is_read_or_written_through_a_link_that_leads_out(tmp_path):
     assert sorted(outside.rglob("*")) == before
 
 
-def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "MY_TOKEN", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "s3cr3t-value")
-    interrupted(tmp_path, 1)
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or b"s3cr3t-value" not in path.read_bytes()
+def test_no_file_of_a_run_holds_a_secret(stopped):
+    files = [path for out in stopped.values() for path in out.rglob("*") if path.is_file()]
+    assert files and not any(SECRET.encode() in path.read_bytes() for path in files)
 
 
 def test_nothing_is_unpickled_or_evaluated():

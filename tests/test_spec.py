@@ -22,6 +22,8 @@ from cnnlib.spec import (
     parse_model,
 )
 
+pytestmark = pytest.mark.once
+
 per_axis = st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9)))
 padding = st.one_of(
     st.sampled_from(["SAME", "VALID"]),

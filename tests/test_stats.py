@@ -18,6 +18,8 @@ from cnnlib.stats import (
     seeds_needed,
 )
 
+pytestmark = pytest.mark.once
+
 
 def agrees(found, share, count):
     """Whether a share found in `count` simulations is the true one, four binomial standard deviations apart at most."""

@@ -13,6 +13,8 @@ from cnnlib.resolve import resolve
 from cnnlib.spec import parse_model
 from cnnlib.sweep import points, product, zipped
 
+pytestmark = pytest.mark.once
+
 NET = parse_model("dense:4 relu dense:classes")
 OWN = Arm("own", NET, own=("data.train=300", "augment.shift=2", "optim.learning_rate=0.5"))
 EXPERIMENT = Experiment(arms=(Arm("plain", NET), OWN), data=Data("lines"), batch_size=100)
