@@ -341,18 +341,32 @@ def _local(
     return over(functools.partial(_local_lane, correlation=correlation), x, kernel)
 
 
-def _local_input(gradient: Array, kernel: Array, *, size: Pair, over: Any = together, **static: Any) -> Array:
-    shape = _local_input_shape(gradient, kernel, size=size, **static)
-    like = jax.ShapeDtypeStruct(shape, gradient.dtype)
-    (result,) = jax.linear_transpose(lambda x: _local(x, kernel, over=over, **static), like)(gradient)
-    return jnp.asarray(result)
+def _local_input(
+    gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, cpu: str, over: Any = together
+) -> Array:
+    _, *shape = _local_input_shape(gradient, kernel, size=size, correlation=correlation, cpu=cpu)
+    like = jax.ShapeDtypeStruct(tuple(shape), gradient.dtype)
+
+    def one(gradient: Array, kernel: Array) -> Array:
+        (result,) = jax.linear_transpose(lambda x: _local_lane(x, kernel, correlation), like)(gradient)
+        return jnp.asarray(result)
+
+    lanes: Array = over(one, gradient, kernel)
+    return lanes
 
 
-def _local_kernel(x: Array, gradient: Array, *, window: Pair, over: Any = together, **static: Any) -> Array:
-    shape = _local_kernel_shape(x, gradient, window=window, **static)
-    like = jax.ShapeDtypeStruct(shape, x.dtype)
-    (result,) = jax.linear_transpose(lambda kernel: _local(x, kernel, over=over, **static), like)(gradient)
-    return jnp.asarray(result)
+def _local_kernel(
+    x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str, over: Any = together
+) -> Array:
+    _, *shape = _local_kernel_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+    like = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    def one(x: Array, gradient: Array) -> Array:
+        (result,) = jax.linear_transpose(lambda kernel: _local_lane(x, kernel, correlation), like)(gradient)
+        return jnp.asarray(result)
+
+    lanes: Array = over(one, x, gradient)
+    return lanes
 
 
 def _on_cpu(
