@@ -240,3 +240,13 @@ def test_a_mistake_is_a_user_error_before_a_kernel_sees_it(implementation, monke
         correlation = primitives.Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
         with pytest.raises(TypeError, match="differ in lanes, positions or channels"):
             primitives.local(x[None], kernel[None], correlation)
+
+
+def test_lanes_have_gradients_in_bfloat16():
+    """With JAX 0.7.2 a map over lanes could not be transposed: nets of local layers did not train in bfloat16."""
+    x, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 3, 6, 6, 2), (2, 4, 4, 3, 3, 2, 5)))
+    loss = lambda x, kernel: ops.local2d(x, kernel, padding="VALID").sum()  # noqa: E731
+    back_x, back_kernel = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))(x, kernel)
+    assert back_x.shape == x.shape and back_kernel.shape == kernel.shape
+    # Each weight meets one value, 1, of each of 3 images; the corner of an image meets one weight of each feature.
+    assert (back_kernel == 3).all() and (back_x[:, :, 0, 0] == 5).all()
