@@ -36,12 +36,13 @@ def print_check(precision: Precision, only: str, console: Console) -> bool:
     Raises:
         UserError: No name contains `only`, or JAX finds no device.
     """
-    programs = [one for one in DEFECTS if only in one.name]
+    device = devices()[0]
+    known_bad = [one.name for one in DEFECTS if one.platform == device.platform]
+    programs = [name for name in known_bad if only in name]
     chosen = [one for one in cases() if only in one.operation]
     if not programs and not chosen:
-        names = dict.fromkeys((*(one.name for one in DEFECTS), *(one.operation for one in cases())))
+        names = dict.fromkeys((*known_bad, *(one.operation for one in cases())))
         raise UserError(f"nothing to check has {only!r} in its name; there are: {', '.join(names)}")
-    device = devices()[0]
     flags = os.environ.get("XLA_FLAGS", "") or "none"
     used = f", {kernels.chosen()} kernels" if device.platform == "cpu" else ""
 
@@ -51,12 +52,12 @@ def print_check(precision: Precision, only: str, console: Console) -> bool:
     line(f"{device.device_kind} ({device.platform}), jaxlib {version('jaxlib')}, precision {precision}{used}")
     line(f"XLA_FLAGS: {flags}\n")
     wrong = []
-    for defect in programs:
-        if defect.platform == device.platform:
-            outcome = run_known_bad(defect.name)
-            wrong += [f"{defect.name}: {outcome}"] * (outcome != "right")
-            line(f"{defect.name:<44}{outcome:>10}")
-    line(f"\nlargest error in units of its tolerance (right: at most 1)\n{ROW.format(*COLUMNS)}")
+    for name in programs:
+        outcome = run_known_bad(name)
+        wrong += [f"{name}: {outcome}"] * (outcome != "right")
+        line(f"{name:<46}{outcome:>10}")
+    if chosen:
+        line(f"\nlargest error in units of its tolerance (right: at most 1)\n{ROW.format(*COLUMNS)}")
     with compile_cache(True, line):
         for operation, own in itertools.groupby(chosen, lambda case: case.operation):
             found = list(check(tuple(own), tuple(FORMS), TYPES, precision))
@@ -71,7 +72,7 @@ def print_check(precision: Precision, only: str, console: Console) -> bool:
 
 TYPES = ("float32", "bfloat16")
 COLUMNS = ("operation", "form", *TYPES)
-ROW = "{:<28}{:<6}{:>10}{:>10}"
+ROW = "{:<28}{:<8}{:>10}{:>10}"
 
 
 def cell(found: list[Found], form: str, dtype: str) -> str:
