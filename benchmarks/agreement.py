@@ -25,7 +25,7 @@ from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.train import Examples
 
 NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Options of the compiler that leave all products and sums to XLA itself; jaxlib has them from 0.9 on."""
+"""Options of the compiler that leave all products and sums to XLA itself; jaxlib has them from 0.9.2 on."""
 FUSION = "__ynn_fusion"
 """In the text of a compiled program, where the library computes."""
 
