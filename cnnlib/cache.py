@@ -13,7 +13,7 @@ from pathlib import Path
 def cache_folder(part: str) -> Path:
     """`$XDG_CACHE_HOME/cnnlib/PART`, else `~/.cache/cnnlib/PART`; without a home, in the temporary folder.
 
-    Links in it are followed, so that nobody can turn one elsewhere after `changeable_by_others` has looked.
+    Links in the path are followed here. Otherwise a link could change after `changeable_by_others` has looked.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:

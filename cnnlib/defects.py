@@ -81,7 +81,7 @@ DEFECTS = (
         "https://github.com/jax-ml/jax/issues/40412",
     ),
 )
-"""The first two numbers of `fixed` were tried here, with each released version in between."""
+"""A version before 0.7.2, which cnnlib does not support, was not tried."""
 
 
 def numbers_of(text: str) -> Version:

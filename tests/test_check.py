@@ -112,7 +112,7 @@ def test_sizes_lie_on_both_sides_of_where_libraries_divide_the_work():
 
 @pytest.fixture
 def wrong_max_pool(monkeypatch, tmp_path):
-    """A backend whose pooling is wrong, of which nothing is known yet."""
+    """A backend whose pooling is wrong, and which has not been checked before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(backend, "PASSED", set())
     right = case_of("max_pool")
