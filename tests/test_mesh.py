@@ -36,11 +36,11 @@ out = Path(sys.argv[1])
 arms = (
     Arm("conv", parse_model("conv:4@3 relu max:2 dense:classes")),
     Arm("full", parse_model("dense:8 relu dense:classes"), own=("augment.flip=false",)),
-    # One epoch: a norm soon makes much of what rounding differs by.
     Arm("norm", parse_model("conv:4@3 norm relu max:2 dense:classes"),
         own=("optim.name=sgd", "optim.learning_rate=0.01", "epochs=1")),
 )
-data = Data("mnist5k", validation=500)
+# Few steps: training amplifies a difference in rounding, wherever it moves a unit across zero.
+data = Data("mnist5k", validation=500, train=700)
 experiment = Experiment(
     arms=arms, data=data, optim=Optim("adam", learning_rate=(0.01,)),
     augment=Augment(shift=2, flip=True), lanes=Lanes(seed=(0, 1, 2)), epochs=2, batch_size=200,
@@ -143,10 +143,9 @@ def test_a_lane_is_the_same_on_any_mesh_and_in_any_number_of_pieces(told, how):
         alone = told["one"][arm][1]
         assert [lane["seed"] for lane in lanes] == [lane["seed"] for lane in alone] == [0, 1, 2]
         for own, other in zip(alone, lanes, strict=True):
-            # The precision of float32 sums, which a norm's division by a small deviation makes more of.
-            tolerance = 1e-4 if arm == "norm" else 2e-6
-            assert other["test_loss"] == pytest.approx(own["test_loss"], rel=tolerance)
-            assert other["train_loss"] == pytest.approx(own["train_loss"], rel=tolerance)
+            # Rounding reaches 1e-6 here. One example of a batch of 200 has a weight of 5e-3.
+            assert other["test_loss"] == pytest.approx(own["test_loss"], rel=1e-5)
+            assert other["train_loss"] == pytest.approx(own["train_loss"], rel=1e-5)
     # A convolution's lanes run one after another on each device, by the same program.
     if how in ("two", "remat"):
         fingerprints = [[lane["parameters_sha256"] for lane in told[at]["conv"][1]] for at in ("one", how)]
@@ -159,7 +158,7 @@ def test_a_checkpoint_moves_from_eight_devices_to_one_to_four(told):
     assert "mesh was 1,8, is None" in told["resumed"]
     for moved, unmoved in zip(told["moved"], told["unmoved"], strict=True):
         assert moved["epochs"] == 4
-        assert moved["test_loss"] == pytest.approx(unmoved["test_loss"], rel=2e-6)
+        assert moved["test_loss"] == pytest.approx(unmoved["test_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
