@@ -41,7 +41,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
         case "mnist1d":
             yield mnist1d.measure(options.rounds, epochs=options.epochs, lanes=(options.lanes or [30])[0])
         case "agreement":
-            yield from agreement.measure(options.lanes or (1, 0), options.steps, options.only)
+            yield from agreement.measure(options.lanes or (1, 2, 0), options.steps, options.only, options.overrides)
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
     """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="for agreement: as of `experiments run`")
     parser.add_argument("--net", choices=step.NETS, action="append", help="default: all of them (not for ops)")
     parser.add_argument("--lanes", type=int, nargs="+", metavar="N", help=f"for lanes; default: {lanes.LANES}")
     parser.add_argument(

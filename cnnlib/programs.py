@@ -36,6 +36,8 @@ EVALUATION_BYTES = 2**26
 """500 examples of 105x105x3 as float32."""
 KEPT_FROM = 0.05
 """Seconds that a program took to compile, to be worth its place on the disk."""
+LITTLE_OPTIMISED = {"xla_backend_optimization_level": 1}
+"""Options of the CPU's compiler. Level 0 would round initial weights in another way."""
 PLACE = train.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
 """Of the types of the numbers that say where a chunk lies."""
 
@@ -150,10 +152,11 @@ def compiled_in_precision(
     at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
     too_many: str | None = None
     start = time.perf_counter()
-    # Initialising is not worth vectorising: the sequential program compiles in half the time, to the same bits.
+    # Initialising runs once, so it is neither vectorised nor much optimised: it compiles in a fraction of the time,
+    # to the same bits.
     initialize = spread.compiled_for(train.over_lanes(begin(recipe), at_a_time=1))
     states, keys = jax.eval_shape(initialize, numbers)
-    initial = initialize.lower(numbers).compile()
+    initial = initialize.lower(numbers).compile(LITTLE_OPTIMISED if device.platform == "cpu" else None)
     keep = None
     if arm.experiment.checkpoint.every:
         keep = spread.compiled_for(checkpoint.snapshot).lower((states, keys)).compile()

@@ -31,11 +31,10 @@ hypothesis.settings.load_profile("fixed")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make XLA compile fast rather than well: compiling takes most of the time. Slow tests compile as users do."""
-    if "not slow" in config.option.markexpr:
-        os.environ.update(compiling_fast())  # of the processes that tests start, too
-        jax.config.update("jax_disable_most_optimizations", True)
+# XLA compiles fast rather than well, in the processes that tests start, too: compiling takes most of the time.
+UNCHANGED = {variable: os.environ.get(variable) for variable in compiling_fast()}
+os.environ.update(compiling_fast())
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish() -> None:
@@ -63,6 +62,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             return file if shares(file) else nodeid
 
     return ByFile(config, log) if config.option.dist == "load" else None
+
+
+@pytest.fixture
+def compiling_well(monkeypatch):
+    """Processes that the test starts compile as those of users do."""
+    for variable, value in UNCHANGED.items():
+        if value is None:
+            monkeypatch.delenv(variable)
+        else:
+            monkeypatch.setenv(variable, value)
 
 
 @pytest.fixture

@@ -203,6 +203,7 @@ def test_the_command_says_what_there_is_to_check(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling_well")
 def test_everything_is_right_here():
     done = subprocess.run([sys.executable, "-m", "experiments", "check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -55,12 +55,14 @@ def test_every_defect_has_a_program_that_shows_it():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling_well")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_known_bad_programs_are_right_with_cnnlib_imported(name):
     assert run_known_bad(name) == "right"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling_well")
 @pytest.mark.parametrize("defect", [one for one in defects.DEFECTS if one.flag in AS_IT_WAS], ids=lambda one: one.name)
 def test_known_bad_programs_fail_without_the_flag(defect, monkeypatch):
     jaxlib = version("jaxlib")
@@ -71,6 +73,7 @@ def test_known_bad_programs_fail_without_the_flag(defect, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling_well")
 def test_the_run_that_crashed_trains(tmp_path):
     """Batch normalisation and local layers of seven axes: with jaxlib 0.10.2 as it is a segmentation fault."""
     overrides = ["arms=d_local_macs", "data.train=400", "epochs=1", "lanes.seed=0"]

@@ -107,7 +107,7 @@ def executed(name, folder, **environment):
     done = subprocess.run(
         [*command, *arguments, str(FOLDER / f"{name}.ipynb"), str(out)],
         cwd=folder,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +125,7 @@ def pictures(cells):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling_well")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_in_time_without_a_warning_and_shows_pictures(name, tmp_path):
     cells, seconds = executed(name, tmp_path)
