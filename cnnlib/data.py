@@ -6,6 +6,7 @@ Every data set tells its shapes and counts without reading examples (`describe`)
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -259,38 +260,49 @@ def _mnist5k(data: Data) -> Origin:
 
 def _mnist1d(data: Data) -> Origin:
     """MNIST-1D (Greydanus and Kobak 2024) from its own generator, with the default arguments of the paper."""
-
-    def read() -> tuple[Split, Split]:
-        from mnist1d.data import get_dataset_args, make_dataset
-
-        arguments = get_dataset_args()
-        if data.seed is not None:
-            arguments.seed = data.seed
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        try:
-            made = make_dataset(arguments)  # seeds the global generators
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-        train, test = (
-            Split(made[x].astype(np.float32)[:, :, None], made[y].astype(np.int32))
-            for x, y in (("x", "y"), ("x_test", "y_test"))
-        )
-        return train, test
-
+    read = functools.partial(_made_mnist1d, data.seed)
     return Origin("mnist1d", (40, 1), 10, {"train": 4000, "test": 1000}, read, dtype=np.dtype(np.float32))
+
+
+@functools.cache  # the generator takes seconds
+def _made_mnist1d(seed: int | None) -> tuple[Split, Split]:
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    arguments = get_dataset_args()
+    if seed is not None:
+        arguments.seed = seed
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        made = make_dataset(arguments)  # seeds the global generators
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+    train, test = (
+        Split(made[x].astype(np.float32)[:, :, None], made[y].astype(np.int32))
+        for x, y in (("x", "y"), ("x_test", "y_test"))
+    )
+    return unchangeable(train), unchangeable(test)
+
+
+def unchangeable(split: Split) -> Split:
+    """The same split, whose arrays several callers may hold."""
+    for array in split:
+        array.flags.writeable = False
+    return split
 
 
 def _lines(data: Data) -> Origin:
     """One stroke an image, vertical, horizontal or diagonal (either way), at a random place, with noise."""
-
-    def read() -> tuple[Split, Split]:
-        # RandomState is slow but frozen: the same seed gives the same images under every NumPy.
-        generator = np.random.RandomState(0 if data.seed is None else data.seed)
-        train = make_lines(generator, 4000)
-        return train, make_lines(generator, 1000)
-
+    read = functools.partial(_made_lines, 0 if data.seed is None else data.seed)
     return Origin("lines", (28, 28, 1), len(LINE_CLASSES), {"train": 4000, "test": 1000}, read, LINE_CLASSES)
+
+
+@functools.cache
+def _made_lines(seed: int) -> tuple[Split, Split]:
+    # RandomState is slow but frozen: the same seed gives the same images under every NumPy.
+    generator = np.random.RandomState(seed)
+    train = unchangeable(make_lines(generator, 4000))
+    return train, unchangeable(make_lines(generator, 1000))
 
 
 MOST_DSD = 256

@@ -14,7 +14,10 @@ import hypothesis
 import jax
 import matplotlib
 import pytest
-from processes import compiling_fast
+from processes import FAST_COMPILATION
+
+os.environ.update(FAST_COMPILATION)  # of the processes that tests start, too
+jax.config.update("jax_disable_most_optimizations", True)
 
 for variable in list(os.environ):  # by which JAX would find a cluster
     if variable.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
@@ -29,12 +32,6 @@ hypothesis.settings.register_profile("fixed", derandomize=True, **patient)
 hypothesis.settings.load_profile("fixed")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-# XLA compiles fast rather than well, in the processes that tests start, too: compiling takes most of the time.
-UNCHANGED = {variable: os.environ.get(variable) for variable in compiling_fast()}
-os.environ.update(compiling_fast())
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish() -> None:
@@ -67,11 +64,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 @pytest.fixture
 def compiling_well(monkeypatch):
     """Processes that the test starts compile as those of users do."""
-    for variable, value in UNCHANGED.items():
-        if value is None:
-            monkeypatch.delenv(variable)
-        else:
-            monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.fixture

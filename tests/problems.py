@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,3 +64,11 @@ def problems(draw):
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.RandomState(seed).normal(size=shape), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def derivatives(function, *inputs):
+    """Its value, its gradients along a random direction, and its derivative along others; in one program."""
+    y, pull = jax.vjp(function, *inputs)
+    directions = tuple(normal(x.shape, seed=2 + i) for i, x in enumerate(inputs))
+    return y, pull(normal(y.shape, seed=1)), jax.jvp(function, inputs, directions)[1]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from pathlib import Path
 
 import jax
 
-
-def compiling_fast():
-    """Return variables of the environment with which XLA compiles fast rather than well."""
-    found, flags = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}, os.environ.get("XLA_FLAGS", "")
-    # Fusions take half of what is left. Later versions do not know the flag, and end on flags that they do not know.
-    if jax.__version_info__ < (0, 11) and "fusion_emitters" not in flags:
-        found["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
-    return found
+FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+"""Variables of the environment with which XLA compiles fast rather than well: compiling takes most of the time."""
+if jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
+    # Without its fusion emitters XLA compiles in half the time; later versions have nothing else. With AVX, 0.10.2
+    # then computed wrong gradients: of a compiled function, a net with a norm, in float64.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=SSE4_2"
+    FAST_COMPILATION["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 def stat(pid):

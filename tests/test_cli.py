@@ -219,6 +219,7 @@ def test_run_writes_its_files_and_ends_with_the_table(tiny_run):
     assert "61,485" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_first_and_goes_on_when_its_reader_stops(tiny_run):
     _, folder = tiny_run
     out = folder / "runs" / "fc_vs_conv"

@@ -244,7 +244,7 @@ def seen_by_gradient(model, shape, position):
     variables = jax.eval_shape(net.init, jax.random.key(0), x)
     # 1 / fan-in, so that a deep net neither overflows nor vanishes.
     variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1 / max(1, math.prod(leaf.shape[:-1]))), variables)
-    gradient = jax.grad(lambda x: net.apply(variables, x)[(0, *position)].sum())(x)
+    gradient = jax.jit(jax.grad(lambda x, variables: net.apply(variables, x)[(0, *position)].sum()))(x, variables)
     seen = np.argwhere(np.asarray(gradient[0]) > 0)
     return [(int(seen[:, axis].min()), int(seen[:, axis].max())) for axis in range(len(shape) - 1)]
 

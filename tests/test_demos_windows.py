@@ -195,6 +195,7 @@ def test_sides_shrink_by_layers_without_padding(pyplot):
     assert panel.get_xlabel() == "layers" and "pixels" in panel.get_ylabel()
 
 
+@pytest.mark.slow
 def test_pooling_takes_the_edge_off_small_shifts(pyplot):
     demo = DEMOS.get("shifts")
     figure = demo.draw()

@@ -132,6 +132,7 @@ class Told(Watcher):
         self.texts.append(text)
 
 
+@pytest.mark.slow
 def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_path, monkeypatch):
     monkeypatch.setattr(feeds, "STREAM_SHARE", 0.5)
     monkeypatch.setattr("cnnlib.run.free_memory", lambda device: 6 * 2**20)
@@ -166,6 +167,7 @@ def test_examples_drawn_for_each_lane_cannot_be_streamed(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_stream_where_it_began_without(tmp_path):
     experiment = replace(EXPERIMENT, epochs=1, checkpoint=Checkpoint(share=1.0))
     run(experiment, "tiny", tmp_path / "run", Watcher())

@@ -173,6 +173,7 @@ def test_jobs_are_arms_or_blocks_of_their_seeds():
     assert names_of(resolve(ordered), 1)[0] == ("conv-1..1", (1,), 6)
 
 
+@pytest.mark.slow
 def test_blocks_of_seeds_are_put_together_to_what_one_process_comes_to(here, whole, tmp_path):
     executor, listener, copy = here(), Listener(), Listener()
     results = as_jobs(tmp_path / "run", listener, seeds_a_job=2, copy=copy)
@@ -247,6 +248,7 @@ def test_a_wish_to_stop_is_passed_on_and_kept(here, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_what_one_process_has_begun_jobs_do_not_train_again_nor_the_other_way_round(here, tmp_path):
     executor = here({"own-fields": [Ending(2, "no room")]})
     with pytest.raises(UserError, match="no room"):

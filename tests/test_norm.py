@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -188,6 +189,7 @@ def test_the_three_readings_stay_one_function_in_training_too(text, float64):
     statistics = jax.tree.map(lambda leaf: jnp.asarray(random.uniform(1, 2, leaf.shape)), statistics)
     x = jnp.asarray(random.normal(size=(5, *shape)))
 
+    @functools.partial(jax.jit, static_argnums=(0, 2))
     def outputs(reading, parameters, training):
         net, variables = network(reading, jnp.float64), {"params": parameters, "batch_stats": statistics}
         if training:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import each_implementation, implementations, needs_native, normal, problems, using
+from problems import derivatives, each_implementation, implementations, needs_native, normal, problems, using
 
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
@@ -71,14 +71,9 @@ def test_conv_has_the_derivatives_of_the_stock_operation(problem, implementation
     x_shape, kernel_shape, arguments, resolved = problem
     x, kernel = normal(x_shape), normal(kernel_shape)
 
-    def derivatives(conv):
-        y, pull = jax.vjp(conv, x, kernel)
-        directions = normal(x_shape, seed=2), normal(kernel_shape, seed=3)
-        return y, pull(normal(y.shape, seed=1)), jax.jvp(conv, (x, kernel), directions)[1]
-
     with using(implementation):
-        ours = derivatives(lambda x, k: conv(x, k, **arguments))
-    theirs = derivatives(lambda x, k: stock(x, k, arguments["strides"], resolved, arguments["dilation"]))
+        ours = derivatives(lambda x, k: conv(x, k, **arguments), x, kernel)
+    theirs = derivatives(lambda x, k: stock(x, k, arguments["strides"], resolved, arguments["dilation"]), x, kernel)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), ours, theirs)
 
 
@@ -185,13 +180,11 @@ def test_conv_is_right_for_every_width_of_vectors(features, channels, kernel_siz
         x, kernel = normal((3, 7, width, channels)), normal((kernel_size, kernel_size, channels, features))
         pads = pad_pairs("SAME", (7, width), (kernel_size,) * 2, (strides,) * 2, (1, 1))
         reference = functools.partial(stock, strides=(strides,) * 2, resolved=pads, dilation=(1, 1))
-        expected, theirs = jax.vjp(reference, x, kernel)
+        y, *theirs = derivatives(reference, x, kernel)
         with using("native"):
-            y, ours = jax.vjp(lambda x, k: conv(x, k, strides=strides), x, kernel)
-            gradient = normal(y.shape, seed=1)
-            gradients = ours(gradient)
-        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), gradients, theirs(gradient))
+            ours = derivatives(lambda x, k: conv(x, k, strides=strides), x, kernel)
+        np.testing.assert_allclose(ours[0], y, rtol=1e-4, atol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), ours[1:], tuple(theirs))
 
 
 @each_implementation
@@ -255,36 +248,43 @@ def test_max_pool_has_the_values_and_derivatives_of_the_stock_operation(problem,
     def pool(x):
         return ops.max_pool(x, window, strides, padding)
 
-    expected, theirs = jax.vjp(lambda x: windowed(x, -jnp.inf, lax.max, window, strides, resolved), x)
-    gradient = jnp.arange(expected.size, dtype=jnp.float32).reshape(expected.shape)
-    with using(implementation):
-        y, ours = jax.vjp(pool, x)
-        np.testing.assert_array_equal(y, expected)
-        np.testing.assert_allclose(ours(gradient)[0], theirs(gradient)[0], rtol=1e-6)  # random values do not tie
-        # Forward mode is the transpose: the same number from either side.
+    def stock_pool(x):
+        return windowed(x, -jnp.inf, lax.max, window, strides, resolved)
+
+    @functools.partial(jax.jit, static_argnums=0)  # one program in place of many
+    def of(pool, x):
+        y, pull = jax.vjp(pool, x)
+        gradient = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape)
+        return gradient, y, pull(gradient)[0]
+
+    @jax.jit
+    def more_of_ours(x, direction, gradient):
         along = (gradient * jax.jvp(pool, (x,), (direction,))[1]).sum()
-        np.testing.assert_allclose(along, (theirs(gradient)[0] * direction).sum(), rtol=1e-4, atol=1e-2)
-        two = jnp.stack([x, direction])
-        stacked = jax.vmap(lambda x: jax.vjp(pool, x)[1](gradient)[0])(two)
-        np.testing.assert_allclose(stacked[0], theirs(gradient)[0], rtol=1e-6)
-        squares = lambda x: (pool(x) ** 2).sum() / 2  # noqa: E731
-        product = jax.jvp(jax.grad(squares), (x,), (direction,))[1]
-        np.testing.assert_allclose(
-            product, jax.jvp(lambda x: jax.vjp(pool, x)[1](pool(x))[0], (x,), (direction,))[1], rtol=1e-5, atol=1e-5
-        )
+        stacked = jax.vmap(lambda x: jax.vjp(pool, x)[1](gradient)[0])(jnp.stack([x, direction]))
+        product = jax.jvp(jax.grad(lambda x: (pool(x) ** 2).sum() / 2), (x,), (direction,))[1]
+        same = jax.jvp(lambda x: jax.vjp(pool, x)[1](pool(x))[0], (x,), (direction,))[1]
+        return along, stacked, product, same
+
+    gradient, expected, theirs = of(stock_pool, x)
+    with using(implementation):
+        _, y, ours = of(pool, x)
+        along, stacked, product, same = more_of_ours(x, direction, gradient)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # random values do not tie
+    # Forward mode is the transpose: the same number from either side.
+    np.testing.assert_allclose(along, (theirs * direction).sum(), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(stacked[0], theirs, rtol=1e-6)
+    np.testing.assert_allclose(product, same, rtol=1e-5, atol=1e-5)
 
 
 @pool_draws
 @given(pools())
 def test_avg_pool_has_the_values_and_gradients_of_the_stock_operation(problem):
     shape, window, strides, padding, resolved = problem
-    x = normal(shape)
-    y, ours = jax.vjp(lambda x: ops.avg_pool(x, window, strides, padding), x)
-    area = np.prod(window)
-    expected, theirs = jax.vjp(lambda x: windowed(x, 0.0, lax.add, window, strides, resolved) / area, x)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    gradient = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape)
-    np.testing.assert_allclose(ours(gradient)[0], theirs(gradient)[0], rtol=1e-5, atol=1e-5)
+    x, area = normal(shape), np.prod(window)
+    ours = derivatives(lambda x: ops.avg_pool(x, window, strides, padding), x)
+    theirs = derivatives(lambda x: windowed(x, 0.0, lax.add, window, strides, resolved) / area, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
 @each_implementation

@@ -236,6 +236,7 @@ def test_damaged_answers_are_one_line(report, tmp_path):
         read_answers(tmp_path / "run", "conv")
 
 
+@pytest.mark.slow
 def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(report, tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "library", lambda: "")
     out = tmp_path / "page.html"

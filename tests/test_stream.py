@@ -238,11 +238,12 @@ def known_to_workers(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
+@pytest.mark.slow
 def test_what_is_printed_while_reading_does_not_get_among_the_examples(known_to_workers):
     same(some(Printing(16, 101, 0, 0), 1, workers=1)[0], some(LINES, 1)[0])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_goes_wrong_while_reading_is_raised_where_chunks_are_taken(workers, known_to_workers):
     with pytest.raises(UserError) as error:
         some(Missing(16, 101, 0, 0), 1, workers=workers)
