@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from cnnlib.budget import MEASURES
 from cnnlib.errors import UserError
-from cnnlib.fields import parse, require, value_text
+from cnnlib.fields import parse, require, types_of_fields, value_text
 from cnnlib.registry import Registry
 from cnnlib.spec import LARGEST, Connectivity, Model, Shape, shape_text
 
@@ -446,7 +445,7 @@ def _path_and_text(assignment: str) -> tuple[str, str]:
 def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
     assert dataclasses.is_dataclass(node) and not isinstance(node, type)
     key, *rest = keys
-    hints = typing.get_type_hints(type(node))
+    hints = types_of_fields(type(node))
     names = [field.name for field in dataclasses.fields(node)]
     if isinstance(node, Arm):  # its name is its identity, and its own fields are set one by one
         names = [name for name in names if name not in ("name", "own")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -17,6 +18,12 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with the message where the condition does not hold."""
     if not condition:
         raise UserError(message)
+
+
+@functools.cache  # the annotations are text, and evaluating them takes most of the time of an override
+def types_of_fields(declared: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
+    return typing.get_type_hints(declared)
 
 
 def value_text(value: Any) -> str:
@@ -112,14 +119,14 @@ def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
         require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
         return parse_model(values)
     if dataclasses.is_dataclass(hint):
-        fields = typing.get_type_hints(hint)
+        build: Any = hint
+        fields = types_of_fields(build)
         require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
         for name in values:
             require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
         for field in dataclasses.fields(hint):  # one that came after the file was written has its default
             has_default = field.default is not dataclasses.MISSING
             require(field.name in values or has_default, f"{path}.{field.name} is missing")
-        build: Any = hint
         return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
