@@ -476,10 +476,10 @@ def killed_and_resumed(whole, seconds, kills, out, *arguments):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_are_resumed_to_the_same_bits(packaged, tmp_path):
-    moments = killed_and_resumed(*packaged, 12, tmp_path)
+    moments = killed_and_resumed(*packaged, 8, tmp_path)
     # They were not all killed at the same place, and some with an arm in flight.
     assert any(moment and moment[-1][1] for moment in moments)
-    assert len({str(moment) for moment in moments}) > 2
+    assert len({str(moment) for moment in moments}) > 1
 
 
 @pytest.mark.slow
@@ -488,7 +488,7 @@ def test_kills_beside_lanes_that_diverge_are_resumed_to_the_same_bits(tmp_path):
     arms = json.loads((whole / "results.json").read_text())["arms"]
     for arm in arms:
         assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
-    moments = killed_and_resumed(whole, seconds, 6, tmp_path, *DIVERGING)
+    moments = killed_and_resumed(whole, seconds, 4, tmp_path, *DIVERGING)
     assert any(moment and moment[-1][1] for moment in moments)
 
 
