@@ -608,14 +608,11 @@ def job_processes(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds_a_job", [None, 2])
-def test_a_run_as_jobs_has_the_fingerprints_of_one_in_one_process(seeds_a_job, long, tmp_path):
-    blocks = [] if seeds_a_job is None else ["--seeds-a-job", str(seeds_a_job)]
-    ended = done(*command(tmp_path / "run", "--executor", "local", *blocks, epochs=LONG))
+def test_a_run_as_jobs_has_the_fingerprints_of_one_in_one_process(long, tmp_path):
+    ended = done(*command(tmp_path / "run", "--executor", "local", "--seeds-a-job", "2", epochs=LONG))
     assert ended.returncode == 0, ended.stderr
     assert fingerprints(tmp_path / "run") == long
-    jobs_in_all = len(long) * (1 if seeds_a_job is None else 2)
-    assert ended.stdout.count(f"epoch {LONG}/{LONG}  ") == jobs_in_all, ended.stdout
+    assert ended.stdout.count(f"epoch {LONG}/{LONG}  ") == 2 * len(long), ended.stdout  # 3 seeds: two jobs per arm
     assert not (tmp_path / "run" / "jobs").exists() and not job_processes(tmp_path)
     report = done(sys.executable, "-m", "experiments", "report", str(tmp_path / "run"), "--out", str(tmp_path / "page"))
     assert report.returncode == 0 and "logistic" in (tmp_path / "page").read_text()
