@@ -29,7 +29,9 @@ NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Options of the compiler that leave all products and sums to XLA itself; jaxlib has them from 0.9.2 on."""
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
-    FAST["xla_cpu_use_fusion_emitters"] = False  # later versions do not know the option
+    # Later versions do not know the option. With level 0 it gives wrong gradients (tests/processes.py).
+    FAST["xla_cpu_use_fusion_emitters"] = False
+"""Options of the compiler with which the rest compiles in half the time."""
 NUDGES = 8
 """How often initial weights are changed at random, for the largest difference that rounding may make."""
 FUSION = "__ynn_fusion"
