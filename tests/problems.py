@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from cnnlib import kernels
+from cnnlib import kernels, models
 from cnnlib.spec import pad_pairs
 
 # Both of the CPU's implementations, where this machine has both.
@@ -64,6 +64,12 @@ def problems(draw):
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.RandomState(seed).normal(size=shape), jnp.float32)
+
+
+# As cnnlib.models has them, each in one program in place of one per operation.
+initial = jax.jit(models.initial, static_argnums=(0, 2))
+logits = jax.jit(models.logits, static_argnums=0)
+training_logits = jax.jit(models.training_logits, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)

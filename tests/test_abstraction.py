@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import logits
 
 from cnnlib.abstraction import (
     BATCH_SIZE,
@@ -26,9 +27,11 @@ from cnnlib.abstraction import (
 from cnnlib.data import DataSet, Description, Split
 from cnnlib.equivalence import expand, parameter_shapes
 from cnnlib.errors import UserError
-from cnnlib.models import logits, network
+from cnnlib.models import network
 from cnnlib.spec import parse_model
 from cnnlib.trained import Net
+
+pytestmark = pytest.mark.once
 
 MODEL = "conv:3@3 norm relu max:2 residual(conv:3@3 relu) conv:4@2/2:valid tanh dense:5 relu dense:4"
 IMAGES = np.random.RandomState(1).randint(0, 256, (7, 9, 8, 2)).astype(np.uint8)
@@ -54,7 +57,7 @@ def prefix_of(net, layer, x):
     """The output of a layer of a model that ends there."""
     model = parse_model(" ".join(map(str, net.model.layers[: layer + 1])))
     parameters, statistics = jax.tree.map(jnp.asarray, (net.parameters, net.statistics))
-    return network(model).apply({"params": parameters, "batch_stats": statistics}, jnp.asarray(x))
+    return jax.jit(network(model).apply)({"params": parameters, "batch_stats": statistics}, jnp.asarray(x))
 
 
 def read_as(net, reading):
@@ -124,9 +127,9 @@ def test_nothing_outside_a_receptive_field_has_a_gradient_and_its_edges_do(readi
     image = jnp.asarray(np.random.RandomState(0).normal(size=(1, 11, 10, 1)), jnp.float32)
     for layer in (1, 3, 4):
         rows, columns = net.model.shapes((11, 10, 1))[layer][:2]
+        gradients = jax.jit(jax.grad(lambda x, i, j, layer=layer: prefix_of(net, layer, x)[0, i, j].sum()))
         for position in itertools.product((0, rows - 1), (0, columns - 1)):
-            gradient = jax.grad(lambda x, at=position, layer=layer: prefix_of(net, layer, x)[0, *at].sum())(image)
-            touched = np.argwhere(np.asarray(gradient)[0, ..., 0] != 0)
+            touched = np.argwhere(np.asarray(gradients(image, *position))[0, ..., 0] != 0)
             seen = receptive_field(net, layer, position)
             clipped = (max(seen.top, 0), min(seen.bottom, 11), max(seen.left, 0), min(seen.right, 10))
             (top, left), (bottom, right) = touched.min(axis=0), touched.max(axis=0) + 1

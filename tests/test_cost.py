@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from problems import initial
 
 from cnnlib import models
 from cnnlib.architectures import ARCHITECTURES, neyshabur_d, neyshabur_s
@@ -331,7 +332,7 @@ def test_what_is_kept_is_what_jax_keeps(text, monkeypatch):
     monkeypatch.setattr(models, "pools_before_bias", lambda layers: {})
     model, shape, batch = parse_model(text), (8, 8, 2), 5
     net, x = network(model), jnp.asarray(np.random.RandomState(0).normal(size=(batch, *shape)), jnp.float32)
-    parameters, statistics = models.initial(net, jax.random.key(0), shape)
+    parameters, statistics = initial(net, jax.random.key(0), shape)
     _, pull = jax.vjp(lambda p: models.training_logits(net, p, statistics, x)[0], parameters)
     # Beside the values JAX keeps the weights, zeros and signs for ReLUs, some values twice in two shapes or orders, and
     # x as a constant. Of a norm it keeps a few numbers a channel, which are fewer than those of any map of the batch.

@@ -16,6 +16,8 @@ from cnnlib.overlap import overlap
 from cnnlib.style import pyplot_for_files
 from experiments.__main__ import main
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def pyplot():

@@ -27,6 +27,8 @@ from cnnlib.stats import mean_interval
 from cnnlib.style import STYLE, pyplot_for_files
 from cnnlib.trained import Net
 
+pytestmark = pytest.mark.once
+
 NAMES = ("learned_filters", "feature_maps", "patches", "evidence", "probes", "tuning")
 
 

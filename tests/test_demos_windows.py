@@ -17,6 +17,8 @@ from cnnlib.demos.pooling import DIRECTIONS, MOST_SHIFT, maps_of, some_digits
 from cnnlib.demos.windows import FILTERS, IMAGE, KERNEL, PHASES, POOLED, REST
 from cnnlib.style import pyplot_for_files
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def pyplot():

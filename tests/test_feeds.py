@@ -45,6 +45,7 @@ def lanes_of(results):
     return {arm["name"]: arm["lanes"] for arm in results["arms"]}
 
 
+@pytest.mark.slow
 def test_a_stream_in_the_stored_order_trains_the_models_that_examples_on_the_device_do(tmp_path):
     experiment = replace(EXPERIMENT, reshuffle=False, passes=2)
     resident = run(experiment, "tiny", tmp_path / "resident", Watcher())

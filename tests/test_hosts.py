@@ -25,6 +25,8 @@ from cnnlib import hosts
 from cnnlib.errors import Stopped, UserError
 from cnnlib.meeting import Meeting, asked, listen, meet
 
+pytestmark = pytest.mark.once
+
 ADDRESS = "127.0.0.1"
 
 

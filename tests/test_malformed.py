@@ -27,6 +27,8 @@ from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 from experiments.__main__ import main
 
+pytestmark = pytest.mark.once
+
 
 def told(arguments):
     """Exit status and lines on standard error of a command."""

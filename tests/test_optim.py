@@ -24,9 +24,14 @@ def trained(name, steps=6, numbers=NUMBERS, schedule="constant"):
     rule = optimizer(Optim(name, schedule), numbers, steps)
     x = jnp.asarray(START, jnp.float32)
     state = rule.init(x)
-    for _ in range(steps):
+
+    @jax.jit
+    def step(x, state):
         update, state = rule.update(gradient(x), state, x)
-        x = x + update
+        return x + update, state
+
+    for _ in range(steps):
+        x, state = step(x, state)
     return x
 
 
@@ -65,10 +70,11 @@ def test_numbers_may_be_traced_and_differ_by_lane(name, course):
 
 def test_schedules_have_the_courses_they_are_named_for():
     steps = np.arange(101)
-    assert np.all(np.asarray([schedule("constant", 100)(s) for s in steps]) == 1)
-    cosine = np.asarray([schedule("cosine", 100)(s) for s in steps])
+    course = lambda name: jax.jit(jax.vmap(schedule(name, 100)))(steps)  # noqa: E731
+    assert np.all(course("constant") == 1)
+    cosine = course("cosine")
     np.testing.assert_allclose(cosine, (1 + np.cos(np.pi * steps / 100)) / 2, atol=1e-6)
-    cycle = np.asarray([schedule("one_cycle", 100)(s) for s in steps])
+    cycle = course("one_cycle")
     np.testing.assert_allclose([cycle[0], cycle[30], cycle[100]], [1 / 25, 1, 1 / 25e4], rtol=1e-4)
     assert np.all(np.diff(cycle[:31]) > 0) and np.all(np.diff(cycle[30:]) < 0)
 
@@ -96,9 +102,14 @@ def penalised(name, numbers=PENALISED, course="constant", traced=(0.2,)):
     rule = optimizer(Optim(name, course, l1=traced, l1_threshold=(0.6,)), numbers, STEPS)
     parameters = {"layer_0": {"kernel": jnp.asarray(WEIGHTS), "bias": jnp.asarray(BIAS)}}
     state = rule.init(parameters)
-    for _ in range(STEPS):
+
+    @jax.jit
+    def step(parameters, state):
         update, state = rule.update(jax.tree.map(pulled, parameters), state, parameters)
-        parameters = jax.tree.map(jnp.add, parameters, update)
+        return jax.tree.map(jnp.add, parameters, update), state
+
+    for _ in range(STEPS):
+        parameters, state = step(parameters, state)
     return parameters["layer_0"]
 
 

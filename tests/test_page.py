@@ -25,6 +25,8 @@ from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 from experiments.__main__ import main
 
+pytestmark = pytest.mark.once
+
 EXPERIMENT = Experiment(
     arms=(
         Arm("full", parse_model("avg:7 dense:classes")),

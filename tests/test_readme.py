@@ -18,6 +18,8 @@ from cnnlib.fields import from_dict, to_dict
 from cnnlib.resolve import resolve
 from experiments.__main__ import COMMANDS, main, parser_for
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(cnnlib.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PUBLISHED = ("fc_vs_conv", "sharing_and_locality")

@@ -329,6 +329,7 @@ def test_hosts_have_as_many_lanes_at_a_time_as_fit_on_the_smallest(monkeypatch):
     assert in_the_memory(EXPERIMENT, monkeypatch, 2**40).at_a_time == fewer < 4
 
 
+@pytest.mark.slow
 def test_the_program_that_takes_most_decides(monkeypatch):
     # With 8 images a step it is not the epoch but the evaluation, 500 images at a time, whose maps of 6,400 values
     # each take 12.8 MB, and 1 MB at most is data.

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import logits
 
 from cnnlib import evaluation, train
 from cnnlib.augment import normalize
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.data import make_lines
-from cnnlib.models import logits, network
+from cnnlib.models import network
 from cnnlib.spec import parse_model
 from cnnlib.train import Examples, Recipe
 
@@ -76,10 +77,12 @@ def test_a_net_may_start_as_the_convolution_of_its_seed(reading):
             for each, states in ((conv, before), (freed, after))
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert float(evaluation.distance_from_conv(freed)(lane(after.parameters, index))) == 0
+        assert float(jax.jit(evaluation.distance_from_conv(freed))(lane(after.parameters, index))) == 0
     # It is free to leave: training moves it away from every convolution.
     states, _ = trained(freed, numbers, epochs=1)
-    distances = [float(evaluation.distance_from_conv(freed)(lane(states.parameters, index))) for index in range(2)]
+    distances = [
+        float(jax.jit(evaluation.distance_from_conv(freed))(lane(states.parameters, index))) for index in range(2)
+    ]
     assert all(0.01 < distance < 1 for distance in distances)
 
 
@@ -144,7 +147,7 @@ def test_an_epoch_visits_each_example_at_most_once_in_an_order_of_its_own():
     frozen = lanes(0, learning_rate=0.0)
     all_seen = recipe(FULL, batch_size=16)
     states, sums = trained(all_seen, frozen, epochs=1)
-    whole = evaluation.evaluate(all_seen)(lane(states.parameters, 0), {}, examples())
+    whole = jax.jit(evaluation.evaluate(all_seen))(lane(states.parameters, 0), {}, examples())
     np.testing.assert_allclose(sums.loss[0], whole.loss, rtol=1e-5)
     assert sums.examples[0] == 160
     # 160 examples in batches of 48: each epoch leaves out 16 of them, other ones each time.
@@ -193,7 +196,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch():
     logits = x[..., 0] / 255
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(103), y]
     for batch_size in (1, 10, 103, 500):
-        sums = evaluation.evaluate(model, batch_size)(parameters, {}, data)
+        sums = jax.jit(evaluation.evaluate(model, batch_size))(parameters, {}, data)
         assert sums.examples == 103
         assert sums.correct == (logits.argmax(1) == y).sum()
         np.testing.assert_allclose(sums.loss, losses.sum(), rtol=1e-5)
@@ -205,7 +208,7 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_evaluation():
     # At initialisation the cross-entropy and its mean over classes are both near log 3, but not equal.
     assert float(sums.loss[0]) != pytest.approx(float(plain_sums.loss[0]), rel=1e-3)
     assert_close(smoothed.parameters, plain.parameters)
-    evaluate = evaluation.evaluate(recipe(FULL))
+    evaluate = jax.jit(evaluation.evaluate(recipe(FULL)))
     a, b = (evaluate(lane(state.parameters, 0), {}, examples()).loss for state in (smoothed, plain))
     assert a == b
 
@@ -232,7 +235,7 @@ def test_augmentation_and_crops_reach_training_and_evaluation():
     states, _ = trained(cropped, lanes(0), epochs=1)
     plain, _ = trained(cropped._replace(augment=Augment(crop=10)), lanes(0), epochs=1)
     assert differ(states.parameters, plain.parameters)
-    assert evaluation.evaluate(cropped)(lane(states.parameters, 0), {}, examples()).examples == 160
+    assert jax.jit(evaluation.evaluate(cropped))(lane(states.parameters, 0), {}, examples()).examples == 160
 
 
 def test_bfloat16_trains_to_about_the_same_loss():
@@ -263,7 +266,7 @@ def test_a_lane_trains_on_as_many_examples_as_asked_drawn_by_its_order_seed():
     alike, _ = train_one(state, numbers, data), train_one(state, numbers, spoilt)
     assert_equal(train_one(state, numbers, data)[0].parameters, train_one(state, numbers, spoilt)[0].parameters)
     assert alike[1].examples == 60
-    assert evaluation.fit(part)(alike[0].parameters, {}, numbers, data).examples == 60
+    assert jax.jit(evaluation.fit(part))(alike[0].parameters, {}, numbers, data).examples == 60
 
 
 def test_seed_draws_the_weights_and_order_seed_the_rest():
