@@ -91,7 +91,7 @@ def compared(arm: TrainedArm, recipe: train.Recipe, data: DataSet, lanes: int) -
     """The row of an arm with so many lanes."""
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
-    at_a_time = preferred_at_a_time(arm.model.connectivity, lanes, jax.devices()[0].platform)
+    at_a_time = preferred_at_a_time(arm.model.connectivity, arm.input_shape, lanes, jax.devices()[0].platform)
     training, test = (Examples(split.x, split.y, data.mean, data.deviation) for split in (data.train, data.test))
     states = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1), compiler_options=FAST)(numbers)
     epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)).lower(states, numbers, training)

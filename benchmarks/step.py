@@ -37,7 +37,7 @@ def batch_of(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def default_at_a_time(model: Model, lanes: int) -> int:
     """How many lanes cnnlib vectorises by default."""
-    return preferred_at_a_time(model.connectivity, lanes, jax.devices()[0].platform)
+    return preferred_at_a_time(model.connectivity, INPUT_SHAPE, lanes, jax.devices()[0].platform)
 
 
 def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: int) -> tuple[Any, tuple[Any, ...]]:

@@ -4,7 +4,8 @@ XLA's own CPU convolutions are slow where they count here: weight gradients in l
 a quarter to a half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers
 come with JAX. It is compiled for the processor at hand at its first use, in about 7 s, and kept in the user's cache
 folder, unless others could change it there. `CNNLIB_KERNELS=xla` does without it, `CNNLIB_KERNELS=native` insists on
-it; by default it is used on a machine that can compile it.
+it; by default it is used on a machine that can compile it. `CNNLIB_KERNELS=gpu` and `=tpu` compute on a CPU in the
+forms that those platforms run (`cnnlib/lowerings.py`): that is slow, and shows that they are right.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ import numpy as np
 from cnnlib.cache import cache_folder, changeable_by_others, keep_file, refusal
 from cnnlib.errors import UserError
 
-Kernels = Literal["native", "xla"]
+Kernels = Literal["native", "xla", "gpu", "tpu"]
 
 SOURCE = Path(__file__).with_name("kernels.cc")
 TARGETS = (
@@ -47,22 +48,27 @@ class Unavailable(Exception):
     """Why the native kernels cannot be had on this machine, in one line."""
 
 
-def asked() -> str:
-    """`CNNLIB_KERNELS`: auto, native or xla. Raises UserError for anything else."""
+def asked() -> Kernels | None:
+    """Return what `CNNLIB_KERNELS` asks for, None for `auto`. Raises UserError for anything unknown."""
     wanted = os.environ.get("CNNLIB_KERNELS", "auto")
-    if wanted not in ("auto", "native", "xla"):
-        raise UserError(f"CNNLIB_KERNELS={wanted}: expected auto, native or xla")
-    return wanted
+    if wanted == "auto":
+        return None
+    kinds: tuple[Kernels, ...] = get_args(Kernels)
+    for kind in kinds:
+        if wanted == kind:
+            return kind
+    raise UserError(f"CNNLIB_KERNELS={wanted}: expected auto or one of {', '.join(kinds)}")
 
 
 def chosen() -> Kernels:
-    """Which kernels convolve and pool float32 on the CPU in what is traced next: those of kernels.cc, or XLA's own.
+    """Choose what convolves and pools float32 on the CPU in what is traced next.
 
+    These are the kernels of kernels.cc (native), XLA's own (xla), or the forms of another platform (gpu, tpu).
     Raises UserError for an unknown `CNNLIB_KERNELS`, and for `native` where kernels.cc cannot be compiled.
     """
     wanted = asked()
-    if wanted == "xla":
-        return "xla"
+    if wanted not in (None, "native"):
+        return wanted
     problem = register()
     if problem and wanted == "native":
         raise UserError(f"CNNLIB_KERNELS=native: {problem}")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from cnnlib import primitives
 from cnnlib.errors import UserError
-from cnnlib.primitives import Correlation, Pair, Pooling
+from cnnlib.geometry import Correlation, Pair, Pooling, taps_of
 from cnnlib.spec import Padding, PerAxis, Window, check_window, pool_window, shape_text, window_over
 
 
@@ -119,7 +119,7 @@ def avg_pool(
     """The mean under each window; `strides` defaults to the window, zeros of the padding count as values."""
     window = _pool_window(x, window_shape, strides, padding)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), (1, 1))
-    taps = primitives.taps_of(_raised(x), _pair(window.size), correlation, fill=0.0)
+    taps = taps_of(_raised(x), _pair(window.size), correlation, fill=0.0)
     return _lowered(functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype), x.ndim)
 
 

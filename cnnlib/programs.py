@@ -25,7 +25,7 @@ from cnnlib.hosts import ALONE, Hosts
 from cnnlib.mesh import Spread
 from cnnlib.models import network
 from cnnlib.resolve import TrainedArm
-from cnnlib.spec import Connectivity, Full, Local, Model, walk
+from cnnlib.spec import Connectivity, Full, Local, Model, Shape, walk
 from cnnlib.train import Examples, Recipe, State
 
 CPU_GROUP = 8
@@ -42,15 +42,24 @@ PLACE = train.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_
 """Of the types of the numbers that say where a chunk lies."""
 
 
-def preferred_at_a_time(connectivity: Connectivity, lanes: int, platform: str) -> int:
-    """How many lanes are best vectorised together where memory does not matter.
+def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: int, platform: str) -> int:
+    """Choose how many lanes are vectorised together where memory does not matter.
 
-    On a CPU one where the arm convolves, since one such model fills the cores, and up to 8 of a full net, in groups of
-    nearly equal size. On an accelerator all.
+    - CPU: one lane of a net with windows, since it fills the cores; up to 8 lanes of a full net.
+    - TPU: one lane of a net with windows on images. A core runs one operation after another at no cost for starting
+      each, and lanes as the groups of one convolution take twice the cycles. All lanes of other nets.
+    - GPU: all lanes, since each kernel costs microseconds to start.
+
+    Lanes come in groups of nearly equal size.
     """
-    if platform != "cpu":
-        return lanes
-    return 1 if connectivity != "full" else math.ceil(lanes / math.ceil(lanes / CPU_GROUP))
+    has_windows, is_image = connectivity != "full", len(input_shape) == 3
+    if platform == "cpu":
+        most = 1 if has_windows else CPU_GROUP
+    elif platform == "tpu":
+        most = 1 if has_windows and is_image else lanes
+    else:
+        most = lanes
+    return math.ceil(lanes / math.ceil(lanes / most))
 
 
 def free_memory(device: jax.Device) -> int:
@@ -149,7 +158,9 @@ def compiled_in_precision(
     splits, tested_at_once = feed.examples(arm, spread), evaluation_batch(arm)
     place, chunks = shapes(PLACE), 3 * size_of(splits["train"]) if feed.is_streamed else 0
     most = spread.lanes_a_device
-    at_a_time = min(wanted or before or preferred_at_a_time(arm.model.connectivity, most, device.platform), most)
+    at_a_time = min(
+        wanted or before or preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, device.platform), most
+    )
     too_many: str | None = None
     start = time.perf_counter()
     # Initialising runs once, so it is neither vectorised nor much optimised: it compiles in a fraction of the time,

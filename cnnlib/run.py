@@ -397,7 +397,7 @@ def _write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watcher) -> str:
-    """Which kernels convolve and pool: `native` (kernels.cc) or `xla`; the user is told what takes time or costs it.
+    """Choose what convolves and pools (`kernels.chosen`), and tell the user what takes time or costs it.
 
     Raises UserError for a `CNNLIB_KERNELS` that cannot be followed.
     """
@@ -405,12 +405,12 @@ def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watch
     layers = [layer for arm in arms for layer in walk(arm.model.layers)]
     if device.platform != "cpu" or not any(isinstance(layer, (Conv, Local, MaxPool)) for layer in layers):
         return "xla"
-    if asked != "xla" and not kernels.is_compiled():
+    if asked in (None, "native") and not kernels.is_compiled():
         reason = kernels.not_kept()
         how_often = f"for this process only: {reason}" if reason else "once"
         watcher.says(f"compiling the convolutions for this processor, {how_often}")
     choice = kernels.chosen()
-    if (asked, choice) == ("auto", "xla"):
+    if (asked, choice) == (None, "xla"):
         watcher.says(f"{kernels.register()}: convolutions run on XLA's own kernels, 2 to 4 times as long")
     return choice
 

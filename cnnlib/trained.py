@@ -87,7 +87,9 @@ def train_arm(
     recipe = recipe_of(arm, spread)
     wanted = arm.experiment.lanes.at_a_time
     most = spread.lanes_a_device
-    at_a_time = min(wanted or preferred_at_a_time(arm.model.connectivity, most, devices[0].platform), most)
+    at_a_time = min(
+        wanted or preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, devices[0].platform), most
+    )
     numbers, examples = spread.put(numbers_of(arm)), spread.shared(splits)
     # Run once: on a CPU, making it fast takes three seconds of the compiler, and saves none.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None

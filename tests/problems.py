@@ -1,4 +1,4 @@
-"""Problems for the operations: shapes and arguments that fit, and both of the CPU's implementations."""
+"""Problems for the operations: shapes and arguments that fit, and all implementations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cnnlib import kernels, models
 from cnnlib.spec import pad_pairs
 
-# Both of the CPU's implementations, where this machine has both.
-implementations = st.sampled_from(["xla"] if kernels.register() else ["xla", "native"])
+# The CPU's own implementations, where this machine has both, and the forms of accelerators.
+implementations = st.sampled_from(["xla", "gpu", "tpu", *([] if kernels.register() else ["native"])])
 
 
 @contextlib.contextmanager
@@ -35,8 +35,13 @@ def using(implementation):
 
 
 def each_implementation(test):
-    """The test runs on XLA's kernels and on those of kernels.cc."""
-    names = ["xla", pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler"))]
+    """The test runs on XLA's kernels, on those of kernels.cc, and in the forms of accelerators."""
+    names = [
+        "xla",
+        "gpu",
+        "tpu",
+        pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler")),
+    ]
     return pytest.mark.parametrize("implementation", names)(test)
 
 

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.once
 
 FLOORS = [
     {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
-    {"writer", "overlap", "hosts", "known_bad"},
+    {"writer", "overlap", "hosts", "known_bad", "geometry"},
     {"spec", "registry", "kernels", "meeting"},
-    {"architectures", "cost", "primitives", "windows"},
+    {"architectures", "cost", "lowerings", "windows"},
+    {"primitives"},
     {"budget", "ops", "fields"},
     {"config"},
     {"sweep", "sources"},

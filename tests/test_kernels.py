@@ -138,7 +138,7 @@ def test_the_choice_can_be_made_by_hand(monkeypatch):
     monkeypatch.setenv("CNNLIB_KERNELS", "xla")
     assert kernels.chosen() == "xla"
     monkeypatch.setenv("CNNLIB_KERNELS", "fast")
-    with pytest.raises(UserError, match="expected auto, native or xla"):
+    with pytest.raises(UserError, match="expected auto or one of native, xla, gpu, tpu"):
         kernels.chosen()
     monkeypatch.setenv("CNNLIB_KERNELS", "native")
     monkeypatch.setattr(kernels, "register", lambda: "there is no C++ compiler (c++)")

@@ -17,6 +17,7 @@ from problems import derivatives, each_implementation, implementations, needs_na
 
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
+from cnnlib.geometry import Correlation
 
 draws = settings(max_examples=6, deadline=None)
 few_draws = settings(max_examples=2, deadline=None)  # each compiles several programs
@@ -233,7 +234,7 @@ def test_a_mistake_is_a_user_error_before_a_kernel_sees_it(implementation, monke
             with pytest.raises(UserError, match=message):
                 act()
         # Below the public operations, too, nothing reaches a kernel that it would read past.
-        correlation = primitives.Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
+        correlation = Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
         with pytest.raises(TypeError, match="differ in lanes, positions or channels"):
             primitives.local(x[None], kernel[None], correlation)
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jax import lax
 from problems import derivatives, each_implementation, implementations, needs_native, normal, problems, using
 
-from cnnlib import ops, primitives
+from cnnlib import lowerings, ops, primitives
 from cnnlib.errors import UserError
+from cnnlib.geometry import Correlation
 from cnnlib.spec import pad_pairs
 
 draws = settings(max_examples=12, deadline=None)
@@ -153,20 +154,47 @@ def test_conv_is_the_same_under_every_transformation(problem, implementation):
             agree(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], nested), alone[i][j])
 
 
-def test_lanes_on_an_accelerator_are_products_of_patches_with_the_same_values():
-    # What GPUs and TPUs are given, here without one: the lowering is a function, and runs on any backend.
-    x, kernel = normal((3, 2, 6, 5, 2)), normal((3, 3, 2, 2, 4))
-    geometry = primitives.Correlation((2, 1), ((1, 1), (0, 1)), (1, 1), (1, 2))
-    static = {"correlation": geometry, "cpu": "xla"}
-    y = primitives._correlate_elsewhere(x, kernel, **static)
-    gradient = normal(y.shape, seed=1)
-    kernel_gradient = primitives._kernel_gradient_elsewhere(x, gradient, window=(3, 2), **static)
-    for lane in range(3):
-        expected, pull = jax.vjp(lambda k, lane=lane: primitives.stock(x[lane], k, geometry), kernel[lane])
-        np.testing.assert_allclose(y[lane], expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(kernel_gradient[lane], pull(gradient[lane])[0], rtol=1e-4, atol=1e-4)
-        alone = primitives._kernel_gradient_elsewhere(x[lane][None], gradient[lane][None], window=(3, 2), **static)
-        np.testing.assert_allclose(kernel_gradient[lane], alone[0], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    "size, window, features, arguments",
+    [
+        ((12, 8), (5, 5), 6, {}),  # blocks of 4x4
+        ((11, 12), (3, 2), 3, {"padding": "VALID", "strides": (1, 2), "dilation": (2, 1)}),  # 7 rows, 6 columns
+        ((12, 12), (3, 3), 16, {"strides": 2, "padding": ((2, 1), (0, 3))}),
+        ((6, 6), (3, 3), 40, {}),  # blocks for the gradient of the kernel only
+        ((5, 7), (3, 3), 7, {}),  # no block divides the outputs
+        ((12,), (5,), 6, {}),  # a signal
+    ],
+)
+def test_forms_of_accelerators_are_right_alone_and_with_other_lanes(platform, size, window, features, arguments):
+    x, kernel = normal((3, 2, *size, 2)), normal((3, *window, 2, features))
+    axes = len(size)
+    plain = {"strides": 1, "padding": "SAME", "dilation": 1} | arguments
+    strides, dilation = (
+        (plain[name],) * axes if isinstance(plain[name], int) else plain[name] for name in ("strides", "dilation")
+    )
+    resolved = pad_pairs(plain["padding"], size, window, strides, dilation)
+    reference = functools.partial(stock, strides=strides, resolved=resolved, dilation=dilation)
+    expected = derivatives(reference, x[0], kernel[0]), derivatives(jax.vmap(reference), x, kernel)
+    with using(platform):
+        ours = functools.partial(conv, **arguments)
+        found = derivatives(lambda x, k: ours(x, k), x[0], kernel[0]), derivatives(jax.vmap(ours), x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4), found, expected)
+
+
+@pytest.mark.parametrize(
+    "size, features, chosen",
+    [((28, 28), 6, (4, 4)), ((10, 10), 16, (2, 2)), ((12, 8), 16, (2, 4)), ((14, 14), 40, (1, 2)), ((7, 9), 6, None)],
+)
+def test_blocks_fill_the_columns_of_a_matrix_unit_and_divide_the_outputs(size, features, chosen):
+    window = Correlation((1, 1), ((2, 2), (2, 2)), (1, 1), (1, 1))
+    blocks = lowerings.blocks_of(size, (5, 5), features, lowerings.NARROW_GRADIENT, window)
+    assert (blocks and blocks.size) == chosen
+    if blocks:  # one block per position of the larger window, and no more features than columns
+        assert blocks.correlation.output_size(size, blocks.window) == blocks.counts
+        assert -(-features // 8) * 8 * blocks.size[0] * blocks.size[1] <= 128
+        assert (blocks.counts[0] * blocks.size[0], blocks.counts[1] * blocks.size[1]) == size
+    assert lowerings.blocks_of(size, (5, 5), 65, lowerings.NARROW_GRADIENT, window) is None
 
 
 @pytest.mark.once
@@ -373,6 +401,6 @@ def test_a_mistake_is_a_user_error_before_a_kernel_sees_it(implementation, monke
             with pytest.raises(UserError, match=message):
                 act()
         # Below the public operations, too, nothing reaches a kernel that it would read past.
-        correlation = primitives.Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
+        correlation = Correlation((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
         with pytest.raises(TypeError, match="differ in lanes or channels"):
             primitives.correlate(x[None], jnp.ones((1, 2, 2, 2, 4)), correlation)

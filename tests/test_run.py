@@ -400,12 +400,15 @@ def test_free_memory_is_less_than_there_is():
     assert 0 < programs.free_memory(jax.devices()[0]) < 0.9 * total
 
 
-def test_convolutions_run_one_after_another_on_a_cpu_and_all_at_once_elsewhere():
+def test_lanes_at_a_time_follow_platform_connectivity_and_input():
     preferred = programs.preferred_at_a_time
-    assert [preferred("conv", lanes, "cpu") for lanes in (1, 4, 64)] == [1, 1, 1]
+    image, signal = (28, 28, 1), (40, 1)
+    assert [preferred("conv", image, lanes, "cpu") for lanes in (1, 4, 64)] == [1, 1, 1]
     # Groups of up to eight, as equal as may be: 9 are 5 and 4, and not 8 and 1.
-    assert [preferred("full", lanes, "cpu") for lanes in (1, 4, 8, 9, 16, 20, 64)] == [1, 4, 8, 5, 8, 7, 8]
-    assert [preferred(kind, 64, "gpu") for kind in ("full", "conv")] == [64, 64]
+    assert [preferred("full", image, lanes, "cpu") for lanes in (1, 4, 8, 9, 16, 20, 64)] == [1, 4, 8, 5, 8, 7, 8]
+    assert [preferred(kind, image, 64, "gpu") for kind in ("full", "conv")] == [64, 64]
+    assert [preferred(kind, image, 64, "tpu") for kind in ("full", "local", "conv")] == [64, 1, 1]
+    assert [preferred(kind, signal, 64, "tpu") for kind in ("full", "local", "conv")] == [64, 64, 64]
 
 
 @pytest.mark.parametrize(

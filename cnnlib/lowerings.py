@@ -1,0 +1,458 @@
+"""What each primitive runs as on each platform: a CPU, a GPU, a TPU.
+
+A lowering is a function of the primitive's operands, written in JAX, so that any of them runs on any platform: tests
+force those of GPUs and TPUs on a CPU (`CNNLIB_KERNELS=gpu`, `=tpu`). All operands carry lanes, models of a population
+that are trained together: `x` is `(lane, image, height, width, channel)`.
+
+- A CPU takes all lanes in kernels.cc, or one lane after another in XLA's operations.
+- A GPU takes the lanes of a convolution as the groups of one convolution.
+- A TPU does the same with several lanes. A lane alone runs in blocks of neighbouring outputs: see `Blocks`.
+
+docs/accelerators.md has the measurements behind these choices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from cnnlib import kernels
+from cnnlib.geometry import Correlation, Pair, Pooling, im2col, taps_of
+
+FEW_CHANNELS = 4
+"""Below this many input channels, so for grey and colour images, XLA's CPU convolutions lose to im2col."""
+FEW_IMAGES = 8
+"""Below this many the vectors of kernels.cc, which hold as many images, are mostly empty."""
+
+
+# How lanes run.
+
+
+def one_after_another(one: Callable[..., Array], *operands: Array) -> Array:
+    """Compute `one` lane at a time. XLA's CPU runs batched convolutions and products slower."""
+    if operands[0].shape[0] == 1:
+        return one(*(operand[0] for operand in operands))[None]
+    result: Array = lax.map(lambda lane: one(*lane), operands)
+    return result
+
+
+def together(one: Callable[..., Array], *operands: Array) -> Array:
+    """Compute all lanes at once, with `jax.vmap` of `one`."""
+    if operands[0].shape[0] == 1:
+        return one(*(operand[0] for operand in operands))[None]
+    return jax.vmap(one)(*operands)
+
+
+# Shapes of results. Each takes the static arguments of its primitive.
+
+
+def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    """Return `(lane, image, output_height, output_width, feature)`; raise TypeError for operands that do not fit."""
+    if x.shape[0] != kernel.shape[0] or x.shape[-1] != kernel.shape[-2]:
+        raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes or channels")
+    return (*x.shape[:2], *correlation.output_size(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1])
+
+
+def kernel_gradient_shape(
+    x: Any, gradient: Any, *, window: Pair, correlation: Correlation, cpu: str
+) -> tuple[int, ...]:
+    """Return `(lane, kernel_height, kernel_width, channel, feature)`."""
+    return (x.shape[0], *window, x.shape[-1], gradient.shape[-1])
+
+
+def local_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    """Return `(lane, image, row, column, feature)`; raise TypeError for operands that do not fit."""
+    positions = correlation.output_size(x.shape[2:4], kernel.shape[3:5])
+    if (x.shape[0], *positions, x.shape[-1]) != (*kernel.shape[:3], kernel.shape[-2]):
+        raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes, positions or channels")
+    return (*x.shape[:2], *positions, kernel.shape[-1])
+
+
+def local_input_shape(gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    """Return `(lane, image, height, width, channel)`."""
+    return (*gradient.shape[:2], *size, kernel.shape[-2])
+
+
+def local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+    """Return `(lane, row, column, kernel_height, kernel_width, channel, feature)`."""
+    return (x.shape[0], *gradient.shape[2:4], *window, x.shape[-1], gradient.shape[-1])
+
+
+def pooled_shape(x: Any, *_: Any, pooling: Pooling, cpu: str) -> tuple[int, ...]:
+    """Return `(image, row, column, channel)`."""
+    return (x.shape[0], *pooling.output_size(x.shape[1:3]), x.shape[3])
+
+
+# Correlations.
+
+
+def stock(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """Compute one lane by XLA's own convolution."""
+    return lax.conv_general_dilated(x, kernel, *correlation, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def stock_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
+    """Compute one lane by the transpose of XLA's own convolution."""
+    like = jax.ShapeDtypeStruct((*window, x.shape[-1], gradient.shape[-1]), x.dtype)
+    (result,) = jax.linear_transpose(lambda kernel: stock(x, kernel, correlation), like)(gradient)
+    return jnp.asarray(result)
+
+
+def contract(patches: Array, gradient: Array) -> Array:
+    """Sum `patches[..., i] * gradient[..., j]` over images and positions, accumulating in float32 at least."""
+    axes = tuple(range(gradient.ndim - 1))
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    return lax.dot_general(patches, gradient, ((axes, axes), ((), ())), preferred_element_type=wide)
+
+
+def _attributes(correlation: Correlation) -> dict[str, tuple[int, ...]]:
+    return {
+        "strides": correlation.strides,
+        "low": tuple(low for low, _ in correlation.padding),
+        "x_dilation": correlation.x_dilation,
+        "kernel_dilation": correlation.kernel_dilation,
+    }
+
+
+def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+    """Take all lanes in kernels.cc, or one after another by XLA."""
+    if cpu == "native" and x.dtype == jnp.float32:
+        shape = correlate_shape(x, kernel, correlation=correlation, cpu=cpu)
+        output = jax.ShapeDtypeStruct(shape, x.dtype)
+        return kernels.call("cnnlib_correlate", output, x, kernel, attributes=_attributes(correlation))
+
+    def one(x: Array, kernel: Array) -> Array:
+        if x.shape[-1] < FEW_CHANNELS and correlation.x_dilation == (1, 1):
+            return im2col(x, kernel.shape[:2], correlation) @ kernel.reshape(-1, kernel.shape[-1])
+        return stock(x, kernel, correlation)
+
+    return one_after_another(one, x, kernel)
+
+
+def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+    """Take all lanes in kernels.cc, or one after another by XLA."""
+    if cpu == "native" and x.dtype == jnp.float32:
+        shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+        output = jax.ShapeDtypeStruct(shape, x.dtype)
+        return kernels.call("cnnlib_kernel_gradient", output, x, gradient, attributes=_attributes(correlation))
+
+    def one(x: Array, gradient: Array) -> Array:
+        # The patches of a whole batch outgrow the cache, so up to 8 blocks of it, one after another. And a loop's
+        # operands are stored, so what made x is not computed once per tap.
+        blocks = max(n for n in range(1, 9) if x.shape[0] % n == 0)
+        parts = (x.reshape(blocks, -1, *x.shape[1:]), gradient.reshape(blocks, -1, *gradient.shape[1:]))
+        products: Array = lax.map(lambda part: contract(im2col(part[0], window, correlation), part[1]), parts)
+        return products.sum(axis=0).astype(x.dtype).reshape(*window, x.shape[-1], gradient.shape[-1])
+
+    return one_after_another(one, x, gradient)
+
+
+def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+    """Make lanes the groups of one convolution."""
+    return together(functools.partial(stock, correlation=correlation), x, kernel)
+
+
+def kernel_gradient_on_gpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+    """Make lanes the groups of one convolution."""
+    one = functools.partial(stock_kernel_gradient, window=window, correlation=correlation)
+    return together(one, x, gradient)
+
+
+def correlate_on_tpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+    """Make lanes the groups of one convolution; compute a lane alone in blocks."""
+    if x.shape[0] > 1:
+        return correlate_on_gpu(x, kernel, correlation=correlation, cpu=cpu)
+    return in_blocks(x[0], kernel[0], correlation)[None]
+
+
+def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+    """Make lanes the groups of one convolution; compute a lane alone in blocks."""
+    if x.shape[0] > 1:
+        return kernel_gradient_on_gpu(x, gradient, window=window, correlation=correlation, cpu=cpu)
+    return kernel_gradient_in_blocks(x[0], gradient[0], window, correlation)[None]
+
+
+# Blocks, for TPUs.
+
+COLUMNS = 128
+"""Columns of a TPU's matrix unit."""
+ROWS = 8
+"""Rows of a tile of a TPU's vector memory. Features are filled up to whole tiles."""
+NARROW = 16
+"""Most features for which `in_blocks` needs fewer cycles than a plain convolution, as libtpu 0.0.42.1 compiles both for
+v5e. More features are written out of their blocks for longer than they gain."""
+NARROW_GRADIENT = 64
+"""The same for `kernel_gradient_in_blocks`."""
+
+
+class Blocks(NamedTuple):
+    """A correlation that computes a block of neighbouring outputs at each position.
+
+    A TPU's matrix unit has 128 columns, and a convolution of 6 features leaves 122 of them idle. A block's outputs are
+    computed as more features of one position: the window grows by the block, the strides are multiplied by it, and the
+    larger kernel holds the small one once per output of the block, zeros around it. Those zeros are multiplied too:
+    2.6 times the multiply-adds for 5x5 taps in blocks of 4x4, on 16 times as many columns.
+    """
+
+    size: Pair
+    """Outputs per block."""
+    counts: Pair
+    """Blocks per axis."""
+    window: Pair
+    """Of the larger kernel."""
+    correlation: Correlation
+    """Of the larger kernel."""
+
+
+def blocks_of(
+    size: tuple[int, ...], window: tuple[int, ...], features: int, most: int, correlation: Correlation
+) -> Blocks | None:
+    """Choose the largest blocks, of up to 4 outputs per axis, that fit the columns and divide the outputs.
+
+    Return None where a plain convolution is better: with more than `most` features, and for signals.
+    """
+    outputs = correlation.output_size(size, window)
+    wide = features + -features % ROWS
+    if wide > most or outputs[0] == 1:
+        return None
+    chosen = None
+    for block in ((1, 2), (2, 2), (2, 4), (4, 4)):
+        if math.prod(block) * wide <= COLUMNS and not any(n % b for n, b in zip(outputs, block, strict=True)):
+            chosen = block
+    if chosen is None:
+        return None
+    grown, padding = [], []
+    for n, k, b, o, s, (low, _), spread, d in zip(size, window, chosen, outputs, *correlation, strict=True):
+        grown.append((b - 1) * s + (k - 1) * d + 1)
+        high = (o // b - 1) * b * s + grown[-1] - low - ((n - 1) * spread + 1)
+        padding.append((low, high))
+    strides = (chosen[0] * correlation.strides[0], chosen[1] * correlation.strides[1])
+    larger = Correlation(strides, (padding[0], padding[1]), correlation.x_dilation, (1, 1))
+    counts = (outputs[0] // chosen[0], outputs[1] // chosen[1])
+    return Blocks(chosen, counts, (grown[0], grown[1]), larger)
+
+
+def in_blocks(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """Compute one lane by XLA's own convolution, in blocks of outputs where that is faster on a TPU."""
+    blocks = blocks_of(x.shape[1:3], kernel.shape[:2], kernel.shape[-1], NARROW, correlation)
+    if blocks is None:
+        return stock(x, kernel, correlation)
+    (rows, columns), (height, width) = blocks.counts, blocks.size
+    y = stock(x, repeated(filled(kernel), correlation, blocks), blocks.correlation)
+    y = y.reshape(x.shape[0], rows, columns, height, width, -1).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(x.shape[0], rows * height, columns * width, -1)[..., : kernel.shape[-1]]
+
+
+def kernel_gradient_in_blocks(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
+    """Compute the gradient of one lane's kernel, in blocks of outputs where that is faster on a TPU."""
+    features = gradient.shape[-1]
+    blocks = blocks_of(x.shape[1:3], window, features, NARROW_GRADIENT, correlation)
+    if blocks is None:
+        return stock_kernel_gradient(x, gradient, window, correlation)
+    (rows, columns), (height, width) = blocks.counts, blocks.size
+    wide = filled(gradient).reshape(x.shape[0], rows, height, columns, width, -1).transpose(0, 1, 3, 2, 4, 5)
+    larger = stock_kernel_gradient(x, wide.reshape(x.shape[0], rows, columns, -1), blocks.window, blocks.correlation)
+    like = jax.ShapeDtypeStruct((*window, x.shape[-1], features), x.dtype)
+    (result,) = jax.linear_transpose(lambda kernel: repeated(filled(kernel), correlation, blocks), like)(larger)
+    return jnp.asarray(result)
+
+
+def filled(array: Array) -> Array:
+    """Fill up the last axis, the features, with zeros to a multiple of `ROWS`."""
+    return lax.pad(
+        array, jnp.zeros((), array.dtype), [(0, 0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % ROWS, 0)]
+    )
+
+
+def repeated(kernel: Array, correlation: Correlation, blocks: Blocks) -> Array:
+    """Make the larger kernel of `blocks`: `(*blocks.window, channel, output * feature)`."""
+    (height, width), (step_h, step_w), (d_h, d_w) = blocks.size, correlation.strides, correlation.kernel_dilation
+    zero = jnp.zeros((), kernel.dtype)
+    copies = []
+    for i in range(height):
+        for j in range(width):
+            rows = (i * step_h, (height - 1 - i) * step_h, d_h - 1)
+            columns = (j * step_w, (width - 1 - j) * step_w, d_w - 1)
+            copies.append(lax.pad(kernel, zero, [rows, columns, (0, 0, 0), (0, 0, 0)]))
+    return jnp.stack(copies, axis=-2).reshape(*blocks.window, kernel.shape[-2], -1)
+
+
+# Local layers: a kernel per position, `(lane, row, column, kernel_height, kernel_width, channel, feature)`.
+
+Over = Callable[..., Array]
+"""How lanes run: `together` or `one_after_another`."""
+
+
+def local_lane(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """Compute one lane as one matrix product, batched over positions. Weights are not copied."""
+    rows, columns, height, width, channels, features = kernel.shape
+    # Positions first, since they are what the product is batched over; images and channels travel as one.
+    images_last = x.transpose(1, 2, 0, 3).reshape(1, *x.shape[1:3], -1)
+    taps = taps_of(images_last, (height, width), correlation, fill=0.0)
+    patches = jnp.concatenate([tap.reshape(rows * columns, -1, channels) for tap in taps], axis=-1)
+    y = lax.batch_matmul(patches, kernel.reshape(rows * columns, -1, features))
+    return y.reshape(rows, columns, -1, features).transpose(2, 0, 1, 3)
+
+
+def local_lane_on_tpu(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """Compute one lane as the same product, of windows that a convolution with the identity gathers.
+
+    A TPU's matrix unit puts values side by side about six times as fast as its vector unit. It rounds them as the
+    product behind it would.
+    """
+    rows, columns, height, width, channels, features = kernel.shape
+    taps = height * width * channels
+    identity = jnp.eye(taps, dtype=x.dtype).reshape(height, width, channels, taps)
+    patches = stock(x, identity, correlation).reshape(x.shape[0], rows * columns, taps)
+    weights = kernel.reshape(rows * columns, taps, features)
+    # Positions, features, images: a TPU's convolutions have images last as well.
+    y = lax.dot_general(weights, patches, (((1,), (2,)), ((0,), (1,))))
+    return y.reshape(rows, columns, features, -1).transpose(3, 0, 1, 2)
+
+
+class Local(NamedTuple):
+    """The lowerings of a local layer's family: the layer, and its gradients for the input and for the kernel."""
+
+    lane: Callable[..., Array]
+    """Compute one lane forward; linear in input and kernel."""
+    over: Over = together
+
+    def forward(self, x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+        """Compute the layer's output."""
+        return self.over(functools.partial(self.lane, correlation=correlation), x, kernel)
+
+    def input_gradient(
+        self, gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, cpu: str
+    ) -> Array:
+        """Compute the gradient for an input of `size`, from that of the output."""
+        _, *shape = local_input_shape(gradient, kernel, size=size, correlation=correlation, cpu=cpu)
+        like = jax.ShapeDtypeStruct(tuple(shape), gradient.dtype)
+
+        def one(gradient: Array, kernel: Array) -> Array:
+            (result,) = jax.linear_transpose(lambda x: self.lane(x, kernel, correlation), like)(gradient)
+            return jnp.asarray(result)
+
+        return self.over(one, gradient, kernel)
+
+    def kernel_gradient(self, x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+        """Compute the gradient for kernels of `window`, from that of the output."""
+        _, *shape = local_kernel_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+        like = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+        def one(x: Array, gradient: Array) -> Array:
+            (result,) = jax.linear_transpose(lambda kernel: self.lane(x, kernel, correlation), like)(gradient)
+            return jnp.asarray(result)
+
+        return self.over(one, x, gradient)
+
+
+LOCAL_ON_XLA_CPU = Local(local_lane, one_after_another)
+LOCAL_ON_GPU = Local(local_lane)
+LOCAL_ON_TPU = Local(local_lane_on_tpu)
+
+
+def local_on_cpu(
+    target: str, shape: Callable[..., tuple[int, ...]], otherwise: Callable[..., Array]
+) -> Callable[..., Array]:
+    """Make the lowering that calls `target` of kernels.cc where that serves, and `otherwise` elsewhere.
+
+    The kernel turns its first operand in a scratch of rows of whole vectors.
+    """
+
+    def lowered(first: Array, second: Array, *, correlation: Correlation, cpu: str, **static: Any) -> Array:
+        if cpu != "native" or first.dtype != jnp.float32 or first.shape[1] < FEW_IMAGES:
+            return otherwise(first, second, correlation=correlation, cpu=cpu, **static)
+        output = jax.ShapeDtypeStruct(shape(first, second, correlation=correlation, cpu=cpu, **static), first.dtype)
+        turned = jax.ShapeDtypeStruct((math.prod(first.shape[2:]), -(-first.shape[1] // 16) * 16), first.dtype)
+        attributes = {
+            "strides": correlation.strides,
+            "low": tuple(low for low, _ in correlation.padding),
+            "dilation": correlation.kernel_dilation,
+        }
+        return kernels.call(target, output, first, second, scratch=turned, attributes=attributes)
+
+    return lowered
+
+
+# Max pooling: `x` is `(image, height, width, channel)`, lanes among the images.
+
+
+def _under(x: Array, pooling: Pooling, fill: float) -> list[Array]:
+    correlation = Correlation(pooling.strides, pooling.padding, (1, 1), (1, 1))
+    return taps_of(x, pooling.window, correlation, fill)
+
+
+def _pooling_attributes(pooling: Pooling) -> dict[str, tuple[int, ...]]:
+    low = tuple(low for low, _ in pooling.padding)
+    return {"window": pooling.window, "strides": pooling.strides, "low": low}
+
+
+def max_pool(x: Array, *, pooling: Pooling, cpu: str) -> Array:
+    """Take the maximum over the taps of the window."""
+    return functools.reduce(jnp.maximum, _under(x, pooling, fill=-jnp.inf))
+
+
+def max_pool_on_cpu(x: Array, *, pooling: Pooling, cpu: str) -> Array:
+    """Pool in kernels.cc where that serves."""
+    if cpu != "native" or x.dtype != jnp.float32:
+        return max_pool(x, pooling=pooling, cpu=cpu)
+    output = jax.ShapeDtypeStruct(pooled_shape(x, pooling=pooling, cpu=cpu), x.dtype)
+    return kernels.call("cnnlib_max_pool", output, x, attributes=_pooling_attributes(pooling))
+
+
+def _winners(x: Array, y: Array, pooling: Pooling) -> tuple[list[Array], Array]:
+    """Say tap by tap which values equal their window's largest, and how many do.
+
+    The count is at least 1, also in a window that has no winner because its largest is not a number. Padding never
+    wins, not even where all values are minus infinity.
+    """
+    won = [tap == y for tap in _under(x, pooling, fill=jnp.nan)]
+    count = functools.reduce(operator.add, [each.astype(x.dtype) for each in won])
+    return won, jnp.maximum(count, jnp.ones((), x.dtype))
+
+
+def select(x: Array, y: Array, direction: Array, *, pooling: Pooling, cpu: str) -> Array:
+    """Follow a direction through the winners: the forward derivative of `max_pool`."""
+    won, count = _winners(x, y, pooling)
+    zero = jnp.zeros((), x.dtype)
+    taps = _under(direction, pooling, fill=0.0)
+    return functools.reduce(operator.add, map(lambda w, tap: jnp.where(w, tap, zero), won, taps)) / count
+
+
+def spread(x: Array, y: Array, gradient: Array, *, pooling: Pooling, cpu: str) -> Array:
+    """Give each winner its share of the window's gradient: the transpose of `select`."""
+    won, count = _winners(x, y, pooling)
+    share, zero = gradient / count, jnp.zeros((), x.dtype)
+    if pooling.strides == pooling.window and not any(map(any, pooling.padding)):
+        return _spread_over_tiles(x, y, share, pooling.window)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shares = [jnp.where(w, share, zero) for w in won]
+    (result,) = jax.linear_transpose(lambda x: _under(x, pooling, fill=0.0), like)(shares)
+    return jnp.asarray(result)
+
+
+def _spread_over_tiles(x: Array, y: Array, share: Array, window: Pair) -> Array:
+    """The same where windows do not overlap: one pass over the input, in place of one per tap."""
+    size, (rows, columns), (height, width) = x.shape[1:3], y.shape[1:3], window
+    tiles = x[:, : rows * height, : columns * width].reshape(x.shape[0], rows, height, columns, width, -1)
+    won = tiles == jnp.expand_dims(y, (2, 4))
+    shares = jnp.where(won, jnp.expand_dims(share, (2, 4)), jnp.zeros((), x.dtype))
+    inside = shares.reshape(x.shape[0], rows * height, columns * width, -1)
+    outside = [(0, 0, 0), (0, size[0] - rows * height, 0), (0, size[1] - columns * width, 0), (0, 0, 0)]
+    return lax.pad(inside, jnp.zeros((), x.dtype), outside)
+
+
+def spread_on_cpu(x: Array, y: Array, gradient: Array, *, pooling: Pooling, cpu: str) -> Array:
+    """Do the same in kernels.cc where that serves."""
+    if cpu != "native" or x.dtype != jnp.float32:
+        return spread(x, y, gradient, pooling=pooling, cpu=cpu)
+    output = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return kernels.call("cnnlib_max_pool_gradient", output, x, y, gradient, attributes=_pooling_attributes(pooling))
