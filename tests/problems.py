@@ -34,15 +34,17 @@ def using(implementation):
             os.environ["CNNLIB_KERNELS"] = before
 
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler"))
+
+
 def each_implementation(test):
-    """The test runs on XLA's kernels, on those of kernels.cc, and in the forms of accelerators."""
-    names = [
-        "xla",
-        "gpu",
-        "tpu",
-        pytest.param("native", marks=pytest.mark.skipif(bool(kernels.register()), reason="no compiler")),
-    ]
-    return pytest.mark.parametrize("implementation", names)(test)
+    """The test runs on XLA's kernels and on those of kernels.cc."""
+    return pytest.mark.parametrize("implementation", ["xla", NATIVE])(test)
+
+
+def each_form(test):
+    """The test runs on both, and in the forms of accelerators."""
+    return pytest.mark.parametrize("implementation", ["xla", NATIVE, "gpu", "tpu"])(test)
 
 
 def needs_native(test):

@@ -147,6 +147,7 @@ class Told(Watcher):
         self.lines.append(text)
 
 
+@pytest.mark.slow
 def test_a_backend_that_has_passed_is_not_checked_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     told = []

@@ -320,9 +320,9 @@ def test_fields_through_branches_are_those_that_taps_reach(parts, size):
     "text",
     [
         "conv:4@3 relu conv:5@3/2 relu dense:6 relu dense:3",
-        "local:4@3 relu avg:2 full:3@3 relu dense:3",
-        "dense:7 relu residual(dense:7 relu) dense:3",
-        "conv:4@3 relu residual(conv:4@3 relu|conv:4@1) relu dense:3",
+        pytest.param("local:4@3 relu avg:2 full:3@3 relu dense:3", marks=pytest.mark.slow),
+        pytest.param("dense:7 relu residual(dense:7 relu) dense:3", marks=pytest.mark.slow),
+        pytest.param("conv:4@3 relu residual(conv:4@3 relu|conv:4@1) relu dense:3", marks=pytest.mark.slow),
         "conv:4@3 relu max:2 dense:3",
         "conv:4@3:nobias norm relu dense:6:nobias norm relu residual(norm relu dense:6) dense:3",
     ],

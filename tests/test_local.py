@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import derivatives, each_implementation, implementations, needs_native, normal, problems, using
+from problems import derivatives, each_form, each_implementation, implementations, needs_native, normal, problems, using
 
 from cnnlib import ops, primitives
 from cnnlib.errors import UserError
@@ -166,7 +166,7 @@ def test_local_is_right_for_every_width_of_vectors(batch, channels, features):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), ours, theirs)
 
 
-@each_implementation
+@each_form
 def test_a_local_layer_with_equal_weights_is_a_convolution(implementation):
     x, kernel = normal((9, 6, 5, 2)), normal((3, 3, 2, 4))
     with using(implementation):
@@ -184,7 +184,7 @@ def test_local_gradients_are_the_same_bits_every_time(implementation):
             jax.tree.map(np.testing.assert_array_equal, gradient(x, kernel), first)
 
 
-@each_implementation
+@each_form
 def test_bfloat16_stays_bfloat16_and_near(implementation):
     x, kernel = normal((9, 8, 8, 3)), normal((8, 8, 3, 3, 3, 4))
 
@@ -209,7 +209,7 @@ def test_no_weight_is_copied_for_an_example(implementation):
     assert needed < 10 * kernel.nbytes + 100 * x.nbytes < 128 * kernel.nbytes
 
 
-@each_implementation
+@each_form
 def test_a_batch_of_nothing_has_a_gradient_of_zero(implementation):
     kernel = normal((5, 5, 3, 3, 2, 4))
     with using(implementation):

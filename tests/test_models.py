@@ -160,6 +160,7 @@ def test_a_gradient_that_is_none_stays_none():
     assert all(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(found[0]))
 
 
+@pytest.mark.slow
 @each_implementation
 def test_maps_that_are_computed_again_are_not_kept(implementation):
     net = network(parse_model(DEEP))

@@ -171,6 +171,7 @@ def test_no_maximum_is_taken_before_a_norm_whose_scale_may_be_negative():
     assert pools_before_bias(parse_model("conv:2@3 relu max:2 norm").layers) == {0: 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -311,6 +312,7 @@ def test_statistics_that_are_not_finite_mark_a_lane_though_its_loss_is():
     assert lane(states.statistics, 0)["layer_0"]["variance"].tolist() == [1]
 
 
+@pytest.mark.slow
 def test_a_net_that_starts_as_a_convolution_begins_with_its_statistics():
     conv = recipe(NORMED)
     model = parse_model(NORMED).full()

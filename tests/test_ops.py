@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import derivatives, each_implementation, implementations, needs_native, normal, problems, using
+from problems import derivatives, each_form, each_implementation, implementations, needs_native, normal, problems, using
 
 from cnnlib import lowerings, ops, primitives
 from cnnlib.errors import UserError
@@ -231,7 +231,7 @@ def test_conv_commutes_with_shifts_away_from_the_border():
     np.testing.assert_allclose(y_moved[:, 3:-1, 2:-1], y[:, 1:-3, 1:-2], rtol=1e-5, atol=1e-6)
 
 
-@each_implementation
+@each_form
 @pytest.mark.parametrize("inputs", [1, 5])
 def test_bfloat16_stays_bfloat16_and_near(inputs, implementation):
     x, kernel = normal((4, 8, 8, inputs)), normal((3, 3, inputs, 4))
@@ -364,7 +364,7 @@ def test_padding_never_wins_even_among_minus_infinities(implementation):
         np.testing.assert_allclose((along * gradient).sum(), (back * direction).sum(), rtol=1e-5)
 
 
-@each_implementation
+@each_form
 def test_a_batch_of_nothing_has_a_gradient_of_zero(implementation):
     kernel = normal((3, 3, 2, 4))
     with using(implementation):

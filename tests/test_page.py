@@ -301,6 +301,7 @@ def test_signals_and_colours_are_drawn():
     assert 'alt="a &quot;photo&quot;"' in drawing(np.zeros((4, 4, 3), np.uint8), 'a "photo"')
 
 
+@pytest.mark.slow
 def test_a_run_in_which_every_lane_diverged_is_told(tmp_path):
     wild = replace(EXPERIMENT, optim=Optim(learning_rate=(1e8,)), arms=EXPERIMENT.arms[1:], epochs=1)
     run(wild, "wild", tmp_path / "run", Watcher())

@@ -150,6 +150,7 @@ def test_the_watcher_is_told_in_order(finished):
     assert told[0] == ("begins", "full", 4, 2)
 
 
+@pytest.mark.slow
 def test_without_validation_there_is_none_and_nothing_is_chosen(tmp_path):
     experiment = Experiment(**{**vars(EXPERIMENT), "data": Data("lines"), "epochs": 1, "arms": EXPERIMENT.arms[:1]})
     (arm,) = run(experiment, "tiny", tmp_path, Silent())["arms"]
@@ -365,6 +366,7 @@ def test_programs_that_are_damaged_are_thrown_away_and_told(tmp_path, monkeypatc
     assert other.exists()
 
 
+@pytest.mark.slow
 def test_programs_are_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -411,6 +413,7 @@ def test_lanes_at_a_time_follow_platform_connectivity_and_input():
     assert [preferred(kind, signal, 64, "tpu") for kind in ("full", "local", "conv")] == [64, 64, 64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "lanes"), [(3, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((9, 4), (None, 1)))]
 )
@@ -475,6 +478,7 @@ def test_a_platform_that_is_not_there_is_a_user_error(monkeypatch):
         mesh.devices()
 
 
+@pytest.mark.slow
 def test_metrics_say_what_results_say_of_a_lane_that_blows_up_in_its_last_step(tmp_path):
     deep = Arm("deep", parse_model("dense:50 dense:50 dense:50 dense:50 dense:50 dense:classes"))
     optim = Optim("sgd", learning_rate=(9e8,), momentum=(0.0,))
@@ -508,6 +512,7 @@ def test_what_is_not_finite_is_null_in_json():
     assert tracking.plain({"a": [math.nan, math.inf, 1.0], "b": (2, None)}) == {"a": [None, None, 1.0], "b": [2, None]}
 
 
+@pytest.mark.slow
 def test_results_say_how_sparse_lanes_with_an_l1_term_are(tmp_path):
     optim = Optim("sgd", learning_rate=(0.05,), l1=(0.0, 1e-3), l1_threshold=(50.0,))
     experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], optim=optim, lanes=Lanes(seed=(3,)), epochs=1)
