@@ -54,7 +54,7 @@ def together(one: Callable[..., Array], *operands: Array) -> Array:
 # Shapes of results. Each takes the static arguments of its primitive.
 
 
-def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str) -> tuple[int, ...]:
     """Return `(lane, image, output_height, output_width, feature)`; raise TypeError for operands that do not fit."""
     if x.shape[0] != kernel.shape[0] or x.shape[-1] != kernel.shape[-2]:
         raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes or channels")
@@ -62,13 +62,13 @@ def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) 
 
 
 def kernel_gradient_shape(
-    x: Any, gradient: Any, *, window: Pair, correlation: Correlation, cpu: str
+    x: Any, gradient: Any, *, window: Pair, correlation: Correlation, form: str
 ) -> tuple[int, ...]:
     """Return `(lane, kernel_height, kernel_width, channel, feature)`."""
     return (x.shape[0], *window, x.shape[-1], gradient.shape[-1])
 
 
-def local_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+def local_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str) -> tuple[int, ...]:
     """Return `(lane, image, row, column, feature)`; raise TypeError for operands that do not fit."""
     positions = correlation.output_size(x.shape[2:4], kernel.shape[3:5])
     if (x.shape[0], *positions, x.shape[-1]) != (*kernel.shape[:3], kernel.shape[-2]):
@@ -76,17 +76,19 @@ def local_shape(x: Any, kernel: Any, *, correlation: Correlation, cpu: str) -> t
     return (*x.shape[:2], *positions, kernel.shape[-1])
 
 
-def local_input_shape(gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+def local_input_shape(
+    gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, form: str
+) -> tuple[int, ...]:
     """Return `(lane, image, height, width, channel)`."""
     return (*gradient.shape[:2], *size, kernel.shape[-2])
 
 
-def local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Correlation, cpu: str) -> tuple[int, ...]:
+def local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Correlation, form: str) -> tuple[int, ...]:
     """Return `(lane, row, column, kernel_height, kernel_width, channel, feature)`."""
     return (x.shape[0], *gradient.shape[2:4], *window, x.shape[-1], gradient.shape[-1])
 
 
-def pooled_shape(x: Any, *_: Any, pooling: Pooling, cpu: str) -> tuple[int, ...]:
+def pooled_shape(x: Any, *_: Any, pooling: Pooling, form: str) -> tuple[int, ...]:
     """Return `(image, row, column, channel)`."""
     return (x.shape[0], *pooling.output_size(x.shape[1:3]), x.shape[3])
 
@@ -122,10 +124,10 @@ def _attributes(correlation: Correlation) -> dict[str, tuple[int, ...]]:
     }
 
 
-def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
     """Take all lanes in kernels.cc, or one after another by XLA."""
-    if cpu == "native" and x.dtype == jnp.float32:
-        shape = correlate_shape(x, kernel, correlation=correlation, cpu=cpu)
+    if form == "native" and x.dtype == jnp.float32:
+        shape = correlate_shape(x, kernel, correlation=correlation, form=form)
         output = jax.ShapeDtypeStruct(shape, x.dtype)
         return kernels.call("cnnlib_correlate", output, x, kernel, attributes=_attributes(correlation))
 
@@ -137,10 +139,10 @@ def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: 
     return one_after_another(one, x, kernel)
 
 
-def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Take all lanes in kernels.cc, or one after another by XLA."""
-    if cpu == "native" and x.dtype == jnp.float32:
-        shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+    if form == "native" and x.dtype == jnp.float32:
+        shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, form=form)
         output = jax.ShapeDtypeStruct(shape, x.dtype)
         return kernels.call("cnnlib_kernel_gradient", output, x, gradient, attributes=_attributes(correlation))
 
@@ -155,28 +157,28 @@ def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlati
     return one_after_another(one, x, gradient)
 
 
-def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution."""
     return together(functools.partial(stock, correlation=correlation), x, kernel)
 
 
-def kernel_gradient_on_gpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+def kernel_gradient_on_gpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution."""
     one = functools.partial(stock_kernel_gradient, window=window, correlation=correlation)
     return together(one, x, gradient)
 
 
-def correlate_on_tpu(x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+def correlate_on_tpu(x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution; compute a lane alone in blocks."""
     if x.shape[0] > 1:
-        return correlate_on_gpu(x, kernel, correlation=correlation, cpu=cpu)
+        return correlate_on_gpu(x, kernel, correlation=correlation, form=form)
     return in_blocks(x[0], kernel[0], correlation)[None]
 
 
-def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution; compute a lane alone in blocks."""
     if x.shape[0] > 1:
-        return kernel_gradient_on_gpu(x, gradient, window=window, correlation=correlation, cpu=cpu)
+        return kernel_gradient_on_gpu(x, gradient, window=window, correlation=correlation, form=form)
     return kernel_gradient_in_blocks(x[0], gradient[0], window, correlation)[None]
 
 
@@ -325,15 +327,15 @@ class Local(NamedTuple):
     """Compute one lane forward; linear in input and kernel."""
     over: Over = together
 
-    def forward(self, x: Array, kernel: Array, *, correlation: Correlation, cpu: str) -> Array:
+    def forward(self, x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
         """Compute the layer's output."""
         return self.over(functools.partial(self.lane, correlation=correlation), x, kernel)
 
     def input_gradient(
-        self, gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, cpu: str
+        self, gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str
     ) -> Array:
         """Compute the gradient for an input of `size`, from that of the output."""
-        _, *shape = local_input_shape(gradient, kernel, size=size, correlation=correlation, cpu=cpu)
+        _, *shape = local_input_shape(gradient, kernel, size=size, correlation=correlation, form=form)
         like = jax.ShapeDtypeStruct(tuple(shape), gradient.dtype)
 
         def one(gradient: Array, kernel: Array) -> Array:
@@ -342,9 +344,9 @@ class Local(NamedTuple):
 
         return self.over(one, gradient, kernel)
 
-    def kernel_gradient(self, x: Array, gradient: Array, *, window: Pair, correlation: Correlation, cpu: str) -> Array:
+    def kernel_gradient(self, x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
         """Compute the gradient for kernels of `window`, from that of the output."""
-        _, *shape = local_kernel_shape(x, gradient, window=window, correlation=correlation, cpu=cpu)
+        _, *shape = local_kernel_shape(x, gradient, window=window, correlation=correlation, form=form)
         like = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
         def one(x: Array, gradient: Array) -> Array:
@@ -367,10 +369,10 @@ def local_on_cpu(
     The kernel turns its first operand in a scratch of rows of whole vectors.
     """
 
-    def lowered(first: Array, second: Array, *, correlation: Correlation, cpu: str, **static: Any) -> Array:
-        if cpu != "native" or first.dtype != jnp.float32 or first.shape[1] < FEW_IMAGES:
-            return otherwise(first, second, correlation=correlation, cpu=cpu, **static)
-        output = jax.ShapeDtypeStruct(shape(first, second, correlation=correlation, cpu=cpu, **static), first.dtype)
+    def lowered(first: Array, second: Array, *, correlation: Correlation, form: str, **static: Any) -> Array:
+        if form != "native" or first.dtype != jnp.float32 or first.shape[1] < FEW_IMAGES:
+            return otherwise(first, second, correlation=correlation, form=form, **static)
+        output = jax.ShapeDtypeStruct(shape(first, second, correlation=correlation, form=form, **static), first.dtype)
         turned = jax.ShapeDtypeStruct((math.prod(first.shape[2:]), -(-first.shape[1] // 16) * 16), first.dtype)
         attributes = {
             "strides": correlation.strides,
@@ -395,47 +397,79 @@ def _pooling_attributes(pooling: Pooling) -> dict[str, tuple[int, ...]]:
     return {"window": pooling.window, "strides": pooling.strides, "low": low}
 
 
-def max_pool(x: Array, *, pooling: Pooling, cpu: str) -> Array:
+def max_pool(x: Array, *, pooling: Pooling, form: str) -> Array:
     """Take the maximum over the taps of the window."""
     return functools.reduce(jnp.maximum, _under(x, pooling, fill=-jnp.inf))
 
 
-def max_pool_on_cpu(x: Array, *, pooling: Pooling, cpu: str) -> Array:
+def max_pool_on_cpu(x: Array, *, pooling: Pooling, form: str) -> Array:
     """Pool in kernels.cc where that serves."""
-    if cpu != "native" or x.dtype != jnp.float32:
-        return max_pool(x, pooling=pooling, cpu=cpu)
-    output = jax.ShapeDtypeStruct(pooled_shape(x, pooling=pooling, cpu=cpu), x.dtype)
+    if form != "native" or x.dtype != jnp.float32:
+        return max_pool(x, pooling=pooling, form=form)
+    output = jax.ShapeDtypeStruct(pooled_shape(x, pooling=pooling, form=form), x.dtype)
     return kernels.call("cnnlib_max_pool", output, x, attributes=_pooling_attributes(pooling))
 
 
-def _winners(x: Array, y: Array, pooling: Pooling) -> tuple[list[Array], Array]:
-    """Say tap by tap which values equal their window's largest, and how many do.
+MOST_CHOICES = 9
+"""Taps of a window up to which `winner_shares` chooses between reciprocals."""
 
-    The count is at least 1, also in a window that has no winner because its largest is not a number. Padding never
-    wins, not even where all values are minus infinity.
+
+def keeps_shares(form: str) -> bool:
+    """Whether max pooling finds the winners' shares with the winners, and keeps them for the gradient.
+
+    On a TPU that saves the gradient a pass over the input, and a division. Elsewhere the gradient finds them again.
     """
-    won = [tap == y for tap in _under(x, pooling, fill=jnp.nan)]
-    count = functools.reduce(operator.add, [each.astype(x.dtype) for each in won])
-    return won, jnp.maximum(count, jnp.ones((), x.dtype))
+    return form == "tpu"
 
 
-def select(x: Array, y: Array, direction: Array, *, pooling: Pooling, cpu: str) -> Array:
-    """Follow a direction through the winners: the forward derivative of `max_pool`."""
-    won, count = _winners(x, y, pooling)
+def _winners(x: Array, y: Array, pooling: Pooling) -> list[Array]:
+    """Say tap by tap which values equal their window's largest.
+
+    Padding never wins, not even where all values are minus infinity.
+    """
+    return [tap == y for tap in _under(x, pooling, fill=jnp.nan)]
+
+
+def winner_counts(x: Array, y: Array, pooling: Pooling) -> Array:
+    """Count the winners of each window: at least 1, also where there is none because the largest is not a number."""
+    count = functools.reduce(operator.add, [won.astype(x.dtype) for won in _winners(x, y, pooling)])
+    return jnp.maximum(count, jnp.ones((), x.dtype))
+
+
+def winner_shares(x: Array, y: Array, pooling: Pooling) -> Array:
+    """Return the share of its window's gradient that each winner gets: one by the count, without a division.
+
+    On a TPU a choice between the reciprocals of small counts is faster than a division.
+    """
+    counts, size = winner_counts(x, y, pooling), math.prod(pooling.window)
+    if size > MOST_CHOICES:
+        return 1 / counts
+    shares = jnp.full_like(counts, 1 / size)
+    for count in range(size - 1, 0, -1):
+        shares = jnp.where(counts == count, jnp.asarray(1 / count, x.dtype), shares)
+    return shares
+
+
+def select(x: Array, y: Array, shares: Array, direction: Array, *, pooling: Pooling, form: str) -> Array:
+    """Follow a direction through the winners: the forward derivative of `max_pool`.
+
+    `shares` are those of `winner_shares` where `keeps_shares`; elsewhere they are not looked at.
+    """
     zero = jnp.zeros((), x.dtype)
-    taps = _under(direction, pooling, fill=0.0)
-    return functools.reduce(operator.add, map(lambda w, tap: jnp.where(w, tap, zero), won, taps)) / count
+    taps = zip(_winners(x, y, pooling), _under(direction, pooling, fill=0.0), strict=True)
+    total = functools.reduce(operator.add, [jnp.where(won, tap, zero) for won, tap in taps])
+    return total * shares if keeps_shares(form) else total / winner_counts(x, y, pooling)
 
 
-def spread(x: Array, y: Array, gradient: Array, *, pooling: Pooling, cpu: str) -> Array:
+def spread(x: Array, y: Array, shares: Array, gradient: Array, *, pooling: Pooling, form: str) -> Array:
     """Give each winner its share of the window's gradient: the transpose of `select`."""
-    won, count = _winners(x, y, pooling)
-    share, zero = gradient / count, jnp.zeros((), x.dtype)
+    share = gradient * shares if keeps_shares(form) else gradient / winner_counts(x, y, pooling)
+    zero = jnp.zeros((), x.dtype)
     if pooling.strides == pooling.window and not any(map(any, pooling.padding)):
         return _spread_over_tiles(x, y, share, pooling.window)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    shares = [jnp.where(w, share, zero) for w in won]
-    (result,) = jax.linear_transpose(lambda x: _under(x, pooling, fill=0.0), like)(shares)
+    each = [jnp.where(won, share, zero) for won in _winners(x, y, pooling)]
+    (result,) = jax.linear_transpose(lambda x: _under(x, pooling, fill=0.0), like)(each)
     return jnp.asarray(result)
 
 
@@ -450,9 +484,9 @@ def _spread_over_tiles(x: Array, y: Array, share: Array, window: Pair) -> Array:
     return lax.pad(inside, jnp.zeros((), x.dtype), outside)
 
 
-def spread_on_cpu(x: Array, y: Array, gradient: Array, *, pooling: Pooling, cpu: str) -> Array:
+def spread_on_cpu(x: Array, y: Array, shares: Array, gradient: Array, *, pooling: Pooling, form: str) -> Array:
     """Do the same in kernels.cc where that serves."""
-    if cpu != "native" or x.dtype != jnp.float32:
-        return spread(x, y, gradient, pooling=pooling, cpu=cpu)
+    if form != "native" or x.dtype != jnp.float32:
+        return spread(x, y, shares, gradient, pooling=pooling, form=form)
     output = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return kernels.call("cnnlib_max_pool_gradient", output, x, y, gradient, attributes=_pooling_attributes(pooling))

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -35,7 +37,7 @@ def correlate(
     correlation: Correlation,
 ) -> Float[Array, "lane image output_height output_width feature"]:
     """Correlate each lane's images with its kernel."""
-    result: Array = correlate_p.bind(x, kernel, correlation=correlation, cpu=cpu_kernels())
+    result: Array = correlate_p.bind(x, kernel, correlation=correlation, form=form_in_use())
     return result
 
 
@@ -45,7 +47,7 @@ def local(
     correlation: Correlation,
 ) -> Float[Array, "lane image row column feature"]:
     """Correlate each lane's images with the lane's kernel for each position; `x_dilation` must be 1."""
-    result: Array = local_p.bind(x, kernel, correlation=correlation, cpu=cpu_kernels())
+    result: Array = local_p.bind(x, kernel, correlation=correlation, form=form_in_use())
     return result
 
 
@@ -53,20 +55,29 @@ def max_pool(
     x: Float[Array, "image height width channel"], pooling: Pooling
 ) -> Float[Array, "image rows columns channel"]:
     """Take the largest value under each window."""
-    result: Array = max_pool_p.bind(x, pooling=pooling, cpu=cpu_kernels())
+    result: Array = max_pool_p.bind(x, pooling=pooling, form=form_in_use())
     return result
 
 
-def cpu_kernels() -> kernels.Kernels:
-    """Say what the CPU is to run. Where JAX's default is an accelerator, nothing is compiled for the CPU beside it."""
-    return kernels.chosen() if jax.default_backend() == "cpu" else "xla"
+COMPILED_FOR: ContextVar[kernels.Kernels | None] = ContextVar("COMPILED_FOR", default=None)
+"""The accelerator that is compiled for where it is not JAX's default device (`cnnlib.aot`)."""
+
+
+def form_in_use() -> kernels.Kernels:
+    """Return the form of what is traced next: that of JAX's default device, or of the device compiled for."""
+    if (asked := COMPILED_FOR.get()) is not None:
+        return asked
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return kernels.chosen()
+    return "tpu" if backend == "tpu" else "gpu"
 
 
 def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu: Lowering, tpu: Lowering) -> Primitive:
     """Define a primitive whose result has the type of its operands.
 
-    A CPU runs `cpu`, or as the static argument `cpu` asks `gpu` or `tpu`; a TPU runs `tpu`, all others `gpu`. A sum
-    over nothing is zero: operands or results without elements reach no lowering.
+    A CPU runs `cpu`, or `gpu` or `tpu` where the static argument `form` asks for it; a TPU runs `tpu`, all others
+    `gpu`. A sum over nothing is zero: operands or results without elements reach no lowering.
     """
     primitive = Primitive(f"cnnlib_{name}")
 
@@ -84,10 +95,10 @@ def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu:
 
         return mlir.lower_fun(of, multiple_results=False)
 
-    def on_cpu(*operands: Array, cpu: kernels.Kernels, **static: Any) -> Array:
-        return forms.get(cpu, forms["cpu"])(*operands, cpu=cpu, **static)
+    def on_cpu(*operands: Array, form: kernels.Kernels, **static: Any) -> Array:
+        return forms.get(form, cpu)(*operands, form=form, **static)
 
-    forms = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
+    forms = {"gpu": gpu, "tpu": tpu}
     primitive.def_abstract_eval(abstract)
     # Outside jit an operation is a program of its own.
     compiled = functools.cache(lambda static: jax.jit(lambda *operands: primitive.bind(*operands, **dict(static))))
@@ -116,28 +127,30 @@ kernel_gradient_p = define(
 )
 
 
-def _back_to_x(gradient: Array, kernel: Array, size: Pair, correlation: Correlation, cpu: str) -> Array:
+def _back_to_x(gradient: Array, kernel: Array, size: Pair, correlation: Correlation, form: str) -> Array:
     """The transpose in the input: the gradient meets the kernel turned, its channels and features exchanged."""
     turned = jnp.flip(kernel, (1, 2)).swapaxes(-1, -2)
     back = correlation.transposed(size, kernel.shape[1:3])
-    result: Array = correlate_p.bind(gradient, turned, correlation=back, cpu=cpu)
+    result: Array = correlate_p.bind(gradient, turned, correlation=back, form=form)
     return result
 
 
 ad.defbilinear(
     correlate_p,
-    lambda gradient, x, kernel, *, correlation, cpu: _back_to_x(gradient, kernel, x.aval.shape[2:4], correlation, cpu),
-    lambda gradient, x, kernel, *, correlation, cpu: kernel_gradient_p.bind(
-        x, gradient, window=kernel.aval.shape[1:3], correlation=correlation, cpu=cpu
+    lambda gradient, x, kernel, *, correlation, form: _back_to_x(
+        gradient, kernel, x.aval.shape[2:4], correlation, form
+    ),
+    lambda gradient, x, kernel, *, correlation, form: kernel_gradient_p.bind(
+        x, gradient, window=kernel.aval.shape[1:3], correlation=correlation, form=form
     ),
 )
 ad.defbilinear(
     kernel_gradient_p,
-    lambda direction, x, gradient, *, window, correlation, cpu: _back_to_x(
-        gradient, direction, x.aval.shape[2:4], correlation, cpu
+    lambda direction, x, gradient, *, window, correlation, form: _back_to_x(
+        gradient, direction, x.aval.shape[2:4], correlation, form
     ),
-    lambda direction, x, gradient, *, window, correlation, cpu: correlate_p.bind(
-        x, direction, correlation=correlation, cpu=cpu
+    lambda direction, x, gradient, *, window, correlation, form: correlate_p.bind(
+        x, direction, correlation=correlation, form=form
     ),
 )
 
@@ -171,29 +184,29 @@ local_kernel_p = define(
 )
 ad.defbilinear(
     local_p,
-    lambda gradient, x, kernel, *, correlation, cpu: local_input_p.bind(
-        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, cpu=cpu
+    lambda gradient, x, kernel, *, correlation, form: local_input_p.bind(
+        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, form=form
     ),
-    lambda gradient, x, kernel, *, correlation, cpu: local_kernel_p.bind(
-        x, gradient, window=kernel.aval.shape[3:5], correlation=correlation, cpu=cpu
+    lambda gradient, x, kernel, *, correlation, form: local_kernel_p.bind(
+        x, gradient, window=kernel.aval.shape[3:5], correlation=correlation, form=form
     ),
 )
 ad.defbilinear(
     local_input_p,
-    lambda direction, gradient, kernel, *, size, correlation, cpu: local_p.bind(
-        direction, kernel, correlation=correlation, cpu=cpu
+    lambda direction, gradient, kernel, *, size, correlation, form: local_p.bind(
+        direction, kernel, correlation=correlation, form=form
     ),
-    lambda direction, gradient, kernel, *, size, correlation, cpu: local_kernel_p.bind(
-        direction, gradient, window=kernel.aval.shape[3:5], correlation=correlation, cpu=cpu
+    lambda direction, gradient, kernel, *, size, correlation, form: local_kernel_p.bind(
+        direction, gradient, window=kernel.aval.shape[3:5], correlation=correlation, form=form
     ),
 )
 ad.defbilinear(
     local_kernel_p,
-    lambda direction, x, gradient, *, window, correlation, cpu: local_input_p.bind(
-        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, cpu=cpu
+    lambda direction, x, gradient, *, window, correlation, form: local_input_p.bind(
+        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, form=form
     ),
-    lambda direction, x, gradient, *, window, correlation, cpu: local_p.bind(
-        x, direction, correlation=correlation, cpu=cpu
+    lambda direction, x, gradient, *, window, correlation, form: local_p.bind(
+        x, direction, correlation=correlation, form=form
     ),
 )
 
@@ -234,29 +247,39 @@ max_pool_p = define(
 select_p = define("select", lowerings.pooled_shape, *3 * (lowerings.select,))
 spread_p = define(
     "spread",
-    lambda x, *_, pooling, cpu: x.shape,
+    lambda x, *_, pooling, form: x.shape,
     cpu=lowerings.spread_on_cpu,
     gpu=lowerings.spread,
     tpu=lowerings.spread,
 )
 
 
-def _max_pool_jvp(primals: Any, tangents: Any, **static: Any) -> tuple[Array, Any]:
+def _max_pool_jvp(primals: Any, tangents: Any, *, pooling: Pooling, form: kernels.Kernels) -> tuple[Array, Any]:
     (x,), (direction,) = primals, tangents
-    y = max_pool_p.bind(x, **static)
+    y = max_pool_p.bind(x, pooling=pooling, form=form)
     if isinstance(direction, ad.Zero):
         return y, ad.Zero(jax.typeof(y).to_tangent_aval())
-    return y, select_p.bind(x, y, direction, **static)
+    shares = y
+    if lowerings.keeps_shares(form):
+        # Else the compiler would find them where the gradient is, in another pass over the input.
+        y, shares = lax.optimization_barrier((y, lowerings.winner_shares(x, y, pooling)))
+    return y, select_p.bind(x, y, shares, direction, pooling=pooling, form=form)
 
 
 ad.primitive_jvps[max_pool_p] = _max_pool_jvp
 # Who wins does not change with a small step, so only the last operand has a derivative.
 for _primitive, _transpose in ((select_p, spread_p), (spread_p, select_p)):
-    _rule = functools.partial(lambda primitive, direction, x, y, _, **static: primitive.bind(x, y, direction, **static))
-    ad.defjvp(_primitive, None, None, functools.partial(_rule, _primitive))
+    _rule = functools.partial(
+        lambda primitive, direction, x, y, shares, _, **static: primitive.bind(x, y, shares, direction, **static)
+    )
+    ad.defjvp(_primitive, None, None, None, functools.partial(_rule, _primitive))
 
-    def _transposed(transpose: Primitive, gradient: Any, x: Array, y: Array, _: Any, **static: Any) -> list[Any]:
-        return [None, None, gradient if isinstance(gradient, ad.Zero) else transpose.bind(x, y, gradient, **static)]
+    def _transposed(
+        transpose: Primitive, gradient: Any, x: Array, y: Array, shares: Array, _: Any, **static: Any
+    ) -> list[Any]:
+        if not isinstance(gradient, ad.Zero):
+            gradient = transpose.bind(x, y, shares, gradient, **static)
+        return [None, None, None, gradient]
 
     ad.primitive_transposes[_primitive] = functools.partial(_transposed, _transpose)
 

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
-from cnnlib.augment import Draws, changed, drawn, normalize
+from cnnlib import primitives
+from cnnlib.augment import Draws, changed, drawn, normalize, taken
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.equivalence import expand
 from cnnlib.models import Network, Parameters, Statistics, initial, training_logits
@@ -241,7 +242,8 @@ def one_step(
 
         def piece(index: Array, draws: Draws) -> tuple[Any, Statistics]:
             """Sums over some of the batch's examples."""
-            x = normalize(changed(examples.x[index], draws, recipe.augment), examples.mean, examples.deviation)
+            images = taken(examples.x, index, primitives.form_in_use())
+            x = normalize(changed(images, draws, recipe.augment), examples.mean, examples.deviation)
             (value, (correct, seen)), gradient = jax.value_and_grad(loss, has_aux=True)(
                 parameters, statistics, x, examples.y[index]
             )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "list": "list",
-    "show": "show NAME [FIELD=VALUE ...]",
+    "show": "show NAME [FIELD=VALUE ...] [--on HARDWARE [--json]]",
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
     "[--no-check] [--traceback]\n           "
     "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]\n           "
@@ -103,6 +103,11 @@ def parser_for(command: str) -> Parser:
         parser.add_argument(
             "overrides", metavar="FIELD=VALUE", nargs="*", help="such as epochs=3; `show` prints them all"
         )
+    if command == "show":
+        parser.add_argument(
+            "--on", metavar="HARDWARE", help="compile for tpu:v5e:2x4 or cuda:h100, say, which need not be there"
+        )
+        parser.add_argument("--json", action="store_true", help="what --on finds, for programs")
     if command == "run":
         modes = ("auto", "online", "offline", "off")
         parser.add_argument("--wandb", choices=modes, default="auto", help="a copy of the run in Weights & Biases")
@@ -183,6 +188,30 @@ def command_show(name: str, experiment: Experiment | Growth) -> None:
     matches = [f"{a.name}: {a.match}\n  {a.model}" for a in arms if a.match]
     if matches:
         print("\nmatched budgets:\n\n" + textwrap.indent("\n".join(matches), "  "))
+
+
+def command_on(name: str, experiment: Experiment | Growth, hardware: str, as_json: bool) -> None:
+    """Compile every arm's epoch for hardware that need not be there, and print what it would take."""
+    from cnnlib.aot.hardware import parse_target
+
+    target = parse_target(hardware)
+    if isinstance(experiment, Growth):
+        raise UserError(f"{name} trains nothing: --on has no meaning for it")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler's own devices are asked for, not this machine's
+    from rich.console import Console
+
+    from cnnlib.aot.arms import print_reports, reports
+    from cnnlib.resolve import resolve
+
+    console, found = Console(highlight=False), []
+    for report in reports(resolve(experiment), target):
+        found.append(report)
+        if not as_json:
+            console.print(f"compiled {report.name}" if report.report else f"{report.name} does not compile")
+    if as_json:
+        print(json.dumps({"topology": str(target), "arms": [report.plain() for report in found]}, indent=2))
+    else:
+        print_reports(found, target, console)
 
 
 def command_count(options: argparse.Namespace) -> None:
@@ -542,7 +571,12 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         experiment = override(EXPERIMENTS.get(options.name), options.overrides)
         if command == "show":
-            command_show(options.name, experiment)
+            if options.on is None and options.json:
+                raise UserError("--json has no meaning without --on")
+            if options.on is not None:
+                command_on(options.name, experiment, options.on, options.json)
+            else:
+                command_show(options.name, experiment)
             return 0
         out = Path(options.out or Path("runs", options.name))
         if isinstance(experiment, Growth) and (asked := given(options, ("executor", *JOB_OPTIONS))):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib.augment import augmented, central, normalize
+from cnnlib.augment import augmented, central, normalize, taken
 from cnnlib.config import Augment
 from cnnlib.errors import UserError
 
@@ -14,6 +14,15 @@ X = jnp.asarray(np.random.RandomState(0).randint(1, 256, (200, 6, 5, 2)), jnp.ui
 
 def draw(augment, x=X, seed=0):
     return np.asarray(augmented(jax.random.key(seed), x, augment))
+
+
+@pytest.mark.parametrize("form", ["native", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_batch_has_the_examples_bit_for_bit_in_every_form(form, dtype):
+    index = np.asarray([3, 199, 0, 3, 77])
+    stored = X if dtype == "uint8" else X.astype(jnp.float32) / 7
+    batch = jax.jit(lambda x, index: taken(x, index, form))(stored, index)
+    np.testing.assert_array_equal(batch, np.asarray(stored)[index])
 
 
 def test_nothing_asked_nothing_done():

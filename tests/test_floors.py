@@ -16,11 +16,11 @@ pytestmark = pytest.mark.once
 
 FLOORS = [
     {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
-    {"writer", "overlap", "hosts", "known_bad", "geometry"},
+    {"writer", "overlap", "hosts", "known_bad", "geometry", "aot.hlo", "aot.schedule", "aot.hardware"},
     {"spec", "registry", "kernels", "meeting"},
     {"architectures", "cost", "lowerings", "windows"},
     {"primitives"},
-    {"budget", "ops", "fields"},
+    {"budget", "ops", "fields", "aot.compiling"},
     {"config"},
     {"sweep", "sources"},
     {"stream", "prepared"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"checkpoint", "predictions"},
     {"mesh"},
     {"programs"},
-    {"backend", "check_table", "resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
+    {"aot.arms", "backend", "check_table", "resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
     {"arms"},
     {"run", "results_page", "page", "parts"},
     {"trained", "job"},
@@ -95,6 +95,9 @@ def files():
     for path in Path(cnnlib.__file__).parent.glob("*.py"):
         if path.stem != "__init__":
             yield path.stem, path
+    for path in Path(cnnlib.__file__).parent.glob("aot/*.py"):
+        if path.stem != "__init__":
+            yield f"aot.{path.stem}", path
     for path in Path(cnnlib.__file__).parent.glob("demos/*.py"):
         yield "demos.*", path
     for path in Path(experiments.__file__).parent.glob("*.py"):
@@ -105,7 +108,8 @@ def files():
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from ([f"cnnlib.{alias.name}" for alias in node.names] if node.module == "cnnlib" else [node.module])
+            is_package = node.module in ("cnnlib", "cnnlib.aot")
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if is_package else [node.module])
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 

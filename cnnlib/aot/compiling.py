@@ -1,0 +1,213 @@
+"""Compile a function for a chip that is not there, and read from the result what it would take.
+
+libtpu compiles for TPUs and the CUDA plugin for NVIDIA's GPUs, on any machine: extras `aot` and `cuda12`. Nothing is
+run. How far the estimates are from the published peaks: docs/accelerators.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib.util
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from cnnlib.aot import hlo, schedule
+from cnnlib.aot.hardware import Target
+from cnnlib.errors import UserError
+from cnnlib.primitives import COMPILED_FOR
+
+LAUNCH_SECONDS = 2e-6
+"""Assumed for the start of a kernel on a GPU, as one of a stream or graph. Not measured here."""
+GPU_DESCRIPTION = Path(__file__).with_name("h100.txtpb")
+"""What XLA asks of a GPU, from xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla."""
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks Google's metadata server, and waits for it
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine with TPUs; which does not matter
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process stops at libtpu's lock
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a compiled program, all its runs together."""
+
+    name: str
+    kind: str
+    source: str
+    """The JAX operation that it comes from."""
+    shape: str
+    times: int
+    seconds: float
+    """Estimated, in all."""
+    cycles: int | None
+    """Scheduled on a TPU's core, or taken by its memory at the published bandwidth if that is longer; in all."""
+    bytes: int
+    """Read from and written to the main memory, in all."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled program would take on one of the devices."""
+
+    compile_seconds: float
+    """Processor time of the compiler."""
+    memory_bytes: int
+    """Arguments, results and temporaries at the peak."""
+    temporary_bytes: int
+    operations: tuple[Operation, ...]
+    """The most expensive first."""
+    collectives: dict[str, int]
+    """How often devices exchange data, by kind."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated for one call."""
+        return sum(operation.seconds for operation in self.operations)
+
+    @property
+    def cycles(self) -> int | None:
+        """Scheduled for one call; None for GPUs."""
+        counted = [operation.cycles for operation in self.operations if operation.cycles is not None]
+        return sum(counted) if counted else None
+
+    @property
+    def bytes(self) -> int:
+        """Moved by one call."""
+        return sum(operation.bytes for operation in self.operations)
+
+
+@functools.cache
+def schedules_folder() -> Path:
+    """The folder into which libtpu writes the schedules of this process; it goes with the process."""
+    keeper = tempfile.TemporaryDirectory(prefix="cnnlib-schedules-")
+    kept.append(keeper)
+    return Path(keeper.name)
+
+
+kept: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that are removed when the process ends."""
+
+
+@functools.cache
+def devices(target: Target) -> tuple[Any, ...]:
+    """Return the devices of hardware that is not there, to compile for.
+
+    Raises UserError where the compiler for it is not installed, or does not know it.
+    """
+    try:
+        if target.platform == "tpu":
+            return _tpus(target)
+        return _gpus()
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{target}: the compiler does not serve: {reason}") from error
+
+
+def _tpus(target: Target) -> tuple[Any, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"{target}: libtpu is not installed; pip install 'cnnlib[aot]'")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if "xla_jf_dump_to" not in arguments:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {schedule.flags(schedules_folder())}".strip()
+    alone: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if target.devices == 1 else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **alone)
+    return tuple(found.devices)
+
+
+def _gpus() -> tuple[Any, ...]:
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise UserError("cuda: the CUDA plugin is not installed; pip install 'cnnlib[cuda12]'")
+    description = GPU_DESCRIPTION.read_text()
+    found = topologies.get_topology_desc("gpu", platform="cuda", target_config=description, topology="1x1x1")
+    return tuple(found.devices)
+
+
+def on(device: Any, tree: Any) -> Any:
+    """Return the shapes of arrays, placed on one device."""
+    sharding = SingleDeviceSharding(device)
+    shape: Any = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda array: shape(array.shape, array.dtype, sharding=sharding), tree)
+
+
+def compile_for(function: Any, arguments: tuple[Any, ...], target: Target) -> Report:
+    """Compile a jitted function for the target, and report what it takes.
+
+    Args:
+        function: from `jax.jit`.
+        arguments: shapes; for one device placed with `on`, for several sharded as the function says.
+        target: of the devices that arguments or shardings name (`devices`).
+    """
+    token = COMPILED_FOR.set("tpu" if target.platform == "tpu" else "gpu")
+    try:
+        lowered = function.lower(*arguments)
+    finally:
+        COMPILED_FOR.reset(token)
+    if target.platform == "tpu":
+        schedule.forget(schedules_folder())
+    before = time.process_time()
+    # Autotuning needs the GPU.
+    options = {"xla_gpu_autotune_level": 0} if target.platform == "cuda" else None
+    compiled = lowered.compile(options)
+    seconds = time.process_time() - before
+    program = hlo.Program(compiled.as_text())
+    issued = schedule.schedules(schedules_folder()) if target.platform == "tpu" else None
+    memory = compiled.memory_analysis()
+    operations: dict[tuple[str, str], Operation] = {}
+    collectives: collections.Counter[str] = collections.Counter()
+    for cost in program.costs():
+        instruction = cost.instruction
+        if instruction.opcode in hlo.COLLECTIVES:
+            collectives[instruction.opcode] += cost.times
+        operation = estimated(program, cost, target, issued)
+        if operation is not None:
+            operations[cost.computation.name, instruction.name] = operation
+    return Report(
+        seconds,
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        memory.temp_size_in_bytes,
+        tuple(sorted(operations.values(), key=lambda operation: -operation.seconds)),
+        dict(collectives),
+    )
+
+
+def estimated(program: hlo.Program, cost: hlo.Cost, target: Target, issued: dict[str, int] | None) -> Operation | None:
+    """Estimate an operation's runs; None for what has no code of its own."""
+    instruction, chip = cost.instruction, target.chip
+    if instruction.opcode == "copy-start":  # beside other work
+        return None
+    moved = hlo.moved_bytes(program, cost)
+    by_memory = moved / chip.bandwidth
+    cycles = None
+    if issued is None:
+        seconds = max(LAUNCH_SECONDS, by_memory)
+    else:
+        scheduled = issued.get(instruction.name)
+        if scheduled is None:
+            return None
+        cycles = max(scheduled, round(by_memory * chip.clock))
+        seconds = cycles / chip.clock
+    return Operation(
+        instruction.name,
+        instruction.kind,
+        instruction.source,
+        instruction.shape,
+        cost.times,
+        cost.times * seconds,
+        None if cycles is None else cost.times * cycles,
+        cost.times * moved,
+    )

@@ -1,0 +1,66 @@
+"""Accelerators to compile for: `tpu:v5e:2x4`, `cuda:h100`, with the published figures of their chips."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cnnlib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one JAX device of a kind has, as published."""
+
+    name: str
+    peak_flops: float
+    """Floating-point operations per second of bfloat16 matrix products, two per multiply-add."""
+    bandwidth: float
+    """Bytes per second of its main memory."""
+    memory_bytes: int
+    clock: float
+    """Cycles per second of a TPU's core: the peak over the operations that its matrix units do per cycle."""
+    source: str
+
+
+GIB = 2**30
+TPUS = {
+    # A v4 or v5p chip has two cores, which JAX shows as one device; libtpu's schedule is that of one core.
+    "v4": Chip("TPU v4", 275e12, 1228e9, 32 * GIB, 1.05e9, "https://docs.cloud.google.com/tpu/docs/v4"),
+    "v5e": Chip("TPU v5e", 197e12, 819e9, 16 * GIB, 1.5e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip("TPU v5p", 459e12, 2765e9, 95 * GIB, 1.75e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip("TPU v6e", 918e12, 1640e9, 32 * GIB, 1.75e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
+}
+GPUS = {
+    "h100": Chip("H100 SXM", 989e12, 3350e9, 80 * GIB, 1.98e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Hardware to compile for."""
+
+    platform: Literal["tpu", "cuda"]
+    chip: Chip
+    topology: str
+    """A TPU's name of the devices and how they are joined, such as v5e:2x4."""
+    devices: int
+
+    def __str__(self) -> str:
+        return f"{self.platform}:{self.topology}"
+
+
+def parse_target(text: str) -> Target:
+    """Read `tpu:v5e:2x4` (`tpu:v5e` is one chip) or `cuda:h100`. Raises UserError for anything else."""
+    platform, _, rest = text.partition(":")
+    name, _, shape = rest.partition(":")
+    if platform == "cuda" and name in GPUS and not shape:
+        return Target("cuda", GPUS[name], name, 1)
+    if platform == "tpu" and name in TPUS and re.fullmatch(r"([1-9]\d*x){1,2}[1-9]\d*", shape or "1x1"):
+        axes = [int(n) for n in (shape or "1x1").split("x")]
+        axes += [1] * (("v4", "v5p").count(name) and 3 - len(axes))
+        return Target("tpu", TPUS[name], f"{name}:{'x'.join(map(str, axes))}", math.prod(axes))
+    known = ", ".join([f"tpu:{kind}:2x4" for kind in TPUS] + [f"cuda:{kind}" for kind in GPUS])
+    raise UserError(f"{text} is no hardware to compile for; expected for example {known}")
