@@ -12,15 +12,15 @@ from cnnlib.config import Augment
 from cnnlib.spec import Shape
 
 
-def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], form: str) -> Num[Array, "batch ..."]:
+def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: bool) -> Num[Array, "batch ..."]:
     """Take a batch of the stored examples.
 
-    In the form of a TPU, images of bytes go through a product with the identity, which puts the images last in memory,
-    where convolutions have them: the matrix unit does that in a third of the cycles of a copy. bfloat16 holds bytes
+    With `images_last`, images of bytes go through a product with the identity, which puts the images last in memory,
+    where a TPU's convolutions have them: its matrix unit takes a third of the cycles of a copy. bfloat16 holds bytes
     exactly.
     """
     batch = x[index]
-    if form != "tpu" or x.dtype != jnp.uint8:
+    if not images_last or x.dtype != jnp.uint8:
         return batch
     identity = jnp.eye(index.shape[0], dtype=jnp.bfloat16)
     last = jnp.tensordot(batch.astype(jnp.bfloat16), identity, axes=(0, 0), preferred_element_type=jnp.float32)

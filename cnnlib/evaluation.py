@@ -123,8 +123,7 @@ def fit(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statisti
     test = evaluate(recipe, batch_size)
 
     def known(parameters: Parameters, statistics: Statistics, numbers: LaneNumbers, examples: Examples) -> Sums:
-        if recipe.examples is not None:
-            own = own_examples(recipe, numbers, examples)
+        if (own := own_examples(recipe, numbers, examples)) is not None:
             examples = examples._replace(x=examples.x[own], y=examples.y[own])
         return test(parameters, statistics, examples)
 

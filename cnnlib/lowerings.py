@@ -101,10 +101,22 @@ def stock(x: Array, kernel: Array, correlation: Correlation) -> Array:
     return lax.conv_general_dilated(x, kernel, *correlation, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def stock_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
-    """Compute one lane by the transpose of XLA's own convolution."""
+def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
+    """Compute one lane by XLA's own convolution; a signal, which has a height of 1, by one over a single axis.
+
+    Under `jax.vmap` a TPU takes a sixth fewer cycles for the single axis (MNIST-1D's CNN, 5 lanes).
+    """
+    padding, dilation = correlation.padding, correlation.x_dilation
+    if x.shape[1] != 1 or kernel.shape[0] != 1 or padding[0] != (0, 0) or dilation[0] != 1:
+        return stock(x, kernel, correlation)
+    along = (part[1:] for part in correlation)
+    return lax.conv_general_dilated(x[:, 0], kernel[0], *along, dimension_numbers=("NWC", "WIO", "NWC"))[:, None]
+
+
+def convolution_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
+    """Compute one lane by the transpose of `convolution` in its kernel."""
     like = jax.ShapeDtypeStruct((*window, x.shape[-1], gradient.shape[-1]), x.dtype)
-    (result,) = jax.linear_transpose(lambda kernel: stock(x, kernel, correlation), like)(gradient)
+    (result,) = jax.linear_transpose(lambda kernel: convolution(x, kernel, correlation), like)(gradient)
     return jnp.asarray(result)
 
 
@@ -159,12 +171,12 @@ def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlati
 
 def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution."""
-    return together(functools.partial(stock, correlation=correlation), x, kernel)
+    return together(functools.partial(convolution, correlation=correlation), x, kernel)
 
 
 def kernel_gradient_on_gpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution."""
-    one = functools.partial(stock_kernel_gradient, window=window, correlation=correlation)
+    one = functools.partial(convolution_kernel_gradient, window=window, correlation=correlation)
     return together(one, x, gradient)
 
 
@@ -246,7 +258,7 @@ def in_blocks(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Compute one lane by XLA's own convolution, in blocks of outputs where that is faster on a TPU."""
     blocks = blocks_of(x.shape[1:3], kernel.shape[:2], kernel.shape[-1], NARROW, correlation)
     if blocks is None:
-        return stock(x, kernel, correlation)
+        return convolution(x, kernel, correlation)
     (rows, columns), (height, width) = blocks.counts, blocks.size
     y = stock(x, repeated(filled(kernel), correlation, blocks), blocks.correlation)
     y = y.reshape(x.shape[0], rows, columns, height, width, -1).transpose(0, 1, 3, 2, 4, 5)
@@ -258,10 +270,10 @@ def kernel_gradient_in_blocks(x: Array, gradient: Array, window: Pair, correlati
     features = gradient.shape[-1]
     blocks = blocks_of(x.shape[1:3], window, features, NARROW_GRADIENT, correlation)
     if blocks is None:
-        return stock_kernel_gradient(x, gradient, window, correlation)
+        return convolution_kernel_gradient(x, gradient, window, correlation)
     (rows, columns), (height, width) = blocks.counts, blocks.size
     wide = filled(gradient).reshape(x.shape[0], rows, height, columns, width, -1).transpose(0, 1, 3, 2, 4, 5)
-    larger = stock_kernel_gradient(x, wide.reshape(x.shape[0], rows, columns, -1), blocks.window, blocks.correlation)
+    larger = convolution_kernel_gradient(x, wide.reshape(x.shape[0], rows, columns, -1), blocks.window, blocks.correlation)
     like = jax.ShapeDtypeStruct((*window, x.shape[-1], features), x.dtype)
     (result,) = jax.linear_transpose(lambda kernel: repeated(filled(kernel), correlation, blocks), like)(larger)
     return jnp.asarray(result)

@@ -23,7 +23,7 @@ from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.equivalence import expand
 from cnnlib.models import Network, Parameters, Statistics, initial, training_logits
 from cnnlib.optim import optimizer
-from cnnlib.spec import Model, Shape
+from cnnlib.spec import Conv, Local, Model, Shape
 
 
 class State(NamedTuple):
@@ -137,7 +137,7 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
         own = own_examples(recipe, numbers, examples)
-        count = own.shape[0]
+        count = examples.y.shape[0] if own is None else own.shape[0]
         per_pass = count // recipe.batch_size
         steps = recipe.passes * per_pass
 
@@ -147,7 +147,8 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
             return jax.random.permutation(jax.random.fold_in(keys_of(numbers).order, number), count)
 
         orders = jax.lax.map(order, state.epochs * recipe.passes + jnp.arange(recipe.passes))
-        batches = own[orders[:, : per_pass * recipe.batch_size]].reshape(steps, recipe.batch_size)
+        batches = orders[:, : per_pass * recipe.batch_size].reshape(steps, recipe.batch_size)
+        batches = batches if own is None else own[batches]
         step = one_step(recipe, numbers, examples, total_steps=steps * recipe.epochs)
         model = (state.parameters, state.statistics, state.optimizer_state)
         model, (values, corrects) = jax.lax.scan(step, model, (batches, state.epochs * steps + jnp.arange(steps)))
@@ -223,6 +224,7 @@ def one_step(
     at one after another, and their gradients added up.
     """
     rule = optimizer(recipe.optim, numbers, total_steps)
+    images_last = primitives.form_in_use() == "tpu" and isinstance(recipe.network.layers[0], Conv | Local)
     key_augment = keys_of(numbers).augment
 
     def loss(
@@ -242,7 +244,7 @@ def one_step(
 
         def piece(index: Array, draws: Draws) -> tuple[Any, Statistics]:
             """Sums over some of the batch's examples."""
-            images = taken(examples.x, index, primitives.form_in_use())
+            images = taken(examples.x, index, images_last)
             x = normalize(changed(images, draws, recipe.augment), examples.mean, examples.deviation)
             (value, (correct, seen)), gradient = jax.value_and_grad(loss, has_aux=True)(
                 parameters, statistics, x, examples.y[index]
@@ -277,11 +279,11 @@ def first_of(tree: Any) -> Any:
     return jax.tree.map(lambda rows: rows[0], tree)
 
 
-def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"]:
-    """Which examples a lane trains on, in the order in which they are stored."""
+def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"] | None:
+    """Draw which examples a lane trains on, in the order in which they are stored; None for all of them."""
     count = examples.y.shape[0]
     if recipe.examples is None or recipe.examples == count:
-        return jnp.arange(count)
+        return None
     return jnp.sort(jax.random.permutation(keys_of(numbers).subset, count)[: recipe.examples])
 
 

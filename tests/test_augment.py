@@ -16,12 +16,12 @@ def draw(augment, x=X, seed=0):
     return np.asarray(augmented(jax.random.key(seed), x, augment))
 
 
-@pytest.mark.parametrize("form", ["native", "gpu", "tpu"])
+@pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_batch_has_the_examples_bit_for_bit_in_every_form(form, dtype):
+def test_a_batch_has_the_examples_bit_for_bit(images_last, dtype):
     index = np.asarray([3, 199, 0, 3, 77])
     stored = X if dtype == "uint8" else X.astype(jnp.float32) / 7
-    batch = jax.jit(lambda x, index: taken(x, index, form))(stored, index)
+    batch = jax.jit(lambda x, index: taken(x, index, images_last))(stored, index)
     np.testing.assert_array_equal(batch, np.asarray(stored)[index])
 
 
