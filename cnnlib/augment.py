@@ -16,8 +16,8 @@ def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: 
     """Take a batch of the stored examples.
 
     With `images_last`, images of bytes go through a product with the identity, which puts the images last in memory,
-    where a TPU's convolutions have them: its matrix unit takes a third of the cycles of a copy. bfloat16 holds bytes
-    exactly.
+    where a TPU's convolutions have them: its matrix unit takes a third of the cycles of a copy. Full nets gain as well.
+    bfloat16 holds bytes exactly.
     """
     batch = x[index]
     if not images_last or x.dtype != jnp.uint8:

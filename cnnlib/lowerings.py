@@ -109,8 +109,16 @@ def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
     padding, dilation = correlation.padding, correlation.x_dilation
     if x.shape[1] != 1 or kernel.shape[0] != 1 or padding[0] != (0, 0) or dilation[0] != 1:
         return stock(x, kernel, correlation)
-    along = (part[1:] for part in correlation)
-    return lax.conv_general_dilated(x[:, 0], kernel[0], *along, dimension_numbers=("NWC", "WIO", "NWC"))[:, None]
+    y = lax.conv_general_dilated(
+        x[:, 0],
+        kernel[0],
+        correlation.strides[1:],
+        padding[1:],
+        dilation[1:],
+        correlation.kernel_dilation[1:],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+    return y[:, None]
 
 
 def convolution_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
@@ -273,7 +281,8 @@ def kernel_gradient_in_blocks(x: Array, gradient: Array, window: Pair, correlati
         return convolution_kernel_gradient(x, gradient, window, correlation)
     (rows, columns), (height, width) = blocks.counts, blocks.size
     wide = filled(gradient).reshape(x.shape[0], rows, height, columns, width, -1).transpose(0, 1, 3, 2, 4, 5)
-    larger = convolution_kernel_gradient(x, wide.reshape(x.shape[0], rows, columns, -1), blocks.window, blocks.correlation)
+    wide = wide.reshape(x.shape[0], rows, columns, -1)
+    larger = convolution_kernel_gradient(x, wide, blocks.window, blocks.correlation)
     like = jax.ShapeDtypeStruct((*window, x.shape[-1], features), x.dtype)
     (result,) = jax.linear_transpose(lambda kernel: repeated(filled(kernel), correlation, blocks), like)(larger)
     return jnp.asarray(result)

@@ -23,7 +23,7 @@ from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.equivalence import expand
 from cnnlib.models import Network, Parameters, Statistics, initial, training_logits
 from cnnlib.optim import optimizer
-from cnnlib.spec import Conv, Local, Model, Shape
+from cnnlib.spec import Model, Shape
 
 
 class State(NamedTuple):
@@ -224,7 +224,7 @@ def one_step(
     at one after another, and their gradients added up.
     """
     rule = optimizer(recipe.optim, numbers, total_steps)
-    images_last = primitives.form_in_use() == "tpu" and isinstance(recipe.network.layers[0], Conv | Local)
+    images_last = primitives.form_in_use() == "tpu"
     key_augment = keys_of(numbers).augment
 
     def loss(

@@ -1,0 +1,223 @@
+"""Compiling for accelerators that are not there: programs by hand, schedules by hand, lowering, and libtpu's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments  # noqa: F401  # registers every experiment
+from cnnlib.aot import hlo, schedule
+from cnnlib.aot.arms import epoch_of, flops_per_step
+from cnnlib.aot.hardware import parse_target
+from cnnlib.config import EXPERIMENTS, Arm, override
+from cnnlib.errors import UserError
+from cnnlib.primitives import COMPILED_FOR
+from cnnlib.programs import preferred_at_a_time, spread_of
+from cnnlib.resolve import resolve
+from cnnlib.spec import parse_model
+
+LOOP = """\
+HloModule jit_f, is_scheduled=true
+
+%body (arg: (s32[], f32[4,8], f32[100,8])) -> (s32[], f32[4,8], f32[100,8]) {
+  %arg = (s32[], f32[4,8]{1,0}, f32[100,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%arg), index=1
+  %all = f32[100,8]{1,0} get-tuple-element(%arg), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %sliced = f32[4,8]{1,0} fusion(%all, %i, %x), kind=kLoop, calls=%slice, metadata={op_name="jit(f)/add"}
+  ROOT %out = (s32[], f32[4,8]{1,0}, f32[100,8]{1,0}) tuple(%next, %sliced, %all)
+}
+
+%slice (p0: f32[100,8], p1: s32[], p2: f32[4,8]) -> f32[4,8] {
+  %p0 = f32[100,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[4,8]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %rows = f32[4,8]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={4,8}
+  ROOT %sum = f32[4,8]{1,0} add(%rows, %p2)
+}
+
+%condition (arg: (s32[], f32[4,8], f32[100,8])) -> pred[] {
+  %arg.1 = (s32[], f32[4,8]{1,0}, f32[100,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%arg.1), index=0
+  %last = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %last), direction=LT
+}
+
+ENTRY %main (x: f32[4,8], all: f32[100,8]) -> f32[4,8] {
+  %x.1 = f32[4,8]{1,0} parameter(0)
+  %all.1 = f32[100,8]{1,0} parameter(1)
+  %start = s32[] constant(2)
+  %copied = s32[] copy(%start)
+  %first = (s32[], f32[4,8]{1,0}, f32[100,8]{1,0}) tuple(%copied, %x.1, %all.1)
+  %loop = (s32[], f32[4,8]{1,0}, f32[100,8]{1,0}) while(%first), condition=%condition, body=%body
+  %found = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+  %reduced = f32[4,8]{1,0:T(8,128)S(1)} all-reduce(%found), replica_groups={}, to_apply=%slice
+  ROOT %result = f32[4,8]{1,0} copy(%reduced)
+}
+"""
+
+
+def test_operations_of_a_loop_run_as_often_as_its_constants_say():
+    costs = {cost.instruction.name: cost for cost in hlo.Program(LOOP).costs()}
+    assert {name: cost.times for name, cost in costs.items()} == {
+        "copied": 1, "next": 5, "sliced": 5, "reduced": 1, "result": 1,
+    }  # fmt: skip
+    assert costs["sliced"].instruction.source == "jit(f)/add"
+    assert costs["reduced"].instruction.opcode in hlo.COLLECTIVES
+    # A note of the compiler comes first.
+    noted = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert {cost.times for cost in hlo.Program(noted).costs()} == {1, 9}
+    with pytest.raises(ValueError, match="trip count of the loop loop is unknown"):
+        list(hlo.Program(LOOP.replace("direction=LT", "direction=NE")).costs())
+
+
+def test_bytes_are_those_of_the_main_memory_and_of_a_slice_its_own():
+    program = hlo.Program(LOOP)
+    moved = {cost.instruction.name: hlo.moved_bytes(program, cost) for cost in program.costs()}
+    rows = 4 * 8 * 4
+    assert moved["sliced"] == rows + 4 + rows + rows  # the slice, the index, x, and the result
+    assert moved["reduced"] == rows  # its result lies in the chip's own memory
+    assert moved["result"] == rows
+    assert hlo.bytes_of("(bf16[3,5]{1,0}, pred[7])") == 37
+
+
+def test_a_compiled_program_is_read():
+    def f(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=6)[0]
+
+    text = jax.jit(f).lower(jnp.ones((4, 8)), jnp.ones((8, 8))).compile().as_text()
+    costs = list(hlo.Program(text).costs())
+    assert max(cost.times for cost in costs) == 6
+    assert all(hlo.moved_bytes(hlo.Program(text), cost) >= 0 for cost in costs)
+
+
+SCHEDULE = """\
+// header
+     0x0   :  { %s1 = sld }
+     0x1   :  { %s2 = sadd }
+     0x2 LB :> { %v1 = vld ; (iteration index, stage = 0) }
+     0x3   :> { %v2 = vadd ; iteration index, stage = 2 }
+     0x4   :> {}
+     0x5   :> { %p = scmp.ge.s32.totalorder %s9, 12 /* loop exit test */ }
+     0x6   :  { sfence }
+"""
+
+
+def test_a_schedule_has_a_cycle_per_bundle_and_loops_run_their_trips(tmp_path):
+    path = tmp_path / "12-fusion.3-44-final_bundles.txt"
+    path.write_text(SCHEDULE)
+    # Two stages of software pipelining are trips beyond those of the loop.
+    assert schedule.cycles_of(path) == 3 + 4 * (12 - 2)
+    (tmp_path / "13-deduplication-map.txt").write_text("key: fusion.3\n  fusion.7\n  fusion.9\n")
+    found = schedule.schedules(tmp_path)
+    assert found == dict.fromkeys(("fusion.3", "fusion.7", "fusion.9"), 43)
+    schedule.forget(tmp_path)
+    assert schedule.schedules(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "topology"),
+    [("tpu:v5e:2x4", 8, "v5e:2x4"), ("tpu:v6e", 1, "v6e:1x1"), ("tpu:v4:2x2", 4, "v4:2x2x1"), ("cuda:h100", 1, "h100")],
+)
+def test_hardware_has_a_name(text, devices, topology):
+    target = parse_target(text)
+    assert (target.devices, target.topology) == (devices, topology)
+    assert target.chip.peak_flops > 1e14 and target.chip.bandwidth > 5e11
+
+
+@pytest.mark.parametrize("text", ["tpu", "tpu:v9", "tpu:v5e:2x", "tpu:v5e:0x1", "cuda:h100:2", "h100", ""])
+def test_unknown_hardware_is_one_line_that_lists_what_is_known(text):
+    with pytest.raises(UserError, match=r"is no hardware to compile for; expected for example tpu:v4:2x4, .*cuda:h100"):
+        parse_target(text)
+
+
+def arms_of(name, *overrides):
+    return resolve(override(EXPERIMENTS.get(name), list(overrides)))
+
+
+def test_operations_of_a_step_are_counted_by_layer():
+    # Dense: forward and the gradient of the weights are products of one size; no gradient goes to the input.
+    (arm,) = arms_of("fc_vs_conv", "arms=mlp_75_33")
+    products = 784 * 75, 75 * 33, 33 * 10
+    assert flops_per_step(arm) == 2 * 100 * (3 * sum(products) - products[0])
+
+
+KINDS = {
+    "conv": "conv:6@5 relu max:2 conv:8@3/2 tanh avg:2 dense:classes",
+    "local": "local:3@5 relu max:3/2 local:4@3 relu dense:classes",
+    "full": "full:2@3 relu max:2 dense:16 relu dense:classes",
+    "norm": "conv:4@3:nobias norm relu max:2 residual(norm relu conv:4@3) dense:classes",
+}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_lowers_for_every_platform(kind, platform):
+    one = override(EXPERIMENTS.get("fc_vs_conv"), ["arms=lenet5", "lanes.seed=0,1", "data.train=200", "epochs=2"])
+    (arm,) = resolve(replace(one, arms=(Arm("net", parse_model(KINDS[kind])),)))
+    spread = spread_of(arm, jax.devices()[:1])
+    form = "tpu" if platform == "tpu" else "gpu"
+    lanes = preferred_at_a_time(arm.model.connectivity, arm.input_shape, len(arm.lanes), form)
+    token = COMPILED_FOR.set(form)
+    try:
+        epoch, arguments = epoch_of(arm, spread, lanes)
+        module = jax.export.export(epoch, platforms=[platform])(*arguments).mlir_module()
+    finally:
+        COMPILED_FOR.reset(token)
+    assert "custom_call @cnnlib_" not in module  # no kernel of the CPU is left in it
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and "CI" not in os.environ, reason="libtpu is not installed (extra aot)"
+)
+CEILINGS = {
+    # A quarter above what libtpu 0.0.42.1 gave in November 2026: 33,737, 169,929 and 2,875.
+    "fc_vs_conv arms=lenet5": 42_200,
+    "sharing_and_locality arms=local": 212_000,
+    "mnist1d arms=cnn lanes.seed=0,1,2,3,4": 3_600,
+}
+
+
+def shown(*arguments):
+    """What `show --on ... --json` prints in a process of its own: libtpu is loaded once a process."""
+    command = [sys.executable, "-m", "experiments", "show", *arguments, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("command", CEILINGS)
+def test_a_lane_step_on_a_tpu_takes_no_more_cycles_than_it_did(command, compiling_well):
+    (arm,) = shown(*command.split(), "--on", "tpu:v5e")["arms"]
+    assert arm["compiles"] and arm["memory_bytes"] < 16 * 2**30
+    assert 0 < arm["scheduled_cycles_per_lane_step"] <= CEILINGS[command]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["tpu:v5e:2x2", "tpu:v6e"])
+def test_lanes_on_a_topology_exchange_nothing(topology, compiling_well):
+    found = shown("fc_vs_conv", "arms=mlp_75_33", "lanes.seed=0,1,2,3", "--on", topology)
+    (arm,) = found["arms"]
+    assert arm["compiles"] and arm["collectives"] == {}
+    assert arm["devices"] == (4 if topology == "tpu:v5e:2x2" else 1)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_batch_that_devices_share_is_added_up(compiling_well):
+    (arm,) = shown("fc_vs_conv", "arms=mlp_75_33", "lanes.seed=0", "mesh=1,4", "--on", "tpu:v5e:2x2")["arms"]
+    assert arm["devices"] == 4 and sum(arm["collectives"].values()) > 0
