@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | lanes | mesh | scale | ops | memory | tracking | mnist1d | agreement`: see README.md."""
+"""`python -m benchmarks NAME`, of step, lanes, mesh, scale, ops, memory, tracking, mnist1d, agreement, aot: README.md."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import agreement, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
+from benchmarks import agreement, aot, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
+from cnnlib.aot.hardware import set_environment
 from cnnlib.errors import UserError
 from cnnlib.mesh import use_cores
 from cnnlib.tracking import versions
 
-BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement")
+BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement", "aot")
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
@@ -42,6 +43,13 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield mnist1d.measure(options.rounds, epochs=options.epochs, lanes=(options.lanes or [30])[0])
         case "agreement":
             yield from agreement.measure(options.lanes or (1, 2, 0), options.steps, options.only, options.overrides)
+        case "aot":
+            hardware = options.hardware or ["tpu:v5e", "tpu:v6e"]
+            for target in hardware:
+                yield Table(f"calibration, {target}", aot.calibration(target))
+            nets = options.only.split(",") if options.only else tuple(aot.NETS)
+            dtypes = options.dtype or ["float32", "bfloat16"]
+            yield from aot.measure(nets, options.lanes or (8, 64), dtypes, hardware, options.rows)
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 
@@ -63,11 +71,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="for agreement")
     parser.add_argument("--epochs", type=int, default=150, help="for mnist1d: 40 steps each")
+    parser.add_argument("--hardware", nargs="+", metavar="NAME", help="for aot, such as tpu:v5e")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), help="for aot; default: both")
+    parser.add_argument("--rows", type=Path, default=Path("aot.jsonl"), help="for aot: where rows are kept (aot.jsonl)")
     parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if min(options.batch_size, options.rounds, options.epochs, options.steps, *(options.lanes or [1])) < 1:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
+    if options.benchmark == "aot":
+        set_environment()
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `python -m experiments run` does
     device = jax.devices()[0]

@@ -192,12 +192,12 @@ def command_show(name: str, experiment: Experiment | Growth) -> None:
 
 def command_on(name: str, experiment: Experiment | Growth, hardware: str, as_json: bool) -> None:
     """Compile every arm's epoch for hardware that need not be there, and print what it would take."""
-    from cnnlib.aot.hardware import parse_target
+    from cnnlib.aot.hardware import parse_target, set_environment
 
     target = parse_target(hardware)
     if isinstance(experiment, Growth):
         raise UserError(f"{name} trains nothing: --on has no meaning for it")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler's own devices are asked for, not this machine's
+    set_environment()
     from rich.console import Console
 
     from cnnlib.aot.arms import print_reports, reports

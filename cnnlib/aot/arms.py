@@ -166,6 +166,11 @@ def examples_of(arm: TrainedArm) -> Examples:
     return Examples(shape((size, *stored), kind), shape((size,), np.int32), channel, channel)
 
 
+def seconds_text(seconds: float) -> str:
+    """Return a time with two digits where it is short."""
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+
+
 def print_reports(found: Sequence[ArmReport], target: Target, console: Console) -> None:
     """Print a row per arm, then each arm's most expensive operations."""
     columns = ("arm", "devices", "lanes at a time", "memory", "compile", "cycles", "of peak", "epoch", "run")
@@ -185,8 +190,8 @@ def print_reports(found: Sequence[ArmReport], target: Target, console: Console) 
                 f"{values['compile_seconds']:.0f} s",
                 "-" if cycles is None else f"{cycles:,}",
                 f"{values['share_of_peak']:.1%}",
-                f"{values['estimated_seconds_per_epoch']:.3g} s",
-                duration(values["estimated_seconds"]),
+                seconds_text(values["estimated_seconds_per_epoch"]),
+                seconds_text(values["estimated_seconds"]),
             )
         )
     if rows:

@@ -21,20 +21,15 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from cnnlib.aot import hlo, schedule
-from cnnlib.aot.hardware import Target
+from cnnlib.aot.hardware import Target, set_environment
 from cnnlib.errors import UserError
+from cnnlib.kernels import Kernels
 from cnnlib.primitives import COMPILED_FOR
 
 LAUNCH_SECONDS = 2e-6
 """Assumed for the start of a kernel on a GPU, as one of a stream or graph. Not measured here."""
 GPU_DESCRIPTION = Path(__file__).with_name("h100.txtpb")
 """What XLA asks of a GPU, from xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla."""
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks Google's metadata server, and waits for it
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine with TPUs; which does not matter
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process stops at libtpu's lock
-}
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,7 @@ def devices(target: Target) -> tuple[Any, ...]:
 def _tpus(target: Target) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"{target}: libtpu is not installed; pip install 'cnnlib[aot]'")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
     if "xla_jf_dump_to" not in arguments:
         os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {schedule.flags(schedules_folder())}".strip()
@@ -141,15 +135,16 @@ def on(device: Any, tree: Any) -> Any:
     return jax.tree.map(lambda array: shape(array.shape, array.dtype, sharding=sharding), tree)
 
 
-def compile_for(function: Any, arguments: tuple[Any, ...], target: Target) -> Report:
+def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form: Kernels | None = None) -> Report:
     """Compile a jitted function for the target, and report what it takes.
 
     Args:
         function: from `jax.jit`.
         arguments: shapes; for one device placed with `on`, for several sharded as the function says.
         target: of the devices that arguments or shardings name (`devices`).
+        form: of the operations (`primitives.form_in_use`); None for that of the target.
     """
-    token = COMPILED_FOR.set("tpu" if target.platform == "tpu" else "gpu")
+    token = COMPILED_FOR.set(form or ("tpu" if target.platform == "tpu" else "gpu"))
     try:
         lowered = function.lower(*arguments)
     finally:

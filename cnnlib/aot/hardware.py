@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +37,22 @@ TPUS = {
 GPUS = {
     "h100": Chip("H100 SXM", 989e12, 3350e9, 80 * GIB, 1.98e9, "https://www.nvidia.com/en-us/data-center/h100/"),
 }
+
+
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks Google's metadata server, and waits for it
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine with TPUs; which does not matter
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process stops at libtpu's lock
+}
+"""What libtpu asks for on a machine without TPUs."""
+
+
+def set_environment() -> None:
+    """Prepare this process for compiling; before JAX is imported, which sets what it does not find."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else JAX would look for a TPU
+    for name, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)
