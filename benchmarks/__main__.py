@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`, of step, lanes, mesh, scale, ops, memory, tracking, mnist1d, agreement, aot: README.md."""
+"""Benchmarks: `python -m benchmarks NAME`; README.md tells what each measures."""
 
 from __future__ import annotations
 

@@ -179,7 +179,8 @@ def test_every_kind_of_layer_lowers_for_every_platform(kind, platform):
 
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and "CI" not in os.environ, reason="libtpu is not installed (extra aot)"
+    importlib.util.find_spec("libtpu") is None and "CNNLIB_TESTS_NEED_LIBTPU" not in os.environ,
+    reason="libtpu is not installed (extra aot)",
 )
 CEILINGS = {
     # A quarter above what libtpu 0.0.42.1 gave in November 2026: 33,737, 169,929 and 2,875.
