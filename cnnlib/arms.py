@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,8 @@ class Training(NamedTuple):
     unwritten: list[FinishedArm]
     """Arms whose last checkpoint is still being written."""
     hosts: Hosts = ALONE
+    profiles: Path | None = None
+    """The folder for a trace of an epoch of each arm."""
 
     def is_due(self, epoch: int) -> bool:
         """Whether there is to be a checkpoint after an epoch that is not the last: process 0, which writes it, says."""
@@ -184,7 +187,10 @@ def train_epochs(
     def dispatch(states: State, epoch: int) -> tuple[State, EpochSums]:
         """Sets an epoch going; what it leaves outlives the states, which the next epoch overwrites."""
         began, seconds = time.perf_counter(), None
-        states, sums = feed.train(states, numbers)
+        with profiled(training, arm, epoch):
+            states, sums = feed.train(states, numbers)
+            if training.profiles is not None:
+                jax.block_until_ready(states)  # type: ignore[no-untyped-call]
         if not feed.runs_ahead:  # validating reads as well, and is no part of training
             jax.block_until_ready(states)  # type: ignore[no-untyped-call]
             seconds = time.perf_counter() - began
@@ -234,6 +240,19 @@ def train_epochs(
         if not (feed.runs_ahead or is_last):
             states, going = dispatch(states, epoch + 1)
     return states, validation
+
+
+@contextlib.contextmanager
+def profiled(training: Training, arm: TrainedArm, epoch: int) -> Iterator[None]:
+    """Write a trace of the second epoch of an arm, or of its only one, where that is asked for."""
+    if training.profiles is None or epoch != min(2, arm.experiment.epochs):
+        yield
+        return
+    place = training.profiles / arm.name
+    with jax.profiler.trace(str(place), create_perfetto_trace=True):
+        yield
+    trace = next(place.rglob("perfetto_trace.json.gz"))
+    training.watcher.says(f"profile of {arm.name}: open {trace} at https://ui.perfetto.dev")
 
 
 def report_of(

@@ -25,9 +25,10 @@ RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "res
 GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
 RECORD = "run.json"
 ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE = "arms", "checkpoints", "predictions", "unreadable"
+PROFILES = "profile"
 JOBS = "jobs"
 OURS = dict.fromkeys(
-    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE, JOBS, "wandb")
+    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, PROFILES, UNREADABLE, JOBS, "wandb")
 )
 """Everything that a run may leave in its folder, beside its lock and `earlier`."""
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"

@@ -21,7 +21,7 @@ from cnnlib.data import DataSet, StreamedSet, describe
 from cnnlib.errors import Stopped, UserError
 from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
-from cnnlib.folder import RunFolder
+from cnnlib.folder import PROFILES, RunFolder
 from cnnlib.hosts import ALONE, Hosts
 from cnnlib.programs import (
     Programs,
@@ -65,6 +65,7 @@ def run(
     streamed: Collection[str] | None = None,
     identifies: bool = False,
     check: bool = True,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
 
@@ -75,7 +76,8 @@ def run(
     of a run on several call this together; `out` of all but process 0 is for nobody to read. `streamed` are the names
     of the data sets that are streamed, where that is decided (as of a job's run). With `identifies` it ends
     where training would begin: with the identity of the run, and of what each arm is as a part. Without `check` the
-    backend is not checked, and the results say so. Raises UserError, with nothing written, for whatever does not fit
+    backend is not checked, and the results say so. With `profile` a trace of one epoch of each arm is written into the
+    folder `profile`; that epoch takes longer. Raises UserError, with nothing written, for whatever does not fit
     together or does not fit in the memory, and for a backend that computes wrong numbers; and later for a disk that
     takes no more: what was saved before stays.
     """
@@ -144,7 +146,9 @@ def run(
         elif writer is None:
             writer = stack.enter_context(contextlib.closing(Writer()))
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
-        training = Training(experiment, fed, held, watcher, stop, clock, writer, [], hosts)
+        training = Training(
+            experiment, fed, held, watcher, stop, clock, writer, [], hosts, out / PROFILES if profile else None
+        )
         try:
             beginning = begin(held, name, experiment, this, left, changes, force, check)
             if hosts.count > 1:  # where this thread is stuck when a host is lost

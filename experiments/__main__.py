@@ -43,7 +43,7 @@ COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...] [--on HARDWARE [--json]]",
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
-    "[--no-check] [--traceback]\n           "
+    "[--no-check] [--profile] [--traceback]\n           "
     "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]\n           "
     "[--executor local|ray [--seeds-a-job N] [--retries N] [--ray-address ADDRESS] [--gpus-a-job N] "
     "[--resources NAME=N]]",
@@ -114,6 +114,7 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
         parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
         parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
+        parser.add_argument("--profile", action="store_true", help="write a trace of an epoch of each arm")
         parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
         parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")
         parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
@@ -472,7 +473,7 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
                     ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
                 how = {"resume": options.resume, "force": options.force, "stop": wish.is_made, "writer": writer}
-                how |= {"hosts": joined, "check": not options.no_check}
+                how |= {"hosts": joined, "check": not options.no_check, "profile": options.profile}
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
             print(how_to_go_on(stopped, name, options), file=sys.stderr)
@@ -582,6 +583,8 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(experiment, Growth) and (asked := given(options, ("executor", *JOB_OPTIONS))):
             raise UserError(f"{options.name} trains nothing: {asked[0]} has no meaning for it")
         wanted = jobs_asked(options)
+        if options.profile and (wanted is not None or isinstance(experiment, Growth)):
+            raise UserError("--profile is for a run that trains in this process: leave out --executor")
         if isinstance(experiment, Growth):
             joins = (options.coordinator, options.processes, options.process_id)
             is_joined = options.distributed or any(value is not None for value in joins)

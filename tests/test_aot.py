@@ -154,10 +154,8 @@ def test_operations_of_a_step_are_counted_by_layer():
 
 
 KINDS = {
-    "conv": "conv:6@5 relu max:2 conv:8@3/2 tanh avg:2 dense:classes",
-    "local": "local:3@5 relu max:3/2 local:4@3 relu dense:classes",
-    "full": "full:2@3 relu max:2 dense:16 relu dense:classes",
-    "norm": "conv:4@3:nobias norm relu max:2 residual(norm relu conv:4@3) dense:classes",
+    "conv": "conv:6@5:nobias norm relu max:2 conv:8@3/2 tanh avg:2 residual(norm relu conv:8@3) dense:classes",
+    "local": "local:3@5 relu max:3/2 full:2@3 relu dense:classes",
 }
 
 

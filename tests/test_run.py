@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -340,6 +341,17 @@ def test_the_program_that_takes_most_decides(monkeypatch):
     assert need > 500 * 28 * 28 * 8 * 4
     with pytest.raises(UserError, match="arm conv: 4 lanes, 1 at a time, need"):
         in_the_memory(experiment, monkeypatch, need - 1)
+
+
+def test_a_profile_has_a_trace_of_each_arm_and_changes_no_result(finished, tmp_path):
+    watcher = Silent()
+    results = run(EXPERIMENT, "tiny", tmp_path / "out", watcher, check=False, profile=True)
+    for arm, plain in zip(results["arms"], finished[0]["arms"], strict=True):
+        (trace,) = (tmp_path / "out" / "profile" / arm["name"]).rglob("perfetto_trace.json.gz")
+        assert len(gzip.decompress(trace.read_bytes())) > 1000
+        said = [text for kind, *texts in watcher.told if kind == "says" for text in texts]
+        assert f"profile of {arm['name']}: open {trace} at https://ui.perfetto.dev" in said
+        assert [lane["test_loss"] for lane in arm["lanes"]] == [lane["test_loss"] for lane in plain["lanes"]]
 
 
 @pytest.mark.slow
