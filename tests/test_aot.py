@@ -12,6 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import export
 
 import experiments  # noqa: F401  # registers every experiment
 from cnnlib.aot import hlo, schedule
@@ -170,7 +171,7 @@ def test_every_kind_of_layer_lowers_for_every_platform(kind, platform):
     token = COMPILED_FOR.set(form)
     try:
         epoch, arguments = epoch_of(arm, spread, lanes)
-        module = jax.export.export(epoch, platforms=[platform])(*arguments).mlir_module()
+        module = export.export(epoch, platforms=[platform])(*arguments).mlir_module()
     finally:
         COMPILED_FOR.reset(token)
     assert "custom_call @cnnlib_" not in module  # no kernel of the CPU is left in it
