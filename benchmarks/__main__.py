@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
     if options.benchmark == "aot":
         set_environment()
+        jax.config.update("jax_platforms", "cpu")  # JAX is imported already, and read no variables since
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `python -m experiments run` does
     device = jax.devices()[0]

@@ -6,10 +6,11 @@ import json
 import math
 from importlib.metadata import version
 
+import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import agreement, lanes, operations, step
+from benchmarks import agreement, aot, lanes, operations, step
 from benchmarks.timing import Contestant, Table, interleaved, summary
 from cnnlib.defects import numbers_of
 
@@ -122,3 +123,24 @@ def test_library_fusions_change_no_loss_by_more_than_rounding(name):
     (table,) = agreement.measure([2], steps=1, only=name, overrides=on_digits, chosen=largest)
     (row,) = table.rows
     assert float(row["difference"]) < 1e-3
+
+
+def test_rows_of_compilers_are_kept_and_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def row(net, lanes, dtype, hardware, form):
+        made.append((net, form))
+        if form == aot.FORMS[1]:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
+        return {"cycles_per_lane_step": 30 if form == "ours" else 40}
+
+    monkeypatch.setattr(aot, "row", row)
+    path = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        (table,) = aot.measure(["lenet5"], [8], ["float32"], ["tpu:v5e"], path)
+        assert table.rows == [
+            {"net": "lenet5", "lanes": "8", **dict(zip(aot.FORMS, (30, None, 40), strict=True)),
+             "ours to the better stock form": 0.75}
+        ]  # fmt: skip
+    assert made == [("lenet5", form) for form in aot.FORMS]
+    assert [one.get("failed") for one in aot.kept_rows(path)] == [None, "RESOURCE_EXHAUSTED: no room", None]

@@ -49,10 +49,11 @@ LIBTPU_ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Prepare this process for compiling; before JAX is imported, which sets what it does not find."""
+    """Prepare this process for compiling, best before JAX is imported: else JAX looks for a TPU, and says so."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else JAX would look for a TPU
     for name, value in LIBTPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if os.environ.get(name, "WARNING").startswith("WARNING"):  # which JAX puts where it finds nothing
+            os.environ[name] = value
 
 
 @dataclass(frozen=True)
