@@ -34,8 +34,8 @@ CPU_GROUP = 8
 
 TPU_GROUP = 16
 """The same on a TPU; with 64 at a time libtpu 0.0.42.1 finds no room for LeNet-300-100."""
-TPU_SIGNAL_GROUP = 5
-"""Lanes of a net with windows on signals that are vectorised on a TPU: 5 times 25 features fill its 128 columns."""
+TPU_SIGNAL_GROUP = 8
+"""Lanes of a net with windows on signals that are vectorised on a TPU (docs/accelerators.md)."""
 EVALUATION_BYTES = 2**26
 """500 examples of 105x105x3 as float32."""
 KEPT_FROM = 0.05
@@ -51,7 +51,7 @@ def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: i
 
     - CPU: one lane of a net with windows, since it fills the cores; up to 8 lanes of a full net.
     - TPU: one lane of a net with windows on images. A core runs one operation after another at no cost for starting
-      each, and lanes as the groups of one convolution take twice the cycles. Up to 5 lanes with windows on signals, up
+      each, and lanes as the groups of one convolution take twice the cycles. Up to 8 lanes with windows on signals, up
       to 16 of a full net.
     - GPU: all lanes, since each kernel costs microseconds to start.
 

@@ -422,7 +422,7 @@ def test_lanes_at_a_time_follow_platform_connectivity_and_input():
     assert [preferred("full", image, lanes, "cpu") for lanes in (1, 4, 8, 9, 16, 20, 64)] == [1, 4, 8, 5, 8, 7, 8]
     assert [preferred(kind, image, 64, "gpu") for kind in ("full", "conv")] == [64, 64]
     assert [preferred(kind, image, 64, "tpu") for kind in ("full", "local", "conv")] == [16, 1, 1]
-    assert [preferred(kind, signal, 64, "tpu") for kind in ("full", "local", "conv")] == [16, 5, 5]
+    assert [preferred(kind, signal, 64, "tpu") for kind in ("full", "local", "conv")] == [16, 8, 8]
 
 
 @pytest.mark.slow
