@@ -43,19 +43,28 @@ NETS: dict[str, tuple[Callable[[], Model], Shape]] = {
 FORMS = ("ours", "stock, all lanes at once", "stock, one lane at a time")
 
 
+DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+
+
+def each_axis(value: Any, axes: int) -> tuple[Any, ...]:
+    """Repeat a number per axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def pairs(padding: Any, axes: int) -> Any:
+    """Return padding as JAX wants it: a name, or before and after per axis."""
+    if isinstance(padding, str):
+        return padding
+    return [(n, n) if isinstance(n, int) else tuple(n) for n in each_axis(padding, axes)]
+
+
 def stock_convolution(
     x: jax.Array, kernel: jax.Array, *, strides: PerAxis = 1, padding: Any = "SAME", dilation: PerAxis = 1
 ) -> jax.Array:
     """Convolve as Flax's `nn.Conv` does."""
     axes = x.ndim - 2
-    each = [(n,) * axes if isinstance(n, int) else tuple(n) for n in (strides, dilation)]
-    if not isinstance(padding, str):
-        padding = [
-            (n, n) if isinstance(n, int) else tuple(n)
-            for n in ([padding] * axes if isinstance(padding, int) else padding)
-        ]
-    names = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}[axes]
-    return lax.conv_general_dilated(x, kernel, each[0], padding, None, each[1], names)
+    each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
+    return lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes])
 
 
 def stock_local(
@@ -63,23 +72,17 @@ def stock_local(
 ) -> jax.Array:
     """Compute a local layer as Flax's `nn.ConvLocal` does."""
     axes = x.ndim - 2
-    each = [(n,) * axes if isinstance(n, int) else tuple(n) for n in (strides, dilation)]
-    if not isinstance(padding, str):
-        padding = [
-            (n, n) if isinstance(n, int) else tuple(n)
-            for n in ([padding] * axes if isinstance(padding, int) else padding)
-        ]
-    names = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}[axes]
-    window = kernel.shape[axes : 2 * axes]
+    each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
     flat = jnp.moveaxis(kernel, -2, axes).reshape(*kernel.shape[:axes], -1, kernel.shape[-1])
+    window = kernel.shape[axes : 2 * axes]
     return lax.conv_general_dilated_local(
-        x, flat, each[0], padding, window, rhs_dilation=each[1], dimension_numbers=names
+        x, flat, each[0], pads, window, rhs_dilation=each[1], dimension_numbers=DIMENSIONS[axes]
     )
 
 
 def stock_max_pool(x: jax.Array, window: PerAxis, strides: PerAxis | None = None, padding: Any = "VALID") -> jax.Array:
     """Pool by Flax's `nn.max_pool`."""
-    each = [(n,) * (x.ndim - 2) if isinstance(n, int) else tuple(n) for n in (window, strides or window)]
+    each = [each_axis(n, x.ndim - 2) for n in (window, strides or window)]
     return nn.max_pool(x, each[0], each[1], padding)
 
 

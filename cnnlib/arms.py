@@ -189,7 +189,7 @@ def train_epochs(
         began, seconds = time.perf_counter(), None
         with profiled(training, arm, epoch):
             states, sums = feed.train(states, numbers)
-            if training.profiles is not None:
+            if is_profiled(training, arm, epoch):
                 jax.block_until_ready(states)  # type: ignore[no-untyped-call]
         if not feed.runs_ahead:  # validating reads as well, and is no part of training
             jax.block_until_ready(states)  # type: ignore[no-untyped-call]
@@ -242,10 +242,15 @@ def train_epochs(
     return states, validation
 
 
+def is_profiled(training: Training, arm: TrainedArm, epoch: int) -> bool:
+    """Whether a trace is asked for, and this is the second epoch of an arm, or its only one."""
+    return training.profiles is not None and epoch == min(2, arm.experiment.epochs)
+
+
 @contextlib.contextmanager
 def profiled(training: Training, arm: TrainedArm, epoch: int) -> Iterator[None]:
-    """Write a trace of the second epoch of an arm, or of its only one, where that is asked for."""
-    if training.profiles is None or epoch != min(2, arm.experiment.epochs):
+    """Write a trace of an epoch that `is_profiled`, and tell how to open it."""
+    if training.profiles is None or not is_profiled(training, arm, epoch):
         yield
         return
     place = training.profiles / arm.name

@@ -114,7 +114,9 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
         parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
         parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
-        parser.add_argument("--profile", action="store_true", help="write a trace of an epoch of each arm")
+        parser.add_argument(
+            "--profile", action="store_true", help="write a trace of an epoch of each arm, which then takes longer"
+        )
         parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
         parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")
         parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
@@ -208,7 +210,7 @@ def command_on(name: str, experiment: Experiment | Growth, hardware: str, as_jso
     for report in reports(resolve(experiment), target):
         found.append(report)
         if not as_json:
-            console.print(f"compiled {report.name}" if report.report else f"{report.name} does not compile")
+            console.print(f"{report.name} {'does not compile' if isinstance(report.found, str) else 'is compiled'}")
     if as_json:
         print(json.dumps({"topology": str(target), "arms": [report.plain() for report in found]}, indent=2))
     else:
@@ -489,6 +491,7 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
     command += [] if options.out is None else ["--out", options.out]
     command += [] if options.wandb == "auto" else ["--wandb", options.wandb]
     command += ["--no-check"] if options.no_check else []
+    command += ["--profile"] if options.profile else []
     command += given(options, ("executor", *JOB_OPTIONS))
     where = ""
     if options.distributed:

@@ -166,6 +166,17 @@ def test_local_is_right_for_every_width_of_vectors(batch, channels, features):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), ours, theirs)
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_forms_of_accelerators_are_right_alone_and_with_other_lanes(platform):
+    x, kernel = normal((3, 4, 6, 7, 2)), normal((3, 3, 4, 3, 2, 2, 5))
+    reference = lambda x, k: stock(x, k, (2, 2), ((1, 1), (1, 0)), (1, 1))  # noqa: E731
+    ours = lambda x, k: local(x, k, strides=2, padding=((1, 1), (1, 0)))  # noqa: E731
+    expected = derivatives(reference, x[0], kernel[0]), derivatives(jax.vmap(reference), x, kernel)
+    with using(platform):
+        found = derivatives(ours, x[0], kernel[0]), derivatives(jax.vmap(ours), x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4), found, expected)
+
+
 @each_form
 def test_a_local_layer_with_equal_weights_is_a_convolution(implementation):
     x, kernel = normal((9, 6, 5, 2)), normal((3, 3, 2, 4))

@@ -315,7 +315,7 @@ def test_avg_pool_has_the_values_and_gradients_of_the_stock_operation(problem):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
-@each_implementation
+@each_form
 def test_values_that_tie_share_the_gradient_of_their_window(implementation):
     x = jnp.asarray([[1.0, 1.0, 0.0], [0.0, 1.0, 9.0]]).reshape(1, 2, 3, 1)
     with using(implementation):
@@ -341,7 +341,7 @@ def test_max_pool_is_right_for_every_width_of_vectors(channels, size, window):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
-@each_implementation
+@each_form
 def test_what_is_not_a_number_wins_the_pooling(implementation):
     with using(implementation):
         for place in range(4):
@@ -349,7 +349,7 @@ def test_what_is_not_a_number_wins_the_pooling(implementation):
             assert jnp.isnan(ops.max_pool(x, 2)).all()
 
 
-@each_implementation
+@each_form
 def test_padding_never_wins_even_among_minus_infinities(implementation):
     x = jnp.full((1, 3, 3, 1), -jnp.inf)
     with using(implementation):

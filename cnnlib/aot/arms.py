@@ -28,36 +28,26 @@ EXPENSIVE = 5
 
 
 @dataclass(frozen=True)
-class ArmReport:
-    """What one arm would take. The figures are None where it does not compile."""
+class Compiled:
+    """What an arm that compiles and fits would take."""
 
-    name: str
-    lanes: int
-    reason: str | None = None
-    """Why it does not compile."""
-    devices: int | None = None
-    lanes_at_a_time: int | None = None
-    steps_per_epoch: int | None = None
-    epochs: int | None = None
-    flops_per_epoch: int | None = None
-    """Of one device: two per multiply-add."""
-    peak_flops: float | None = None
-    """Of one device, per second, published."""
-    report: Report | None = None
+    report: Report
     """Of one epoch on one device."""
+    devices: int
+    lanes_per_device: int
+    lanes_at_a_time: int
+    steps_per_epoch: int
+    epochs: int
+    flops_per_epoch: int
+    """Of one device: two per multiply-add."""
+    peak_flops: float
+    """Of one device, per second, published."""
 
     def plain(self) -> dict[str, Any]:
         """Return the figures for `--json`."""
-        report = self.report
-        if report is None:
-            return {"name": self.name, "compiles": False, "reason": self.reason, "lanes": self.lanes}
-        assert self.devices and self.steps_per_epoch and self.epochs and self.flops_per_epoch and self.peak_flops
-        lane_steps = -(-self.lanes // self.devices) * self.steps_per_epoch
-        cycles = report.cycles
+        report, cycles = self.report, self.report.cycles
+        lane_steps = self.lanes_per_device * self.steps_per_epoch
         return {
-            "name": self.name,
-            "compiles": True,
-            "lanes": self.lanes,
             "devices": self.devices,
             "lanes_at_a_time": self.lanes_at_a_time,
             "memory_bytes": report.memory_bytes,
@@ -77,62 +67,67 @@ class ArmReport:
         }
 
 
+@dataclass(frozen=True)
+class ArmReport:
+    """What one arm would take, or the reason why it does not compile."""
+
+    name: str
+    lanes: int
+    found: Compiled | str
+
+    def plain(self) -> dict[str, Any]:
+        """Return the figures for `--json`."""
+        same = {"name": self.name, "lanes": self.lanes}
+        if isinstance(self.found, str):
+            return {**same, "compiles": False, "reason": self.found}
+        return {**same, "compiles": True, **self.found.plain()}
+
+
 def reports(arms: Sequence[TrainedArm], target: Target) -> Iterator[ArmReport]:
-    """Compile an epoch of each arm for the target. Arms of one program are compiled once."""
-    known: dict[Any, ArmReport] = {}
+    """Compile an epoch of each arm for the target. Arms of one program are compiled once.
+
+    Raises UserError where the compiler for the target is missing.
+    """
+    known: dict[Any, Compiled | str] = {}
     for arm in arms:
         if arm.program not in known:
-            known[arm.program] = report_of(arm, target)
-        yield ArmReport(**{**vars(known[arm.program]), "name": arm.name})
+            known[arm.program] = compiled(arm, devices(target), target)
+        yield ArmReport(arm.name, len(arm.lanes), known[arm.program])
 
 
-def report_of(arm: TrainedArm, target: Target) -> ArmReport:
-    """Compile an epoch of one arm, with as many lanes at a time as fit the memory."""
-    lanes = len(arm.lanes)
-    count_of_training = arm.description.counts.get("train")
-    if not count_of_training:
-        return ArmReport(arm.name, lanes, f"data set {arm.description.name} is not prepared: its size is unknown")
+def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compiled | str:
+    """Compile an epoch of one arm, with as many lanes at a time as fit the memory; else say why it does not compile."""
+    examples = arm.description.counts.get("train")
+    if not examples:
+        return f"data set {arm.description.name} is not prepared: its size is unknown"
     try:
-        spread = programs.spread_of(arm, devices(target)[: arm.experiment.devices])
+        spread = programs.spread_of(arm, available[: arm.experiment.devices])
     except UserError as error:
-        if "compiler" in str(error) or "installed" in str(error):
-            raise
-        return ArmReport(arm.name, lanes, str(error))
+        return str(error)
     platform = "tpu" if target.platform == "tpu" else "gpu"
     most = spread.lanes_a_device
-    at_a_time = min(
-        arm.experiment.lanes.at_a_time
-        or programs.preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, platform),
-        most,
-    )
+    wanted = arm.experiment.lanes.at_a_time
+    preferred = programs.preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, platform)
+    at_a_time = min(wanted or preferred, most)
     while True:
         try:
             with jax.default_matmul_precision(arm.experiment.precision):
                 report = compile_for(*epoch_of(arm, spread, at_a_time), target)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            if "RESOURCE_EXHAUSTED" not in reason or at_a_time == 1:
-                return ArmReport(arm.name, lanes, reason)
+            if "RESOURCE_EXHAUSTED" not in reason:
+                return reason
         else:
-            if report.memory_bytes <= target.chip.memory_bytes or at_a_time == 1:
+            if report.memory_bytes <= target.chip.memory_bytes:
                 break
+            reason = f"needs {size_text(report.memory_bytes)} of {size_text(target.chip.memory_bytes)}"
+        if at_a_time == 1:
+            return f"one lane at a time: {reason}"
         at_a_time = max(1, at_a_time // 2)
-    if report.memory_bytes > target.chip.memory_bytes:
-        sizes = f"{size_text(report.memory_bytes)} of {size_text(target.chip.memory_bytes)}"
-        return ArmReport(arm.name, lanes, f"one lane at a time needs {sizes}")
-    steps = count_of_training // arm.experiment.batch_size * arm.experiment.passes
-    return ArmReport(
-        arm.name,
-        lanes,
-        None,
-        len(spread.devices),
-        at_a_time,
-        steps,
-        arm.experiment.epochs,
-        flops_per_step(arm) * steps * most // spread.shards,
-        target.chip.peak_flops,
-        report,
-    )
+    steps = examples // arm.experiment.batch_size * arm.experiment.passes
+    flops = flops_per_step(arm) * steps * most // spread.shards
+    devices_used = len(spread.devices)
+    return Compiled(report, devices_used, most, at_a_time, steps, arm.experiment.epochs, flops, target.chip.peak_flops)
 
 
 def flops_per_step(arm: TrainedArm) -> int:
@@ -178,7 +173,7 @@ def print_reports(found: Sequence[ArmReport], target: Target, console: Console) 
     for arm in found:
         values = arm.plain()
         if not values["compiles"]:
-            console.print(f"{arm.name}: {arm.reason}", markup=False, soft_wrap=True)
+            console.print(f"{arm.name}: {arm.found}", markup=False, soft_wrap=True)
             continue
         cycles = values["scheduled_cycles_per_lane_step"]
         rows.append(

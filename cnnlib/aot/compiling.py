@@ -82,15 +82,14 @@ class Report:
 
 
 @functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """Make the folder into which libtpu writes the schedules of this process. It is removed with the process."""
+    return tempfile.TemporaryDirectory(prefix="cnnlib-schedules-")
+
+
 def schedules_folder() -> Path:
-    """The folder into which libtpu writes the schedules of this process; it goes with the process."""
-    keeper = tempfile.TemporaryDirectory(prefix="cnnlib-schedules-")
-    kept.append(keeper)
-    return Path(keeper.name)
-
-
-kept: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that are removed when the process ends."""
+    """Return where libtpu writes schedules."""
+    return Path(scratch().name)
 
 
 @functools.cache
@@ -181,9 +180,12 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
 
 
 def estimated(program: hlo.Program, cost: hlo.Cost, target: Target, issued: dict[str, int] | None) -> Operation | None:
-    """Estimate an operation's runs; None for what has no code of its own."""
+    """Estimate an operation's runs; None for copies that run beside other work.
+
+    An operation without a schedule, such as one on scalars, counts by the bytes that it moves.
+    """
     instruction, chip = cost.instruction, target.chip
-    if instruction.opcode == "copy-start":  # beside other work
+    if instruction.opcode in hlo.ASYNCHRONOUS:
         return None
     moved = hlo.moved_bytes(program, cost)
     by_memory = moved / chip.bandwidth
@@ -191,10 +193,7 @@ def estimated(program: hlo.Program, cost: hlo.Cost, target: Target, issued: dict
     if issued is None:
         seconds = max(LAUNCH_SECONDS, by_memory)
     else:
-        scheduled = issued.get(instruction.name)
-        if scheduled is None:
-            return None
-        cycles = max(scheduled, round(by_memory * chip.clock))
+        cycles = max(issued.get(instruction.name, 0), round(by_memory * chip.clock))
         seconds = cycles / chip.clock
     return Operation(
         instruction.name,

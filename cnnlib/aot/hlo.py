@@ -28,6 +28,8 @@ FREE = frozenset(
     }
 )
 """Operations that cost nothing of their own."""
+ASYNCHRONOUS = frozenset({"copy-start", "slice-start", "slice-done"})
+"""Copies between memories that run beside other work."""
 COLLECTIVES = frozenset(
     {
         "all-reduce",
