@@ -109,7 +109,7 @@ def devices(target: Target) -> tuple[Any, ...]:
 
 def _tpus(target: Target) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"{target}: libtpu is not installed; pip install 'cnnlib[aot]'")
+        raise UserError(f"{target} needs libtpu, cnnlib's extra `aot`: pip install -e '.[aot]'")
     set_environment()
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
     if "xla_jf_dump_to" not in arguments:
@@ -121,7 +121,7 @@ def _tpus(target: Target) -> tuple[Any, ...]:
 
 def _gpus() -> tuple[Any, ...]:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise UserError("cuda: the CUDA plugin is not installed; pip install 'cnnlib[cuda12]'")
+        raise UserError("cuda:h100 needs the CUDA plugin, cnnlib's extra `cuda12`: pip install -e '.[cuda12]'")
     description = GPU_DESCRIPTION.read_text()
     found = topologies.get_topology_desc("gpu", platform="cuda", target_config=description, topology="1x1x1")
     return tuple(found.devices)
