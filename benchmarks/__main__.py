@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from benchmarks import agreement, aot, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
+from benchmarks import agreement, aot, gpu, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.aot.hardware import set_environment
@@ -19,12 +20,13 @@ from cnnlib.errors import UserError
 from cnnlib.mesh import use_cores
 from cnnlib.tracking import versions
 
-BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement", "aot")
+BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement", "aot", "gpu")
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
     """What the chosen benchmark finds, table by table."""
     nets = options.net or step.NETS
+    rows = options.rows or Path(f"{options.benchmark}.jsonl")
     match options.benchmark:
         case "step":
             yield from (step.measure(net, options.batch_size, options.rounds) for net in nets)
@@ -49,7 +51,9 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
                 yield Table(f"calibration, {target}", aot.calibration(target))
             nets = options.only.split(",") if options.only else tuple(aot.NETS)
             dtypes = options.dtype or ["float32", "bfloat16"]
-            yield from aot.measure(nets, options.lanes or (8, 64), dtypes, hardware, options.rows)
+            yield from aot.measure(nets, options.lanes or (8, 64), dtypes, hardware, rows)
+        case "gpu":
+            yield from gpu.measure(options.seconds, rows, gpu.TINY if options.tiny else gpu.Sizes())
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 
@@ -73,7 +77,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--epochs", type=int, default=150, help="for mnist1d: 40 steps each")
     parser.add_argument("--hardware", nargs="+", metavar="NAME", help="for aot, such as tpu:v5e")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), help="for aot; default: both")
-    parser.add_argument("--rows", type=Path, default=Path("aot.jsonl"), help="for aot: where rows are kept (aot.jsonl)")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="for aot, gpu; default: aot.jsonl, gpu.jsonl")
+    parser.add_argument("--seconds", type=float, default=300, help="for gpu: after which no row begins")
+    parser.add_argument("--tiny", action="store_true", help="for gpu: small sizes, to try it on a CPU")
     parser.add_argument("--markdown", action="store_true", help="print tables as benchmarks/README.md has them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -84,6 +90,8 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # JAX is imported already, and read no variables since
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `python -m experiments run` does
+    if options.benchmark == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes take their part
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}
     if (missing := peers.torch_is_missing()) is None:

@@ -87,7 +87,10 @@ def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
         match layer:
             case Conv():
                 padding = {"SAME": "same", "VALID": "valid"}.get(str(layer.padding), layer.padding)
-                layers.append(torch.nn.Conv2d(shape[-1], layer.features, layer.kernel_size, padding=padding))
+                convolution = torch.nn.Conv1d if len(shape) == 2 else torch.nn.Conv2d
+                layers.append(
+                    convolution(shape[-1], layer.features, layer.kernel_size, stride=layer.strides, padding=padding)
+                )
             case Dense():
                 layers += [] if flat else [torch.nn.Flatten()]
                 flat = True
@@ -105,7 +108,7 @@ def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any,
     import torch
 
     device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
-    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
+    images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1))).to(device)
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
     return images, torch.from_numpy(y.astype(np.int64)).to(device)
@@ -165,6 +168,42 @@ def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> 
             for name, gradient in gradients_of(parameters, images, labels).items():
                 momenta[name].mul_(MOMENTUM).add_(gradient)
                 parameters[name].sub_(momenta[name], alpha=LEARNING_RATE)
+        torch_finished()
+
+    return step
+
+
+def torch_graph_step(model: Model, x: np.ndarray, y: np.ndarray) -> Callable[[], None]:
+    """One training step of one network, in place, recorded and replayed as a CUDA graph.
+
+    Recorded as PyTorch's documentation of CUDA graphs says: after some steps on a stream beside. Raises RuntimeError
+    without a GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA graphs need a GPU")
+    images, labels = torch_batch(x, y, channels_last=False)
+    net = torch_net(model, x.shape[1:]).to(images.device)
+    rule = torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM, fused=True)
+
+    def one() -> None:
+        rule.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        rule.step()
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            one()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+
+    def step() -> None:
+        graph.replay()
         torch_finished()
 
     return step

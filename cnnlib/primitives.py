@@ -12,8 +12,9 @@ run, is chosen by platform: `cnnlib/lowerings.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,6 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from cnnlib import kernels, lowerings
+from cnnlib.errors import UserError
 from cnnlib.geometry import Correlation, Pair, Pooling
 
 Lowering = Callable[..., Array]
@@ -60,24 +62,42 @@ def max_pool(
 
 
 COMPILED_FOR: ContextVar[kernels.Kernels | None] = ContextVar("COMPILED_FOR", default=None)
-"""The accelerator that is compiled for where it is not JAX's default device (`cnnlib.aot`)."""
+"""The form of what is traced next, where it is not that of JAX's default device."""
+
+
+@contextlib.contextmanager
+def compiled_for(form: kernels.Kernels | None) -> Iterator[None]:
+    """Inside, what is traced takes this form; None is that of JAX's default device."""
+    token = COMPILED_FOR.set(form)
+    try:
+        yield
+    finally:
+        COMPILED_FOR.reset(token)
 
 
 def form_in_use() -> kernels.Kernels:
-    """Return the form of what is traced next: that of JAX's default device, or of the device compiled for."""
-    if (asked := COMPILED_FOR.get()) is not None:
-        return asked
+    """Return the form of what is traced next: that of the device compiled for, or what `CNNLIB_KERNELS` asks for, or
+    that of JAX's default device.
+
+    Raises UserError where `CNNLIB_KERNELS` asks for a CPU's form on another device.
+    """
+    if (form := COMPILED_FOR.get()) is not None:
+        return form
     backend = jax.default_backend()
     if backend == "cpu":
         return kernels.chosen()
-    return "tpu" if backend == "tpu" else "gpu"
+    if (asked := kernels.asked()) in ("native", "xla"):
+        raise UserError(
+            f"CNNLIB_KERNELS={asked} is for CPUs, and JAX runs on a {backend} here; expected gpu, tpu or auto"
+        )
+    return asked or ("tpu" if backend == "tpu" else "gpu")
 
 
 def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu: Lowering, tpu: Lowering) -> Primitive:
     """Define a primitive whose result has the type of its operands.
 
-    A CPU runs `cpu`, or `gpu` or `tpu` where the static argument `form` asks for it; a TPU runs `tpu`, all others
-    `gpu`. A sum over nothing is zero: operands or results without elements reach no lowering.
+    Where the static argument `form` is `gpu` or `tpu`, each platform runs that one; else its own. A sum over nothing is
+    zero: operands or results without elements reach no lowering.
     """
     primitive = Primitive(f"cnnlib_{name}")
 
@@ -86,24 +106,21 @@ def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu:
             raise TypeError(f"{primitive} takes operands of one type, not {', '.join(str(a.dtype) for a in avals)}")
         return ShapedArray(shape(*avals, **static), avals[0].dtype)
 
-    def lowered(body: Lowering) -> Any:
-        def of(*operands: Array, **static: Any) -> Array:
-            size = shape(*operands, **static)
+    def lowered(own: Lowering) -> Any:
+        def of(*operands: Array, form: kernels.Kernels, **static: Any) -> Array:
+            size = shape(*operands, form=form, **static)
             if 0 in size or any(0 in operand.shape for operand in operands):
                 return jnp.zeros(size, operands[0].dtype)
-            return body(*operands, **static)
+            return forms.get(form, own)(*operands, form=form, **static)
 
         return mlir.lower_fun(of, multiple_results=False)
 
-    def on_cpu(*operands: Array, form: kernels.Kernels, **static: Any) -> Array:
-        return forms.get(form, cpu)(*operands, form=form, **static)
-
-    forms = {"gpu": gpu, "tpu": tpu}
+    forms: dict[str, Lowering] = {"gpu": gpu, "tpu": tpu}
     primitive.def_abstract_eval(abstract)
     # Outside jit an operation is a program of its own.
     compiled = functools.cache(lambda static: jax.jit(lambda *operands: primitive.bind(*operands, **dict(static))))
     primitive.def_impl(lambda *operands, **static: compiled(tuple(static.items()))(*operands))
-    mlir.register_lowering(primitive, lowered(on_cpu), platform="cpu")
+    mlir.register_lowering(primitive, lowered(cpu), platform="cpu")
     mlir.register_lowering(primitive, lowered(tpu), platform="tpu")
     mlir.register_lowering(primitive, lowered(gpu))
     return primitive

@@ -18,9 +18,9 @@ import experiments  # noqa: F401  # registers every experiment
 from cnnlib.aot import hlo, schedule
 from cnnlib.aot.arms import epoch_of, flops_per_step
 from cnnlib.aot.hardware import parse_target
-from cnnlib.config import EXPERIMENTS, Arm, override
+from cnnlib.config import EXPERIMENTS, Arm, Experiment, override
 from cnnlib.errors import UserError
-from cnnlib.primitives import COMPILED_FOR
+from cnnlib.primitives import compiled_for
 from cnnlib.programs import preferred_at_a_time, spread_of
 from cnnlib.resolve import resolve
 from cnnlib.spec import parse_model
@@ -168,13 +168,27 @@ def test_every_kind_of_layer_lowers_for_every_platform(kind, platform):
     spread = spread_of(arm, jax.devices()[:1])
     form = "tpu" if platform == "tpu" else "gpu"
     lanes = preferred_at_a_time(arm.model.connectivity, arm.input_shape, len(arm.lanes), form)
-    token = COMPILED_FOR.set(form)
-    try:
+    with compiled_for(form):
         epoch, arguments = epoch_of(arm, spread, lanes)
         module = export.export(epoch, platforms=[platform])(*arguments).mlir_module()
-    finally:
-        COMPILED_FOR.reset(token)
     assert "custom_call @cnnlib_" not in module  # no kernel of the CPU is left in it
+
+
+TRAINED = [name for name in EXPERIMENTS if isinstance(EXPERIMENTS.get(name), Experiment)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_program_of_an_experiment_lowers_for_every_accelerator(name):
+    experiment = EXPERIMENTS.get(name)
+    if experiment.data.name == "mnist":  # which may not be prepared here: its size is unknown
+        experiment = override(experiment, ["data.train=1000"])
+    # More examples of a model change sizes only, not what is lowered.
+    programs = {(arm.model, arm.start, arm.experiment.optim, arm.experiment.augment): arm for arm in resolve(experiment)}
+    for arm in programs.values():
+        epoch, arguments = epoch_of(arm, spread_of(arm, jax.devices()[:1]), 1)
+        module = export.export(epoch, platforms=["tpu", "cuda", "rocm"])(*arguments).mlir_module()
+        assert "@cnnlib_" not in module, arm.name  # no kernel of the CPU is left in it
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import agreement, aot, lanes, operations, step
+from benchmarks import agreement, aot, gpu, lanes, operations, step
+from benchmarks.nets import Rows
 from benchmarks.timing import Contestant, Table, interleaved, summary
 from cnnlib.defects import numbers_of
 
@@ -143,4 +144,44 @@ def test_rows_of_compilers_are_kept_and_made_once(tmp_path, monkeypatch):
              "ours to the better stock form": 0.75}
         ]  # fmt: skip
     assert made == [("lenet5", form) for form in aot.FORMS]
-    assert [one.get("failed") for one in aot.kept_rows(path)] == [None, "RESOURCE_EXHAUSTED: no room", None]
+    failures = [one.get("failed") for one in Rows(path).known.values()]
+    assert failures == [None, "RESOURCE_EXHAUSTED: no room", None]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu_and_goes_on_where_it_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TIMED", ("mnist1d_cnn",))
+    forms = ("ours, all lanes at once", "stock, one at a time")
+    monkeypatch.setattr(gpu, "FORMS", {name: gpu.FORMS[name] for name in forms})
+    path, sizes = tmp_path / "rows.jsonl", gpu.TINY._replace(lanes=(2,))
+    *_, rows = gpu.measure(0, path, sizes)  # no time at all: no row
+    wanted = [key for key, _ in gpu.plan(sizes)]
+    assert rows.rows == [{"file": str(path), "made": 0, "left for the same command again": len(wanted)}]
+    titles = [table.title.partition(",")[0] for table in gpu.measure(math.inf, path, sizes)]
+    assert titles[:2] == ["ceilings", "microseconds per lane-step"] and titles[-1] == "rows"
+    known = Rows(path).known
+    assert list(known) == wanted
+    for key in [key for key in wanted if key[0] == "lanes"]:
+        assert known[key]["microseconds_per_lane_step"] > 0
+    for key in [key for key in wanted if key[0] == "losses"]:
+        # On a CPU the same lanes in two forms. Losses are near ln 10 at first, and fall.
+        losses = known[key]
+        assert losses["difference_after_1"] < 1e-5 and losses["difference_after_3"] < 1e-4
+        assert 0 < losses["loss_after_3"] < losses["loss_after_1"] < 10
+    assert known["run", "fc_vs_conv"]["accuracy"].keys() == {"mlp_75_33"}
+    assert known["run", "fc_vs_conv"]["stored_accuracy"]["mlp_75_33"] > 0.9
+    assert known["resumed",]["is_the_same_bit_for_bit"]
+    before = path.read_bytes()
+    list(gpu.measure(math.inf, path, sizes))
+    assert path.read_bytes() == before
+
+
+def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert gpu.chip().chip.bandwidth == 3350e9
+    Device.device_kind = "NVIDIA A100-SXM4-80GB"
+    assert gpu.chip() is None

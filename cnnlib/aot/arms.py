@@ -97,9 +97,9 @@ def reports(arms: Sequence[TrainedArm], target: Target) -> Iterator[ArmReport]:
 
 def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compiled | str:
     """Compile an epoch of one arm, with as many lanes at a time as fit the memory; else say why it does not compile."""
-    examples = arm.description.counts.get("train")
+    examples = examples_of(arm).y.shape[0]
     if not examples:
-        return f"data set {arm.description.name} is not prepared: its size is unknown"
+        return f"data set {arm.description.name} is not prepared, so its size is unknown: say data.train=N"
     try:
         spread = programs.spread_of(arm, available[: arm.experiment.devices])
     except UserError as error:
@@ -152,8 +152,7 @@ def epoch_of(arm: TrainedArm, spread: Spread, at_a_time: int) -> tuple[Any, tupl
 
 def examples_of(arm: TrainedArm) -> Examples:
     """Return the shapes of the training examples on a device: images as uint8, signals as float32."""
-    size = arm.description.counts["train"]
-    size = max(size, arm.experiment.data.train or 0)
+    size = arm.description.counts.get("train") or arm.experiment.data.train or 0
     stored = arm.description.input_shape
     shape: Any = jax.ShapeDtypeStruct
     kind = np.uint8 if len(stored) == 3 else np.float32

@@ -24,7 +24,7 @@ from cnnlib.aot import hlo, schedule
 from cnnlib.aot.hardware import Target, set_environment
 from cnnlib.errors import UserError
 from cnnlib.kernels import Kernels
-from cnnlib.primitives import COMPILED_FOR
+from cnnlib.primitives import compiled_for
 
 LAUNCH_SECONDS = 2e-6
 """Assumed for the start of a kernel on a GPU, as one of a stream or graph. Not measured here."""
@@ -143,11 +143,8 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
         target: of the devices that arguments or shardings name (`devices`).
         form: of the operations (`primitives.form_in_use`); None for that of the target.
     """
-    token = COMPILED_FOR.set(form or ("tpu" if target.platform == "tpu" else "gpu"))
-    try:
+    with compiled_for(form or ("tpu" if target.platform == "tpu" else "gpu")):
         lowered = function.lower(*arguments)
-    finally:
-        COMPILED_FOR.reset(token)
     if target.platform == "tpu":
         schedule.forget(schedules_folder())
     before = time.process_time()
@@ -155,6 +152,17 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
     options = {"xla_gpu_autotune_level": 0} if target.platform == "cuda" else None
     compiled = lowered.compile(options)
     seconds = time.process_time() - before
+    return report_of(compiled, seconds, target)
+
+
+def report_of(compiled: Any, seconds: float, target: Target) -> Report:
+    """Report what a compiled program takes. For a TPU it must be the one that this process compiled last.
+
+    Args:
+        compiled: from `jax.stages.Lowered.compile`.
+        seconds: of processor time that compiling took.
+        target: with one of whose devices it runs.
+    """
     program = hlo.Program(compiled.as_text())
     issued = schedule.schedules(schedules_folder()) if target.platform == "tpu" else None
     memory = compiled.memory_analysis()

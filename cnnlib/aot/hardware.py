@@ -36,6 +36,8 @@ TPUS = {
 }
 GPUS = {
     "h100": Chip("H100 SXM", 989e12, 3350e9, 80 * GIB, 1.98e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    # The same chip with another memory: compiled by the description of the H100.
+    "h200": Chip("H200 SXM", 989e12, 4800e9, 141 * 10**9, 1.98e9, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
 
 

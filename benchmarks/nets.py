@@ -1,0 +1,154 @@
+"""The networks of `aot` and `gpu`: one epoch of each as a program, by cnnlib's operations or by stock ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+import experiments  # noqa: F401  # registers every experiment
+from cnnlib import models, ops, train
+from cnnlib.architectures import ARCHITECTURES, neyshabur_d
+from cnnlib.config import EXPERIMENTS, Augment, LaneNumbers, Optim
+from cnnlib.spec import Model, PerAxis, Shape
+from cnnlib.train import Examples, Recipe
+
+BATCH, EXAMPLES = 100, 3500
+"""Of `fc_vs_conv`."""
+FASHION = next(arm.model for arm in EXPERIMENTS.get("fashion").arms if arm.name == "two_conv")
+"""With batch normalisation."""
+NETS: dict[str, tuple[Callable[[], Model], Shape]] = {
+    "lenet_300_100": (lambda: ARCHITECTURES.get("lenet_300_100"), (28, 28, 1)),
+    "lenet5": (lambda: ARCHITECTURES.get("lenet5"), (28, 28, 1)),
+    "two_conv": (lambda: ARCHITECTURES.get("two_conv"), (28, 28, 1)),
+    "mnist1d_cnn": (lambda: ARCHITECTURES.get("mnist1d_cnn"), (40, 1)),
+    "local_lenet5": (lambda: ARCHITECTURES.get("lenet5").local(), (28, 28, 1)),
+    "neyshabur_d": (neyshabur_d, (28, 28, 1)),
+    "fashion": (lambda: FASHION, (28, 28, 1)),
+}
+DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+
+
+def each_axis(value: Any, axes: int) -> tuple[Any, ...]:
+    """Repeat a number per axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def pairs(padding: Any, axes: int) -> Any:
+    """Return padding as JAX wants it: a name, or before and after per axis."""
+    if isinstance(padding, str):
+        return padding
+    return [(n, n) if isinstance(n, int) else tuple(n) for n in each_axis(padding, axes)]
+
+
+def stock_convolution(
+    x: jax.Array, kernel: jax.Array, *, strides: PerAxis = 1, padding: Any = "SAME", dilation: PerAxis = 1
+) -> jax.Array:
+    """Convolve as Flax's `nn.Conv` does."""
+    axes = x.ndim - 2
+    each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
+    return lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes])
+
+
+def stock_local(
+    x: jax.Array, kernel: jax.Array, *, strides: PerAxis = 1, padding: Any = "SAME", dilation: PerAxis = 1
+) -> jax.Array:
+    """Compute a local layer as Flax's `nn.ConvLocal` does."""
+    axes = x.ndim - 2
+    each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
+    flat = jnp.moveaxis(kernel, -2, axes).reshape(*kernel.shape[:axes], -1, kernel.shape[-1])
+    window = kernel.shape[axes : 2 * axes]
+    return lax.conv_general_dilated_local(
+        x, flat, each[0], pads, window, rhs_dilation=each[1], dimension_numbers=DIMENSIONS[axes]
+    )
+
+
+def stock_max_pool(x: jax.Array, window: PerAxis, strides: PerAxis | None = None, padding: Any = "VALID") -> jax.Array:
+    """Pool by Flax's `nn.max_pool`."""
+    each = [each_axis(n, x.ndim - 2) for n in (window, strides or window)]
+    return nn.max_pool(x, each[0], each[1], padding)
+
+
+@contextlib.contextmanager
+def stock_operations() -> Iterator[None]:
+    """Inside, networks run on stock operations; they still pool before bias and activation."""
+    exchanged = {
+        "conv2d": stock_convolution,
+        "conv1d": stock_convolution,
+        "local2d": stock_local,
+        "local1d": stock_local,
+        "max_pool": stock_max_pool,
+    }
+    before = {name: getattr(ops, name) for name in exchanged}
+    try:
+        for name, function in exchanged.items():
+            setattr(models.ops, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(models.ops, name, function)
+
+
+class Epoch(NamedTuple):
+    """An epoch of a network, with the shapes of what it takes."""
+
+    recipe: Recipe
+    function: Any
+    """Jitted; takes states, numbers and examples, and gives the next states and the sums. The states are donated."""
+    states: Any
+    numbers: LaneNumbers
+    examples: Examples
+    steps: int
+    """Lane-steps of one call."""
+
+
+def model_of(net: str) -> Model:
+    """Return one of `NETS` for ten classes."""
+    return NETS[net][0]().with_num_classes(10)
+
+
+def epoch_of(
+    net: str, lanes: int, dtype: str, at_a_time: int, batch: int = BATCH, examples: int = EXAMPLES, optim: str = "adam"
+) -> Epoch:
+    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised; nothing is traced yet."""
+    shape, struct = NETS[net][1], jax.ShapeDtypeStruct
+    recipe = Recipe(models.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
+    seeds = ("seed", "order_seed")
+    of_lanes: Any = (struct((lanes,), jnp.uint32 if name in seeds else jnp.float32) for name in LaneNumbers._fields)
+    numbers = LaneNumbers(*of_lanes)
+    kind: Any = jnp.uint8 if len(shape) == 3 else jnp.float32
+    channel: Any = struct((shape[-1],), jnp.float32)
+    stored: Any = struct((examples, *shape), kind), struct((examples,), jnp.int32)
+    states = jax.eval_shape(train.over_lanes(train.initialize(recipe), 1), numbers)
+    function = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, 2), donate_argnums=0)
+    return Epoch(recipe, function, states, numbers, Examples(*stored, channel, channel), lanes * (examples // batch))
+
+
+class Rows:
+    """Rows in a file of JSON lines. Each is written when it is made, and one that is there is not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            one = json.loads(line)
+            self.known[tuple(one["key"])] = one
+
+    def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of that key. Where a compiler or a device refuses, the row has the reason: `failed`."""
+        if key not in self.known:
+            try:
+                values = make()
+            except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+                values = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+            self.known[key] = {"key": key, "jax": jax.__version__, **values}
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.known[key]) + "\n")
+        return self.known[key]
