@@ -184,7 +184,9 @@ def test_every_program_of_an_experiment_lowers_for_every_accelerator(name):
     if experiment.data.name == "mnist":  # which may not be prepared here: its size is unknown
         experiment = override(experiment, ["data.train=1000"])
     # More examples of a model change sizes only, not what is lowered.
-    programs = {(arm.model, arm.start, arm.experiment.optim, arm.experiment.augment): arm for arm in resolve(experiment)}
+    programs = {
+        (arm.model, arm.start, arm.experiment.optim, arm.experiment.augment): arm for arm in resolve(experiment)
+    }
     for arm in programs.values():
         epoch, arguments = epoch_of(arm, spread_of(arm, jax.devices()[:1]), 1)
         module = export.export(epoch, platforms=["tpu", "cuda", "rocm"])(*arguments).mlir_module()

@@ -641,7 +641,7 @@ def test_a_job_that_is_killed_goes_on_from_its_checkpoint(long, tmp_path):
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_takes_its_jobs_along_and_is_resumed(long, tmp_path):
-    with started(tmp_path, "--seeds-a-job", "2") as process:
+    with started(tmp_path) as process:
         assert job_processes(tmp_path)
         process.kill()
         process.wait()
@@ -649,25 +649,25 @@ def test_a_driver_that_is_killed_takes_its_jobs_along_and_is_resumed(long, tmp_p
         while job_processes(tmp_path):
             assert time.monotonic() < until
             time.sleep(0.01)
-    resumed = done(*command(tmp_path, "--executor", "local", "--seeds-a-job", "2", "--resume", epochs=LONG))
+    resumed = done(*command(tmp_path, "--executor", "local", "--resume", epochs=LONG))
     assert resumed.returncode == 0, resumed.stderr
     assert fingerprints(tmp_path) == long
     log = (tmp_path / "log.txt").read_text()
     known = json.loads((tmp_path / "run.json").read_text())["jobs"]
-    assert len(known) == 4 and all(log.count(f"{name}: epoch {LONG}/{LONG}") <= 1 for name in known)
+    assert len(known) == 2 and all(log.count(f"{name}: epoch {LONG}/{LONG}") <= 1 for name in known)
     assert all([one["state"] for one in each["sessions"]].count("finished") == 1 for each in known.values())
 
 
 @pytest.mark.slow
 def test_a_driver_that_is_asked_to_stop_lets_its_jobs_save_and_says_how_to_go_on(long, tmp_path):
-    with started(tmp_path, "--seeds-a-job", "2", "--retries", "0") as process:
+    with started(tmp_path, "--seeds-a-job", "3", "--retries", "0") as process:
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=300)
     assert process.returncode == 143 and not job_processes(tmp_path)
     first, last = told.splitlines()
     assert first == "stopping at the end of this epoch, and saving it; once more stops at once"
     assert last.startswith("stopped: 0 of 2 arms are finished")
-    assert last.endswith("--executor local --seeds-a-job 2 --retries 0 --resume")
+    assert last.endswith("--executor local --seeds-a-job 3 --retries 0 --resume")
     states = [json.loads(path.read_text())["sessions"][-1] for path in (tmp_path / "jobs").glob("*/run.json")]
     assert states and all(one["state"] in ("interrupted", "finished") for one in states), states
     resumed = done(*shlex.split(last.split("go on with: ")[1].replace("python ", f"{sys.executable} ", 1)))
