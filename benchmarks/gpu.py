@@ -38,6 +38,7 @@ Key = tuple[Any, ...]
 Row = dict[str, Any]
 TIMED = ("lenet5", "two_conv", "mnist1d_cnn", "lenet_300_100")
 """Of `NETS`."""
+PRECISIONS = ("highest", "default")
 EPOCHS = 3
 """That are timed, after one that is not."""
 DOCS = Path(__file__).parents[1] / "docs"
@@ -323,7 +324,7 @@ def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
     first, *others = sizes.lanes
     yield from lanes_of(sizes, first, "float32")
     yield from torch_of(sizes, TIMED[0])
-    for precision in ("highest", "default"):
+    for precision in PRECISIONS:
         yield ("losses", TIMED[0], precision), functools.partial(losses_row, sizes, TIMED[0], precision)
     for name in sizes.experiments:
         yield ("run", name), functools.partial(run_row, name, sizes.overrides)

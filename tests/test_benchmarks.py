@@ -113,9 +113,9 @@ def test_numbers_below_one_are_refused(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(numbers_of(version("jaxlib")) < (0, 9, 2), reason="this jaxlib has no such fusions")
-@pytest.mark.parametrize("name", ["neyshabur", "sharing_and_locality", "fashion", "mnist1d", "dsd", "depth"])
+@pytest.mark.parametrize("name", ["neyshabur", "mnist1d"])
 def test_library_fusions_change_no_loss_by_more_than_rounding(name):
-    """The arm with the most multiply-adds of experiments that differ in their layers or their data.
+    """The arm with the most multiply-adds.
 
     `python -m benchmarks agreement` looks at all arms of all experiments.
     """
@@ -152,6 +152,7 @@ def test_rows_of_compilers_are_kept_and_made_once(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_is_measured_on_a_gpu_runs_on_a_cpu_and_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "TIMED", ("mnist1d_cnn",))
+    monkeypatch.setattr(gpu, "PRECISIONS", ("highest",))
     forms = ("ours, all lanes at once", "stock, one at a time")
     monkeypatch.setattr(gpu, "FORMS", {name: gpu.FORMS[name] for name in forms})
     path, sizes = tmp_path / "rows.jsonl", gpu.TINY._replace(lanes=(2,))

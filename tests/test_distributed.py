@@ -30,7 +30,7 @@ def free_port():
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
@@ -131,8 +131,8 @@ def test_batches_are_shared_by_devices_of_two_hosts(tmp_path, plain):
     assert_alike(arms, plain)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path, victim, long):
+def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path, long):
+    victim = 0  # test_hosts.py has others
     processes = together(tmp_path, LONG)
     until_epoch(tmp_path, 3, processes)
     processes[victim].kill()

@@ -42,7 +42,7 @@ data = Data("mnist5k", validation=500, train=700)
 experiment = Experiment(
     arms=arms, data=data, optim=Optim("adam", learning_rate=(0.01,)),
     augment=Augment(shift=2, flip=True), lanes=Lanes(seed=(0, 1, 2)), epochs=2, batch_size=200,
-    compile_cache=False, checkpoint=Checkpoint(share=1.0),
+    checkpoint=Checkpoint(share=1.0),
 )
 
 def results_of(name, **fields):

@@ -39,6 +39,8 @@ def environment(folder, **change):
         "JAX_PLATFORMS": "cpu",
         "NETRC": str(folder / "none"),
         "HOME": str(folder),
+        # With kernels and programs that are compiled.
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         "TMPDIR": str(temporary),
         **places,
         **change,
