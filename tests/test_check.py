@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import jax
@@ -201,13 +199,6 @@ def test_the_command_prints_a_table_and_its_verdict(monkeypatch, capsys):
 def test_the_command_says_what_there_is_to_check(capsys):
     assert main(["check", "--only", "nothing"]) == 2
     assert "nothing to check has 'nothing' in its name; there are: dense_products, " in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiling_well")
-def test_everything_is_right_here():
-    done = subprocess.run([sys.executable, "-m", "experiments", "check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_wrong_known_bad_program_makes_the_check_fail(monkeypatch):
