@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import grp
+import logging
 import os
 import pwd
 import stat
 import tempfile
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 
 def cache_folder(part: str) -> Path:
@@ -42,6 +46,29 @@ def keep_file(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
         part.write(data)
     Path(part.name).replace(path)
+
+
+def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray | None:
+    """Return what an earlier run kept; None where there is nothing, or not all of it: it is made again."""
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # missing, unreadable, cut off
+        return None
+    return array if array.shape == shape and array.dtype == dtype else None
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Keep an array for other runs, none of which sees half a file.
+
+    Where it cannot be written a warning says so: only the next run makes it again.
+    """
+    try:
+        make(path.parent)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, array, allow_pickle=False)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logging.getLogger(__name__).warning("examples are not kept for other runs: %s", error)
 
 
 def make(folder: Path) -> None:

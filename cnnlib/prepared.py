@@ -13,7 +13,6 @@ import importlib.util
 import io
 import logging
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib.cache import cache_folder, make
+from cnnlib.cache import cache_folder, keep_array, kept_array
 from cnnlib.config import Data
 from cnnlib.errors import UserError
 from cnnlib.sources import Origin, Split
@@ -172,7 +171,7 @@ class Records:
 
     def labels(self) -> np.ndarray:
         """All classes: read once, without decoding images, then from the cache."""
-        cached = _whole(self._labels_path, (self.count,), np.int32)
+        cached = kept_array(self._labels_path, (self.count,), np.int32)
         if cached is not None:
             return cached
         try:
@@ -180,7 +179,7 @@ class Records:
             y = np.fromiter((label for (label,) in read(np.arange(self.count))), np.int32, self.count)
         except Exception as error:
             raise UserError(_unreadable(self._name, error)) from error
-        _save_atomically(self._labels_path, y)
+        keep_array(self._labels_path, y)
         return y
 
     def _open(self, *keys: str) -> Reader:
@@ -276,7 +275,7 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     shape = (count, *builder.info.features[image_key].shape)
     folder = _cached_folder(builder)
     paths = folder / f"{split}-x.npy", folder / f"{split}-y.npy"
-    x, y = _whole(paths[0], shape, np.uint8), _whole(paths[1], (count,), np.int32)
+    x, y = kept_array(paths[0], shape, np.uint8), kept_array(paths[1], (count,), np.int32)
     if x is not None and y is not None:
         return Split(x, y)
     read = _reader(builder, split, image_key, label_key)
@@ -284,7 +283,7 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     for index, (encoded, label) in enumerate(read(np.arange(count))):
         x[index], y[index] = pixels(encoded), label
     for path, array in zip(paths, (x, y), strict=True):
-        _save_atomically(path, array)
+        keep_array(path, array)
     return Split(x, y)
 
 
@@ -293,24 +292,3 @@ def _cached_folder(builder: Any) -> Path:
     identity = f"{builder.data_path}\n{(Path(builder.data_path) / 'dataset_info.json').read_text()}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return cache_folder("data") / f"{builder.info.full_name.replace('/', '-')}-{key}"
-
-
-def _whole(path: Path, shape: Shape, dtype: Any) -> np.ndarray | None:
-    """What an earlier run decoded; None where there is nothing, or not all of it: it is decoded again."""
-    try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing, unreadable, cut off
-        return None
-    return array if array.shape == shape and array.dtype == dtype else None
-
-
-def _save_atomically(path: Path, array: np.ndarray) -> None:
-    """Writes beside and renames, so that a reader never sees half a file. A cache that cannot be written is skipped:
-    the examples are in memory, only the next run decodes them again."""
-    try:
-        make(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, array, allow_pickle=False)
-        Path(file.name).replace(path)
-    except OSError as error:
-        logging.getLogger(__name__).warning("decoded examples are not cached: %s", error)

@@ -77,6 +77,29 @@ def test_mnist1d_is_the_generator_s_own_and_leaves_the_global_generator_alone():
     assert not np.array_equal(other.train.x, data_set.train.x)
 
 
+def test_mnist1d_is_made_once_and_again_where_it_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make_dataset(arguments):
+        made.append(arguments.seed)
+        random = np.random.RandomState(arguments.seed)
+        x, y = random.normal(size=(5000, 40)), random.randint(0, 10, 5000)
+        return {"x": x[:4000], "y": y[:4000], "x_test": x[4000:], "y_test": y[4000:]}
+
+    monkeypatch.setattr("mnist1d.data.make_dataset", make_dataset)
+    first, again = load(Data("mnist1d", seed=3)), load(Data("mnist1d", seed=3))
+    assert made == [3]
+    for part in ("train", "test"):
+        for array, same in zip(getattr(first, part), getattr(again, part), strict=True):
+            np.testing.assert_array_equal(array, same)
+    for path in tmp_path.rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:1000])
+    np.testing.assert_array_equal(load(Data("mnist1d", seed=3)).train.x, first.train.x)
+    other = load(Data("mnist1d", seed=4))
+    assert made == [3, 3, 4] and not np.array_equal(other.train.x, first.train.x)
+
+
 def test_lines_run_the_way_their_class_says():
     images, labels = make_lines(np.random.RandomState(0), 300)
     assert np.bincount(labels).tolist() == [100, 100, 100]
