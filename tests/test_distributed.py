@@ -20,6 +20,7 @@ SMALL = [
     "arms.mlp_75_33.model=dense:8 relu dense:classes",
     "lanes.seed=0..2",
     "batch_size=100",
+    "data.train=1000",
     "checkpoint.share=1",
 ]
 

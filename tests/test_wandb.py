@@ -156,7 +156,7 @@ def trains_on(tmp_path, address, mode="online"):
     """Runs against a W&B at this address; returns what was said and how long it took."""
     key = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0123456789" * 4}
     began = time.monotonic()
-    run = command(tmp_path / "run", "--wandb", mode, "epochs=6")
+    run = command(tmp_path / "run", "--wandb", mode, "epochs=6", "arms=mlp_75_33")
     done = subprocess.run(
         run, capture_output=True, text=True, check=False, env=environment(tmp_path, **key), timeout=300
     )
