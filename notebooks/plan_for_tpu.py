@@ -88,7 +88,7 @@ arms = resolve(experiment)
 # %%
 from rich.console import Console
 
-from cnnlib.aot.arms import print_reports, reports
+from cnnlib.aot.arms import print_reports, reports, seconds_text
 
 target = parse_target(hardware)
 found = list(reports(arms, target))
@@ -97,7 +97,8 @@ print_reports(found, target, Console(width=100, highlight=False))
 # %% [markdown]
 # ## Which arms take the time
 #
-# Small kernels leave the matrix unit idle: the time hardly follows the number of multiply-adds.
+# The left bars are seconds. The right ones say how much of the matrix unit's peak the multiply-adds use: where the share is low, a
+# larger kernel costs less than its multiply-adds suggest.
 
 # %%
 import matplotlib.pyplot as plt
@@ -122,8 +123,8 @@ alone = [arm.plain() for arm in reports(arms, parse_target(f"tpu:{kind}"))]
 for many, one in zip((arm.plain() for arm in found), alone, strict=True):
     if many["compiles"] and one["compiles"]:
         print(
-            f"{one['name']}: {one['estimated_seconds']:.1f} s on one chip, "
-            f"{many['estimated_seconds']:.1f} s on {many['devices']}"
+            f"{one['name']}: {seconds_text(one['estimated_seconds'])} on one chip, "
+            f"{seconds_text(many['estimated_seconds'])} on {many['devices']}"
         )
 
 # %% [markdown]
