@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,12 +16,13 @@ import pytest
 from jax import export
 
 import experiments  # noqa: F401  # registers every experiment
+from cnnlib import ops
 from cnnlib.aot import hlo, schedule
-from cnnlib.aot.arms import epoch_of, flops_per_step
+from cnnlib.aot.arms import compiled, epoch_of, examples_of, flops_per_step
 from cnnlib.aot.hardware import parse_target
 from cnnlib.config import EXPERIMENTS, Arm, Experiment, override
 from cnnlib.errors import UserError
-from cnnlib.primitives import compiled_for
+from cnnlib.primitives import compiled_for, form_in_use
 from cnnlib.programs import preferred_at_a_time, spread_of
 from cnnlib.resolve import resolve
 from cnnlib.spec import parse_model
@@ -152,6 +154,39 @@ def test_operations_of_a_step_are_counted_by_layer():
     (arm,) = arms_of("fc_vs_conv", "arms=mlp_75_33")
     products = 784 * 75, 75 * 33, 33 * 10
     assert flops_per_step(arm) == 2 * 100 * (3 * sum(products) - products[0])
+
+
+def test_a_set_of_unknown_size_is_planned_with_a_size_of_its_own(tmp_path):
+    where = f"data.data_dir={tmp_path}"  # where nothing is prepared
+    target = parse_target("tpu:v5e")
+    (arm,) = arms_of("mnist_one_epoch", where)
+    said = compiled(arm, jax.devices(), target)
+    assert re.fullmatch(r"data set mnist\S* is not prepared, so its size is unknown: say data.train=N", str(said))
+    (arm,) = arms_of("mnist_one_epoch", where, "data.train=5000")
+    assert examples_of(arm).x.shape[0] == 5000
+
+
+@pytest.mark.parametrize("asked", ["xla", "native"])
+def test_the_form_of_a_cpu_is_refused_elsewhere(asked, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert form_in_use() == "gpu"
+    monkeypatch.setenv("CNNLIB_KERNELS", "tpu")
+    assert form_in_use() == "tpu"
+    monkeypatch.setenv("CNNLIB_KERNELS", asked)
+    with pytest.raises(UserError, match=f"CNNLIB_KERNELS={asked} is for CPUs, and JAX runs on a gpu here; expected"):
+        form_in_use()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_form_that_is_asked_for_runs_on_any_platform(platform):
+    """A lane alone runs in blocks in a TPU's form only: its kernel grows from 5x5 to 8x8."""
+    x, kernel = jnp.ones((1, 8, 8, 1)), jnp.ones((5, 5, 1, 6))
+    texts = {}
+    for form in ("gpu", "tpu"):
+        with compiled_for(form):
+            function = jax.jit(lambda x, kernel: ops.conv2d(x, kernel, padding="SAME"))
+            texts[form] = function.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert "8x8x1x128xf32" in texts["tpu"] and "8x8x1x128xf32" not in texts["gpu"]
 
 
 KINDS = {
