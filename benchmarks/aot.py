@@ -75,7 +75,7 @@ def measure(
     nets: Sequence[str], lanes: Sequence[int], dtypes: Sequence[str], hardware: Sequence[str], path: Path
 ) -> Iterator[Table]:
     """Make the rows that are missing, writing each as it is made, and yield a table per hardware and dtype."""
-    made = Rows(path)
+    made = Rows(path, {"jax": jax.__version__})
     for target, dtype in itertools.product(hardware, dtypes):
         rows = []
         for net, count in itertools.product(nets, lanes):

@@ -32,6 +32,7 @@ from cnnlib.aot.hardware import GPUS, Target
 from cnnlib.config import LaneNumbers
 from cnnlib.kernels import Kernels
 from cnnlib.primitives import compiled_for
+from cnnlib.tracking import versions
 from cnnlib.train import Examples
 
 Key = tuple[Any, ...]
@@ -302,12 +303,7 @@ def check_row() -> Row:
 
 def device_row() -> Row:
     """Describe the device and the software."""
-    device = jax.devices()[0]
-    found = {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "platform_version": device.client.platform_version,
-    }
+    found: Row = {"platform": jax.devices()[0].platform, "versions": versions()}
     if (smi := shutil.which("nvidia-smi")) is not None:
         query = "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm"
         told = subprocess.run([smi, query, "--format=csv,noheader"], capture_output=True, text=True)
@@ -357,7 +353,8 @@ def torch_of(sizes: Sizes, net: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
 
 def measure(seconds: float, path: Path, sizes: Sizes) -> Iterator[Table]:
     """Make rows until the time is over; what runs then is finished. Yield tables of all rows of the file."""
-    until, rows, wanted = time.monotonic() + seconds, Rows(path), list(plan(sizes))
+    made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    until, rows, wanted = time.monotonic() + seconds, Rows(path, made_with), list(plan(sizes))
     for key, make in wanted:
         if time.monotonic() > until and key not in rows.known:
             continue

@@ -132,14 +132,20 @@ def epoch_of(
 
 
 class Rows:
-    """Rows in a file of JSON lines. Each is written when it is made, and one that is there is not made again."""
+    """Rows in a file of JSON lines. Each is written when it is made, and one that is there is not made again.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The file.
+        made_with: What rows depend on beside their keys, such as versions. Rows made with something else do not count.
+    """
+
+    def __init__(self, path: Path, made_with: dict[str, str]) -> None:
+        self.path, self.made_with = path, made_with
         self.known: dict[tuple[Any, ...], dict[str, Any]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             one = json.loads(line)
-            self.known[tuple(one["key"])] = one
+            if all(one.get(name) == value for name, value in made_with.items()):
+                self.known[tuple(one["key"])] = one
 
     def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the row of that key. Where a compiler or a device refuses, the row has the reason: `failed`."""
@@ -148,7 +154,7 @@ class Rows:
                 values = make()
             except (jax.errors.JaxRuntimeError, RuntimeError) as error:
                 values = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
-            self.known[key] = {"key": key, "jax": jax.__version__, **values}
+            self.known[key] = {"key": key, **self.made_with, **values}
             with self.path.open("a") as file:
                 file.write(json.dumps(self.known[key]) + "\n")
         return self.known[key]

@@ -144,8 +144,11 @@ def test_rows_of_compilers_are_kept_and_made_once(tmp_path, monkeypatch):
              "ours to the better stock form": 0.75}
         ]  # fmt: skip
     assert made == [("lenet5", form) for form in aot.FORMS]
-    failures = [one.get("failed") for one in Rows(path).known.values()]
+    failures = [one.get("failed") for one in Rows(path, {"jax": jax.__version__}).known.values()]
     assert failures == [None, "RESOURCE_EXHAUSTED: no room", None]
+    monkeypatch.setattr(jax, "__version__", "99.0")  # another compiler: all of them again
+    list(aot.measure(["lenet5"], [8], ["float32"], ["tpu:v5e"], path))
+    assert made == 2 * [("lenet5", form) for form in aot.FORMS]
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_and_goes_on_where_it_ended(tmp_
     assert rows.rows == [{"file": str(path), "made": 0, "left for the same command again": len(wanted)}]
     titles = [table.title.partition(",")[0] for table in gpu.measure(math.inf, path, sizes)]
     assert titles[:2] == ["ceilings", "microseconds per lane-step"] and titles[-1] == "rows"
-    known = Rows(path).known
+    known = Rows(path, {"jax": jax.__version__}).known
     assert list(known) == wanted
     for key in [key for key in wanted if key[0] == "lanes"]:
         assert known[key]["microseconds_per_lane_step"] > 0
