@@ -213,6 +213,9 @@ NARROW = 16
 v5e. More features are written out of their blocks for longer than they gain."""
 NARROW_GRADIENT = 64
 """The same for `kernel_gradient_in_blocks`."""
+FEW_TAPS = 16
+"""Windows below this many taps grow too much: blocks of 4x4 have four times the multiply-adds of 3x3 taps. Gradients of
+more than `NARROW` features take smaller blocks, and still gain (docs/accelerators.md)."""
 
 
 class Blocks(NamedTuple):
@@ -264,8 +267,9 @@ def blocks_of(
 
 def in_blocks(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Compute one lane by XLA's own convolution, in blocks of outputs where that is faster on a TPU."""
-    blocks = blocks_of(x.shape[1:3], kernel.shape[:2], kernel.shape[-1], NARROW, correlation)
-    if blocks is None:
+    window, features = kernel.shape[:2], kernel.shape[-1]
+    blocks = blocks_of(x.shape[1:3], window, features, NARROW, correlation)
+    if blocks is None or math.prod(window) < FEW_TAPS:
         return convolution(x, kernel, correlation)
     (rows, columns), (height, width) = blocks.counts, blocks.size
     y = stock(x, repeated(filled(kernel), correlation, blocks), blocks.correlation)
@@ -277,7 +281,7 @@ def kernel_gradient_in_blocks(x: Array, gradient: Array, window: Pair, correlati
     """Compute the gradient of one lane's kernel, in blocks of outputs where that is faster on a TPU."""
     features = gradient.shape[-1]
     blocks = blocks_of(x.shape[1:3], window, features, NARROW_GRADIENT, correlation)
-    if blocks is None:
+    if blocks is None or (math.prod(window) < FEW_TAPS and features <= NARROW):
         return convolution_kernel_gradient(x, gradient, window, correlation)
     (rows, columns), (height, width) = blocks.counts, blocks.size
     wide = filled(gradient).reshape(x.shape[0], rows, height, columns, width, -1).transpose(0, 1, 3, 2, 4, 5)
