@@ -38,10 +38,11 @@ from cnnlib.train import Examples
 Key = tuple[Any, ...]
 Row = dict[str, Any]
 TIMED = ("lenet5", "two_conv", "mnist1d_cnn", "lenet_300_100")
-"""Of `NETS`."""
+"""Networks that are timed, of `NETS`."""
 PRECISIONS = ("highest", "default")
-EPOCHS = 3
-"""That are timed, after one that is not."""
+"""Of float32 products, where losses are compared."""
+CALLS = 3
+"""Calls that are timed, after one that is not."""
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -78,13 +79,13 @@ class Sizes(NamedTuple):
     copied: int = 2**30
     """Bytes."""
     steps: int = 100
-    """Of training, before losses are compared."""
+    """Training steps before losses are compared for the second time."""
     experiments: tuple[str, ...] = ("fc_vs_conv", "mnist1d")
-    """Run whole."""
+    """Experiments that run whole."""
     overrides: tuple[str, ...] = ()
-    """Of these experiments."""
+    """Overrides of these experiments."""
     resumed: tuple[str, ...] = ("arms=lenet5", "lanes.seed=0,1", "epochs=1000")
-    """Of `fc_vs_conv`, for the run that is killed: long enough to be saved once before it ends."""
+    """Overrides of `fc_vs_conv` for the run that is killed. It must be long enough for a checkpoint."""
     checks: bool = True
     """Whether `experiments check` runs."""
 
@@ -104,8 +105,8 @@ TINY = Sizes(
 """For a test on a CPU."""
 
 
-def chip() -> Target | None:
-    """Return the hardware that estimates are for; None where the device is not one that they are made for."""
+def target_here() -> Target | None:
+    """Return the device as a target of estimates; None where its published figures are not in `GPUS`."""
     kind = jax.devices()[0].device_kind.lower()
     return next((Target("cuda", known, name, 1) for name, known in GPUS.items() if name in kind), None)
 
@@ -129,7 +130,7 @@ def copy_row(size: int) -> Row:
 def median(work: Callable[[], Any], units: int = 1) -> float:
     """Return seconds per unit of `work`: the median of some calls, after one that is not counted."""
     work()
-    return float(np.median([timed(Contestant("", work, units)) for _ in range(EPOCHS)]))
+    return float(np.median([timed(Contestant("", work, units)) for _ in range(CALLS)]))
 
 
 # Lanes.
@@ -157,7 +158,8 @@ def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
     bright = noise + 100 * place.reshape(*place.shape, *[1] * (x.ndim - 2))
     channels = x.shape[-1]
     mean, std = np.full(channels, 64, np.float32), np.full(channels, 64, np.float32)
-    return numbers, Examples(bright.astype(x.dtype), y.astype(np.int32), mean, std)  # type: ignore[arg-type]
+    arrays: Any = (bright.astype(x.dtype), y.astype(np.int32), mean, std)
+    return numbers, Examples(*arrays)
 
 
 def lanes_row(sizes: Sizes, net: str, lanes: int, dtype: str, form: str) -> Row:
@@ -178,7 +180,7 @@ def lanes_row(sizes: Sizes, net: str, lanes: int, dtype: str, form: str) -> Row:
         jax.block_until_ready(sums)
 
     seconds = median(work, epoch.steps)
-    target = chip()
+    target = target_here()
     report = report_of(program, compiling, target) if target else None
     return {
         "microseconds_per_lane_step": 1e6 * seconds,
@@ -337,11 +339,13 @@ def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
 def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
     """Name the rows of one number of lanes.
 
-    Without windows all forms of operations are alike. Not fewer lanes than run at a time: that is all at once.
+    Left out are forms that are another one under another name: of operations where a net has no windows, and as many
+    lanes at a time as there are.
     """
     for net, (form, how) in itertools.product(TIMED, FORMS.items()):
         has_windows = model_of(net).connectivity != "full"
-        if (how.at_a_time or 0) < lanes and (has_windows or how.kernels == "gpu"):
+        is_all_at_once = how.at_a_time is not None and how.at_a_time >= lanes and how.kernels != "tpu"
+        if not is_all_at_once and (has_windows or how.kernels == "gpu"):
             yield ("lanes", net, lanes, dtype, form), functools.partial(lanes_row, sizes, net, lanes, dtype, form)
 
 

@@ -17,6 +17,7 @@ import experiments  # noqa: F401  # registers every experiment
 from cnnlib import models, ops, train
 from cnnlib.architectures import ARCHITECTURES, neyshabur_d
 from cnnlib.config import EXPERIMENTS, Augment, LaneNumbers, Optim
+from cnnlib.errors import UserError
 from cnnlib.spec import Model, PerAxis, Shape
 from cnnlib.train import Examples, Recipe
 
@@ -24,15 +25,16 @@ BATCH, EXAMPLES = 100, 3500
 """Of `fc_vs_conv`."""
 FASHION = next(arm.model for arm in EXPERIMENTS.get("fashion").arms if arm.name == "two_conv")
 """With batch normalisation."""
-NETS: dict[str, tuple[Callable[[], Model], Shape]] = {
-    "lenet_300_100": (lambda: ARCHITECTURES.get("lenet_300_100"), (28, 28, 1)),
-    "lenet5": (lambda: ARCHITECTURES.get("lenet5"), (28, 28, 1)),
-    "two_conv": (lambda: ARCHITECTURES.get("two_conv"), (28, 28, 1)),
-    "mnist1d_cnn": (lambda: ARCHITECTURES.get("mnist1d_cnn"), (40, 1)),
-    "local_lenet5": (lambda: ARCHITECTURES.get("lenet5").local(), (28, 28, 1)),
-    "neyshabur_d": (neyshabur_d, (28, 28, 1)),
-    "fashion": (lambda: FASHION, (28, 28, 1)),
+NETS: dict[str, tuple[Model, Shape]] = {
+    "lenet_300_100": (ARCHITECTURES.get("lenet_300_100"), (28, 28, 1)),
+    "lenet5": (ARCHITECTURES.get("lenet5"), (28, 28, 1)),
+    "two_conv": (ARCHITECTURES.get("two_conv"), (28, 28, 1)),
+    "mnist1d_cnn": (ARCHITECTURES.get("mnist1d_cnn"), (40, 1)),
+    "local_lenet5": (ARCHITECTURES.get("lenet5").local(), (28, 28, 1)),
+    "neyshabur_d": (neyshabur_d(), (28, 28, 1)),
+    "fashion": (FASHION, (28, 28, 1)),
 }
+"""Models with the shapes of their inputs."""
 DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
@@ -111,7 +113,7 @@ class Epoch(NamedTuple):
 
 def model_of(net: str) -> Model:
     """Return one of `NETS` for ten classes."""
-    return NETS[net][0]().with_num_classes(10)
+    return NETS[net][0].with_num_classes(10)
 
 
 def epoch_of(
@@ -148,12 +150,17 @@ class Rows:
                 self.known[tuple(one["key"])] = one
 
     def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of that key. Where a compiler or a device refuses, the row has the reason: `failed`."""
+        """Return the row of that key. Where making it fails, the row has the reason as `failed`, and others can follow.
+
+        Raises UserError where nothing can be made, such as without a compiler.
+        """
         if key not in self.known:
             try:
                 values = make()
-            except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-                values = {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+            except UserError:
+                raise
+            except Exception as error:
+                values = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             self.known[key] = {"key": key, **self.made_with, **values}
             with self.path.open("a") as file:
                 file.write(json.dumps(self.known[key]) + "\n")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.nets import model_of as model_of
 from benchmarks.timing import Contestant, Table, blocked, interleaved, matrix_product, summary
 from cnnlib import kernels, train
-from cnnlib.architectures import ARCHITECTURES
 from cnnlib.config import Augment, LaneNumbers, Optim
 from cnnlib.cost import count
 from cnnlib.models import network
@@ -22,11 +22,6 @@ from cnnlib.train import Examples, Recipe
 NETS = ("lenet_300_100", "lenet5", "two_conv")
 INPUT_SHAPE = (28, 28, 1)
 LANES, STEPS, LOOP_STEPS = 8, 16, 4
-
-
-def model_of(net: str) -> Model:
-    """A registered architecture for ten classes."""
-    return ARCHITECTURES.get(net).with_num_classes(10)
 
 
 def batch_of(batch_size: int) -> tuple[np.ndarray, np.ndarray]:

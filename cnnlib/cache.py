@@ -49,7 +49,7 @@ def keep_file(path: Path, data: bytes) -> None:
 
 
 def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray | None:
-    """Return what an earlier run kept; None where there is nothing, or not all of it: it is made again."""
+    """Return the array that an earlier run wrote; None where it is missing, damaged, or of another shape or type."""
     try:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # missing, unreadable, cut off
@@ -58,9 +58,9 @@ def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarr
 
 
 def keep_array(path: Path, array: np.ndarray) -> None:
-    """Keep an array for other runs, none of which sees half a file.
+    """Write an array for later runs. Processes that read meanwhile see the whole file or none.
 
-    Where it cannot be written a warning says so: only the next run makes it again.
+    Where it cannot be written, a warning says so, and the next run makes the array again.
     """
     try:
         make(path.parent)

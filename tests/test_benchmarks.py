@@ -14,6 +14,7 @@ from benchmarks import agreement, aot, gpu, lanes, operations, step
 from benchmarks.nets import Rows
 from benchmarks.timing import Contestant, Table, interleaved, summary
 from cnnlib.defects import numbers_of
+from cnnlib.errors import UserError
 
 
 @pytest.mark.slow
@@ -145,7 +146,7 @@ def test_rows_of_compilers_are_kept_and_made_once(tmp_path, monkeypatch):
         ]  # fmt: skip
     assert made == [("lenet5", form) for form in aot.FORMS]
     failures = [one.get("failed") for one in Rows(path, {"jax": jax.__version__}).known.values()]
-    assert failures == [None, "RESOURCE_EXHAUSTED: no room", None]
+    assert failures == [None, "JaxRuntimeError: RESOURCE_EXHAUSTED: no room", None]
     monkeypatch.setattr(jax, "__version__", "99.0")  # another compiler: all of them again
     list(aot.measure(["lenet5"], [8], ["float32"], ["tpu:v5e"], path))
     assert made == 2 * [("lenet5", form) for form in aot.FORMS]
@@ -181,11 +182,39 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_and_goes_on_where_it_ended(tmp_
     assert path.read_bytes() == before
 
 
+def test_what_is_measured_on_a_gpu_has_no_form_twice():
+    forms = {}
+    for key, _ in gpu.plan(gpu.Sizes()):
+        if key[0] == "lanes" and key[3] == "float32":
+            forms.setdefault(key[1:3], set()).add(key[4])
+    assert forms["lenet5", 64] == set(gpu.FORMS)
+    assert forms["lenet5", 8] == set(gpu.FORMS) - {"ours, 8 at a time"}
+    one = {"ours, all lanes at once", "ours, one at a time in blocks", "stock, all lanes at once"}
+    assert forms["lenet5", 1] == one  # blocks are another form also of one lane
+    assert forms["lenet_300_100", 1] == {"ours, all lanes at once"}  # without windows there is one form of operations
+
+
+def test_a_row_that_fails_does_not_keep_others_from_being_made(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl", {})
+
+    def fails():
+        raise TypeError("no such argument\nmore")
+
+    def has_no_compiler():
+        raise UserError("libtpu is missing")
+
+    assert rows.of(("a",), fails)["failed"] == "TypeError: no such argument"
+    assert rows.of(("b",), lambda: {"value": 1})["value"] == 1
+    with pytest.raises(UserError, match="libtpu is missing"):
+        rows.of(("c",), has_no_compiler)
+    assert list(Rows(tmp_path / "rows.jsonl", {}).known) == [("a",), ("b",)]
+
+
 def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
     class Device:
         device_kind = "NVIDIA H100 80GB HBM3"
 
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert gpu.chip().chip.bandwidth == 3350e9
+    assert gpu.target_here().chip.bandwidth == 3350e9
     Device.device_kind = "NVIDIA A100-SXM4-80GB"
-    assert gpu.chip() is None
+    assert gpu.target_here() is None

@@ -487,7 +487,8 @@ def test_processes_with_different_devices_find_and_tell_each_other_and_end(count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "victim"), [("waits", 0), ("computes", 1), ("sleeps", 1)])  # all meet at the first
+@pytest.mark.parametrize("what", ["waits", "computes", "sleeps"])
+@pytest.mark.parametrize("victim", [0, 1])  # the first is where all meet; the others are alike
 def test_a_killed_process_is_named_by_the_others_wherever_they_are(what, victim):
     run = Run(what, 3, victim)
     run.wait_told()
@@ -504,8 +505,8 @@ def test_a_killed_process_is_named_by_the_others_wherever_they_are(what, victim)
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_silent_is_named_in_time():
-    victim = 1
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_machine_that_is_silent_is_named_in_time(victim):
     run = Run("waits", 3, victim)
     run.wait_told()
     began = time.monotonic()

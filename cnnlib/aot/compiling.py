@@ -101,7 +101,7 @@ def devices(target: Target) -> tuple[Any, ...]:
     try:
         if target.platform == "tpu":
             return _tpus(target)
-        return _gpus()
+        return _gpus(target)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{target}: the compiler does not serve: {reason}") from error
@@ -119,9 +119,9 @@ def _tpus(target: Target) -> tuple[Any, ...]:
     return tuple(found.devices)
 
 
-def _gpus() -> tuple[Any, ...]:
+def _gpus(target: Target) -> tuple[Any, ...]:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise UserError("cuda:h100 needs the CUDA plugin, cnnlib's extra `cuda12`: pip install -e '.[cuda12]'")
+        raise UserError(f"{target} needs the CUDA plugin, cnnlib's extra `cuda12`: pip install -e '.[cuda12]'")
     description = GPU_DESCRIPTION.read_text()
     found = topologies.get_topology_desc("gpu", platform="cuda", target_config=description, topology="1x1x1")
     return tuple(found.devices)
