@@ -93,7 +93,7 @@ def plain(tmp_path_factory):
     return alone(folder, "epochs=3")
 
 
-LONG = "epochs=40"
+LONG = "epochs=24"
 
 
 @pytest.fixture(scope="module")

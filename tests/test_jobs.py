@@ -238,6 +238,7 @@ def test_a_mistake_ends_the_run_and_what_is_finished_is_not_run_again(here, whol
     assert len(known) == 4 and all(len(one["sessions"]) == 1 and not one["resumed"] for one in known.values())
 
 
+@pytest.mark.once
 def test_a_wish_to_stop_is_passed_on_and_kept(here, tmp_path):
     executor = here()
     with pytest.raises(Stopped, match="1 of 2 arms are finished, what the other jobs have is saved"):

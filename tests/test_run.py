@@ -229,6 +229,7 @@ def test_the_device_trains_the_next_epoch_while_the_sums_of_one_are_fetched(tmp_
     assert order == ["dispatched", "dispatched", "told 1", "dispatched", "told 2", "told 3"]
 
 
+@pytest.mark.once
 def test_every_line_of_metrics_is_of_its_epoch(finished):
     # The same epochs one after another, each waited for before the next: nothing can be mixed up.
     _, folder, _, _ = finished
@@ -249,6 +250,7 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
             assert [line["validation_accuracy"] for line in told] == list(validation.correct / validation.examples)
 
 
+@pytest.mark.once
 def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr("cnnlib.run.compile_programs", lambda *a: made.append(a[0].name) or compile_programs(*a))
@@ -343,6 +345,7 @@ def test_the_program_that_takes_most_decides(monkeypatch):
         in_the_memory(experiment, monkeypatch, need - 1)
 
 
+@pytest.mark.once
 def test_a_profile_has_a_trace_of_each_arm_and_changes_no_result(finished, tmp_path):
     watcher = Silent()
     results = run(EXPERIMENT, "tiny", tmp_path / "out", watcher, check=False, profile=True)
