@@ -271,3 +271,27 @@ def test_lanes_on_a_topology_exchange_nothing(topology, compiling_well):
 def test_a_batch_that_devices_share_is_added_up(compiling_well):
     (arm,) = shown("fc_vs_conv", "arms=mlp_75_33", "lanes.seed=0", "mesh=1,4", "--on", "tpu:v5e:2x2")["arms"]
     assert arm["devices"] == 4 and sum(arm["collectives"].values()) > 0
+
+
+LATE = """
+import jax, jax.numpy as jnp
+jax.devices()  # JAX looks for a TPU, and loads libtpu
+from cnnlib.aot.compiling import compile_for, devices, on
+from cnnlib.aot.hardware import parse_target
+from cnnlib.errors import UserError
+target = parse_target("tpu:v5e")
+try:
+    compile_for(jax.jit(jnp.sin), (on(devices(target)[0], jax.ShapeDtypeStruct((8,), jnp.float32)),), target)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_compiler_that_was_loaded_too_early_is_one_line_and_no_estimate():
+    alone = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "LIBTPU_INIT_ARGS")}
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=alone)
+    assert done.stdout == (
+        "tpu:v5e:1x1: libtpu wrote no schedule, because JAX had loaded it before; set JAX_PLATFORMS=cpu before JAX starts\n"
+    ), done.stderr

@@ -162,9 +162,16 @@ def report_of(compiled: Any, seconds: float, target: Target) -> Report:
         compiled: from `jax.stages.Lowered.compile`.
         seconds: of processor time that compiling took.
         target: with one of whose devices it runs.
+
+    Raises UserError where libtpu has written no schedule.
     """
     program = hlo.Program(compiled.as_text())
     issued = schedule.schedules(schedules_folder()) if target.platform == "tpu" else None
+    if issued == {}:
+        raise UserError(
+            f"{target}: libtpu wrote no schedule, because JAX had loaded it before; "
+            "set JAX_PLATFORMS=cpu before JAX starts"
+        )
     memory = compiled.memory_analysis()
     operations: dict[tuple[str, str], Operation] = {}
     collectives: collections.Counter[str] = collections.Counter()
