@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -54,6 +54,11 @@ class Pooling(NamedTuple):
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the number of positions per axis."""
         return tuple((n + low + high - k) // s + 1 for n, k, s, (low, high) in zip(size, *self, strict=True))
+
+
+def wide_type(dtype: Any) -> Any:
+    """Return the type in which many numbers of a type are added: float32, or the type itself where that is wider."""
+    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def taps_of(x: Array, window: tuple[int, ...], correlation: Correlation, fill: float) -> list[Array]:

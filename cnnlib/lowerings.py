@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array
 
 from cnnlib import kernels
-from cnnlib.geometry import Correlation, Pair, Pooling, im2col, taps_of
+from cnnlib.geometry import Correlation, Pair, Pooling, im2col, taps_of, wide_type
 
 FEW_CHANNELS = 4
 """Below this many input channels, so for grey and colour images, XLA's CPU convolutions lose to im2col."""
@@ -131,8 +131,9 @@ def convolution_kernel_gradient(x: Array, gradient: Array, window: Pair, correla
 def contract(patches: Array, gradient: Array) -> Array:
     """Sum `patches[..., i] * gradient[..., j]` over images and positions, accumulating in float32 at least."""
     axes = tuple(range(gradient.ndim - 1))
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
-    return lax.dot_general(patches, gradient, ((axes, axes), ((), ())), preferred_element_type=wide)
+    return lax.dot_general(
+        patches, gradient, ((axes, axes), ((), ())), preferred_element_type=wide_type(gradient.dtype)
+    )
 
 
 def _attributes(correlation: Correlation) -> dict[str, tuple[int, ...]]:

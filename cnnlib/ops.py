@@ -17,21 +17,31 @@ from jaxtyping import Array, Float
 
 from cnnlib import primitives
 from cnnlib.errors import UserError
-from cnnlib.geometry import Correlation, Pair, Pooling, taps_of
-from cnnlib.spec import Padding, PerAxis, Window, check_window, pool_window, shape_text, window_over
+from cnnlib.geometry import Correlation, Pair, Pooling, taps_of, wide_type
+from cnnlib.spec import (
+    PaddingLike,
+    PerAxisLike,
+    Shape,
+    Window,
+    pool_window,
+    shape_text,
+    window_arguments,
+    window_over,
+)
 
 
 def conv2d(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "kernel_height kernel_width channel feature"],
     *,
-    strides: PerAxis = 1,
-    padding: Padding = "SAME",
-    dilation: PerAxis = 1,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
 ) -> Float[Array, "batch output_height output_width feature"]:
-    """Correlates each image with the kernel.
+    """Correlate each image with the kernel.
 
-    `padding` is SAME, VALID, an int or a pair `(before, after)` an axis; `dilation` spreads the taps of the kernel.
+    `padding` is SAME, VALID, an int for all sides, or per axis an int or a pair `(before, after)`. `dilation` spreads
+    the taps of the kernel.
     """
     _check_operands("conv2d", x, kernel, axes=2)
     window = _window(x, kernel.shape[:2], strides, dilation, padding)
@@ -43,9 +53,9 @@ def conv1d(
     x: Float[Array, "batch length channel"],
     kernel: Float[Array, "kernel_length channel feature"],
     *,
-    strides: PerAxis = 1,
-    padding: Padding = "SAME",
-    dilation: PerAxis = 1,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
 ) -> Float[Array, "batch output_length feature"]:
     """Correlates each signal with the kernel; arguments as for `conv2d`."""
     _check_operands("conv1d", x, kernel, axes=1)
@@ -58,9 +68,9 @@ def local2d(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "output_height output_width kernel_height kernel_width channel feature"],
     *,
-    strides: PerAxis = 1,
-    padding: Padding = "SAME",
-    dilation: PerAxis = 1,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
 ) -> Float[Array, "batch output_height output_width feature"]:
     """Correlates each image with a kernel of its own at every position; arguments as for `conv2d`.
 
@@ -75,9 +85,9 @@ def local1d(
     x: Float[Array, "batch length channel"],
     kernel: Float[Array, "output_length kernel_length channel feature"],
     *,
-    strides: PerAxis = 1,
-    padding: Padding = "SAME",
-    dilation: PerAxis = 1,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
 ) -> Float[Array, "batch output_length feature"]:
     """Correlates each signal with a kernel of its own at every position; arguments as for `conv2d`."""
     _check_operands("local1d", x, kernel, axes=1, shared=False)
@@ -96,9 +106,9 @@ def _local(x: Array, kernel: Array, window: Window) -> Array:
 
 def max_pool(
     x: Float[Array, "batch *spatial channel"],
-    window_shape: PerAxis,
-    strides: PerAxis | None = None,
-    padding: Padding = "VALID",
+    window_shape: PerAxisLike,
+    strides: PerAxisLike | None = None,
+    padding: PaddingLike = "VALID",
 ) -> Float[Array, "batch *output_spatial channel"]:
     """The largest value under each window, over one or two spatial axes.
 
@@ -112,9 +122,9 @@ def max_pool(
 
 def avg_pool(
     x: Float[Array, "batch *spatial channel"],
-    window_shape: PerAxis,
-    strides: PerAxis | None = None,
-    padding: Padding = "VALID",
+    window_shape: PerAxisLike,
+    strides: PerAxisLike | None = None,
+    padding: PaddingLike = "VALID",
 ) -> Float[Array, "batch *output_spatial channel"]:
     """The mean under each window; `strides` defaults to the window, zeros of the padding count as values."""
     window = _pool_window(x, window_shape, strides, padding)
@@ -137,8 +147,9 @@ def batch_norm(
     Inside `shard_map`, `over` is the axis of the mesh along which devices have equal parts of the batch: mean and
     variance are those of all of it.
     """
-    y, mean, variance = _batch_norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, bias, epsilon, over)
-    return y.astype(x.dtype), mean, variance
+    x, scale, bias, own = *(array.astype(wide_type(x.dtype)) for array in (x, scale, bias)), x.dtype
+    y, mean, variance = _batch_norm(x, scale, bias, epsilon, over)
+    return y.astype(own), mean, variance
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -198,17 +209,18 @@ def _check_operands(name: str, x: Array, kernel: Array, axes: int, shared: bool 
         raise UserError(f"{name}: x is {x.dtype}, its kernel {kernel.dtype}; expected one floating-point type")
 
 
-def _window(x: Array, size: PerAxis, strides: PerAxis, dilation: PerAxis, padding: Padding) -> Window:
-    check_window("conv", {"kernel": size, "strides": strides, "dilation": dilation}, padding)
-    return window_over(x.shape[1:], "kernel", size, strides, dilation, padding)
+def _window(x: Array, size: Shape, strides: PerAxisLike, dilation: PerAxisLike, padding: PaddingLike) -> Window:
+    kept, pads = window_arguments("conv", {"kernel": size, "strides": strides, "dilation": dilation}, padding)
+    return window_over(x.shape[1:], "kernel", size, kept["strides"], kept["dilation"], pads)
 
 
-def _pool_window(x: Array, size: PerAxis, strides: PerAxis | None, padding: Padding) -> Window:
+def _pool_window(x: Array, size: PerAxisLike, strides: PerAxisLike | None, padding: PaddingLike) -> Window:
     if x.ndim not in (3, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
         expected = "(batch, length, channel) or (batch, height, width, channel) of a floating-point type"
         raise UserError(f"pool: x must be {expected}, it is {x.dtype} of shape {x.shape}")
-    check_window("pool", {"window": size, "strides": size if strides is None else strides}, padding)
-    return pool_window(x.shape[1:], "window", size, strides, padding)
+    numbers = {"window": size, "strides": size if strides is None else strides}
+    kept, pads = window_arguments("pool", numbers, padding)
+    return pool_window(x.shape[1:], "window", kept["window"], kept["strides"], pads)
 
 
 # One spatial axis is a height of 1 and that axis as the width.

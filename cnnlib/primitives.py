@@ -117,9 +117,15 @@ def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu:
 
     forms: dict[str, Lowering] = {"gpu": gpu, "tpu": tpu}
     primitive.def_abstract_eval(abstract)
-    # Outside jit an operation is a program of its own.
+    # Outside jit an operation is a program of its own, also where `jax.disable_jit` asks for operations one by one.
     compiled = functools.cache(lambda static: jax.jit(lambda *operands: primitive.bind(*operands, **dict(static))))
-    primitive.def_impl(lambda *operands, **static: compiled(tuple(static.items()))(*operands))
+
+    def run(*operands: Array, **static: Any) -> Array:
+        with jax.disable_jit(False):
+            result: Array = compiled(tuple(static.items()))(*operands)
+        return result
+
+    primitive.def_impl(run)
     mlir.register_lowering(primitive, lowered(cpu), platform="cpu")
     mlir.register_lowering(primitive, lowered(tpu), platform="tpu")
     mlir.register_lowering(primitive, lowered(gpu))
@@ -228,6 +234,11 @@ ad.defbilinear(
 )
 
 
+def _one(operand: Array, axis: int | None) -> tuple[int, ...]:
+    """The shape of one element along the mapped axis."""
+    return operand.shape if axis is None else (*operand.shape[:axis], *operand.shape[axis + 1 :])
+
+
 def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
     """`operand` with the mapped axis (or copies) merged into its axis `into`, as the slower of the two."""
     moved = jnp.broadcast_to(operand[None], (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
@@ -239,12 +250,12 @@ def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) 
     """The mapped axis becomes lanes, or images where only the input of a correlation has it."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
     into = 1 if primitive in (correlate_p, local_p, local_input_p) and axes[1] is None else 0
+    inner = _one(operands[0], axes[0])[into]
     if into == 1:
         merged = [_merged(operands[0], axes[0], size, into=1), operands[1]]
     else:
         merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
     result = primitive.bind(*merged, **static)
-    inner = merged[0].shape[into] // size if size else 0
     return result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :]), into
 
 
@@ -306,7 +317,7 @@ def _batch_images(primitive: Primitive, operands: Any, axes: Any, **static: Any)
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
     merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
     result = primitive.bind(*merged, **static)
-    return result.reshape(size, merged[0].shape[0] // size if size else 0, *result.shape[1:]), 0
+    return result.reshape(size, _one(operands[0], axes[0])[0], *result.shape[1:]), 0
 
 
 for _primitive in (max_pool_p, select_p, spread_p):

@@ -6,19 +6,25 @@ so `(28, 28, 1)` for a grey image and `(40, 1)` for a signal.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, SupportsIndex
 
 from cnnlib.errors import UserError
 
 Shape = tuple[int, ...]
 PerAxis = int | tuple[int, ...]
 Padding = str | int | tuple[tuple[int, int], ...]
+PerAxisLike = SupportsIndex | Sequence[SupportsIndex]
+"""What is taken as `PerAxis`: numbers of NumPy and lists as well."""
+PaddingLike = str | SupportsIndex | Sequence[SupportsIndex | Sequence[SupportsIndex]]
+"""What is taken as `Padding`: lower case, numbers of NumPy, lists, and a number per axis as well."""
 Connectivity = Literal["full", "local", "conv"]
 READINGS: tuple[Connectivity, ...] = ("conv", "local", "full")
 """Each is a special case of the next."""
@@ -146,16 +152,76 @@ def _padding_text(padding: Padding) -> str:
     return str(padding).lower()
 
 
-def check_window(name: str, numbers: dict[str, PerAxis], padding: Padding) -> None:
-    """Raises UserError for numbers below 1 or padding that is none, whatever the map."""
-    for what, value in numbers.items():
+def whole(value: Any) -> int:
+    """Return a whole number of any type as an int. Raises TypeError for others; a bool is none."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def whole_per_axis(value: Any, what: str) -> PerAxis:
+    """Return a whole number, or a sequence of one per axis, as int or tuple. Raises UserError for anything else."""
+    with contextlib.suppress(TypeError):
+        return whole(value)
+    with contextlib.suppress(TypeError):
+        return tuple(whole(number) for number in value)
+    raise UserError(f"{what} must be a whole number or one per axis, not {_shortened(value)}")
+
+
+def padding_of(value: Any, name: str) -> Padding:
+    """Return padding in the one form that specs keep.
+
+    Args:
+        value: `"SAME"` or `"VALID"`, in lower case as well; a whole number for all sides; or per axis a whole number,
+            or a pair of them, before and after.
+        name: What has the padding, for the error.
+
+    Raises UserError for anything else.
+    """
+    if isinstance(value, str) and value.upper() in ("SAME", "VALID"):
+        return value.upper()
+    if not isinstance(value, str):
+        with contextlib.suppress(TypeError):
+            return whole(value)
+        with contextlib.suppress(TypeError, ValueError):  # the second where there are not two
+            return tuple(_before_and_after(one) for one in value)
+    raise UserError(
+        f"{name}: padding must be SAME, VALID, a whole number, or a number or a pair per axis, not {_shortened(value)}"
+    )
+
+
+def _before_and_after(value: Any) -> tuple[int, int]:
+    """Return a whole number twice, or a pair of them. Raises TypeError or ValueError for anything else."""
+    with contextlib.suppress(TypeError):
+        return whole(value), whole(value)
+    before, after = value
+    return whole(before), whole(after)
+
+
+def _shortened(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[dict[str, PerAxis], Padding]:
+    """Return the arguments of a layer's window as specs keep them.
+
+    Raises UserError for numbers that are not whole or below 1, and for padding that is none, whatever the map.
+    """
+    kept = {what: whole_per_axis(value, f"{name}: {what}") for what, value in numbers.items()}
+    for what, value in kept.items():
         if not all(1 <= v <= LARGEST for v in ((value,) if isinstance(value, int) else value)):
             raise UserError(f"{name}: {what} must be in 1..{LARGEST:,}, not {_text(value)}")
-    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
-        raise UserError(f"{name}: padding must be SAME, VALID, a number or pairs, not {padding!r}")
-    pairs = ((padding,),) if isinstance(padding, int) else padding
+    pads = padding_of(padding, name)
+    pairs = ((pads,),) if isinstance(pads, int) else pads
     if not isinstance(pairs, str) and not all(0 <= v <= LARGEST for pair in pairs for v in pair):
-        raise UserError(f"{name}: padding must be in 0..{LARGEST:,}, not {_padding_text(padding)}")
+        raise UserError(f"{name}: padding must be in 0..{LARGEST:,}, not {_padding_text(pads)}")
+    return kept, pads
+
+
+def keep(instance: Any, **fields: Any) -> None:
+    """Set fields of a frozen dataclass while it is made."""
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
 
 
 @dataclass(frozen=True)
@@ -174,13 +240,12 @@ class Filter:
     use_bias: bool = True
 
     def __post_init__(self) -> None:
-        numbers = {
-            "features": self.features,
-            "kernel_size": self.kernel_size,
-            "strides": self.strides,
-            "dilation": self.dilation,
-        }
-        check_window(_NAME_OF[type(self)], numbers, self.padding)
+        name = _NAME_OF[type(self)]
+        numbers = {"kernel_size": self.kernel_size, "strides": self.strides, "dilation": self.dilation}
+        kept, padding = window_arguments(name, {"features": self.features, **numbers}, self.padding)
+        if not isinstance(kept["features"], int):
+            raise UserError(f"{name}: features must be one whole number, not {_text(kept['features'])}")
+        keep(self, **kept, padding=padding)
 
     def window(self, input_shape: Shape) -> Window:
         return window_over(input_shape, f"kernel {self}", self.kernel_size, self.strides, self.dilation, self.padding)
@@ -244,8 +309,9 @@ class Pool:
     padding: Padding = "VALID"
 
     def __post_init__(self) -> None:
-        strides = 1 if self.strides is None else self.strides
-        check_window("pool", {"window": self.window_shape, "strides": strides}, self.padding)
+        strides = {} if self.strides is None else {"strides": self.strides}
+        kept, padding = window_arguments("pool", {"window": self.window_shape, **strides}, self.padding)
+        keep(self, window_shape=kept["window"], strides=kept.get("strides"), padding=padding)
 
     def window(self, input_shape: Shape) -> Window:
         return pool_window(input_shape, f"window {self}", self.window_shape, self.strides, self.padding)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnnlib.errors import UserError
-from cnnlib.spec import Padding, PerAxis, Shape, Window, check_window, pool_window, shape_text, window_over
+from cnnlib.spec import Padding, PerAxis, Shape, Window, pool_window, shape_text, window_arguments, window_over
 
 Place = tuple[int, int]
 """A row and a column, from 0 on; of an image they are negative on the padding before it."""
@@ -74,8 +74,8 @@ def window_for(
     stride 1 without padding, n with SAME. Raises UserError for numbers that make no window of such an image.
     """
     spatial = _checked_shape(shape)[:2]
-    check_window("window", {"size": size, "strides": strides, "dilation": dilation}, padding)
-    return window_over((*spatial, 1), "window", size, strides, dilation, padding)
+    kept, pads = window_arguments("window", {"size": size, "strides": strides, "dilation": dilation}, padding)
+    return window_over((*spatial, 1), "window", **kept, padding=pads)
 
 
 def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarray:
@@ -310,8 +310,8 @@ def _window_of_kernel(
 
 
 def _pooling_window(shape: Shape, size: PerAxis, strides: PerAxis | None, padding: Padding) -> Window:
-    check_window("pool", {"size": size, "strides": size if strides is None else strides}, padding)
-    return pool_window((*shape[:2], 1), "block", size, strides, padding)
+    kept, pads = window_arguments("pool", {"size": size, "strides": size if strides is None else strides}, padding)
+    return pool_window((*shape[:2], 1), "block", kept["size"], kept["strides"], pads)
 
 
 def _pixels_under(window: Window, shape: Shape) -> np.ndarray:

@@ -292,6 +292,5 @@ except UserError as error:
 def test_a_compiler_that_was_loaded_too_early_is_one_line_and_no_estimate():
     alone = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "LIBTPU_INIT_ARGS")}
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=alone)
-    assert done.stdout == (
-        "tpu:v5e:1x1: libtpu wrote no schedule, because JAX had loaded it before; set JAX_PLATFORMS=cpu before JAX starts\n"
-    ), done.stderr
+    reason = "libtpu wrote no schedule, because JAX had loaded it before; set JAX_PLATFORMS=cpu before JAX starts"
+    assert done.stdout == f"tpu:v5e:1x1: {reason}\n", done.stderr
