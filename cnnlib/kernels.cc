@@ -23,10 +23,14 @@ constexpr int kWidth = 16, kRows = 14;
 #else
 constexpr int kWidth = 8, kRows = 6;
 #endif
-typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(4 * kWidth), may_alias));
+// The same at any address, for arrays of floats. clang drops `aligned(4)` where arrays of vectors are passed by reference,
+// so such arrays are of `Vector`.
+typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+static_assert(alignof(Vector) == sizeof(Vector) && alignof(Unaligned) == sizeof(float));
 
-inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 // The sums of a weight gradient are made in as many parts at most, whatever the number of threads, each of so many
 // positions at least: adding up a part costs what a few positions cost.

@@ -41,7 +41,18 @@ TARGETS = (
     "cnnlib_max_pool",
     "cnnlib_max_pool_gradient",
 )
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
+
+
+def flags(machine: str) -> tuple[str, ...]:
+    """Return the compiler's flags for a kind of processor, named as by `platform.machine`.
+
+    clang takes `-march=native` on x86 alone, and `-mcpu=native` on ARM, as g++ does.
+    """
+    own = "-mcpu=native" if machine in ("aarch64", "arm64") else "-march=native"
+    return ("-std=c++17", "-O3", own, "-shared", "-fPIC", "-w")
+
+
+FLAGS = flags(platform.machine())
 
 
 class Unavailable(Exception):

@@ -39,6 +39,12 @@ def test_kernels_are_compiled_once_a_machine(tmp_path):
     assert len(library.read_bytes()) == len(content)
 
 
+def test_kernels_are_compiled_for_the_processor_at_hand():
+    assert "-march=native" in kernels.flags("x86_64") and "-mcpu=native" not in kernels.flags("x86_64")
+    for machine in ("aarch64", "arm64"):
+        assert "-mcpu=native" in kernels.flags(machine) and "-march=native" not in kernels.flags(machine)
+
+
 def test_a_machine_without_a_compiler_falls_back_and_says_why(tmp_path):
     _, choice, reason = chosen_in_a_process(XDG_CACHE_HOME=str(tmp_path), CXX="no-such-compiler")
     assert choice == "xla"
