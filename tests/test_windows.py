@@ -342,7 +342,10 @@ def test_pooling_forgets_shifts_inside_a_block_and_moves_by_blocks():
         (lambda: window_for((4, 4), 5), "window spans 5, its map has only 4"),
         (lambda: window_for((4, 4), 0), "size must be in 1..1,000,000, not 0"),
         (lambda: window_for((4, 4), 2, strides=0), "strides must be in 1..1,000,000, not 0"),
-        (lambda: window_for((4, 4), 2, padding="FULL"), "padding must be SAME, VALID, a number or pairs, not 'FULL'"),
+        (
+            lambda: window_for((4, 4), 2, padding="FULL"),
+            "padding must be SAME, VALID, a whole number, or a number or a pair per axis, not 'FULL'",
+        ),
         (lambda: window_for((4,), 2), r"an image is \(height, width\) or .* not \(4,\)"),
         (lambda: window_for((4, 4), (2, 2, 2)), "window 2x2x2 has 3 axes"),
         (lambda: windows_of(np.ones((4, 4)), window_for((5, 4), 2)), "for images of 5x4, not of 4x4"),
