@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,11 @@ from cnnlib.spec import (
     PerAxisLike,
     Shape,
     Window,
+    pad_pairs,
+    per_axis,
     pool_window,
     shape_text,
+    whole_per_axis,
     window_arguments,
     window_over,
 )
@@ -32,76 +37,152 @@ from cnnlib.spec import (
 
 def conv2d(
     x: Float[Array, "batch height width channel"],
-    kernel: Float[Array, "kernel_height kernel_width channel feature"],
+    kernel: Float[Array, "kernel_height kernel_width group_channel feature"],
     *,
     strides: PerAxisLike = 1,
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
 ) -> Float[Array, "batch output_height output_width feature"]:
     """Correlate each image with the kernel.
 
-    `padding` is SAME, VALID, an int for all sides, or per axis an int or a pair `(before, after)`. `dilation` spreads
-    the taps of the kernel.
+    Args:
+        x: Images.
+        kernel: Its `group_channel` is `channel / feature_group_count`.
+        strides: One for all axes, or one per axis.
+        padding: SAME, VALID, an int for all sides, or per axis an int or a pair `(before, after)`.
+        dilation: Spreads the taps of the kernel.
+        feature_group_count: Groups into which channels and features are divided. Each group of features sees its own
+            group of channels only. With as many groups as channels the convolution is depthwise.
     """
-    _check_operands("conv2d", x, kernel, axes=2)
-    window = _window(x, kernel.shape[:2], strides, dilation, padding)
-    correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
-    return primitives.correlate(x[None], kernel[None], correlation)[0]
+    groups = _check_operands("conv2d", x, kernel, 2, feature_group_count)
+    window = _window(x.shape[1:], kernel.shape[:2], strides, dilation, padding)
+    return _joined(primitives.correlate(_groups(x, groups), _groups(kernel, groups), _correlation(window)))
 
 
 def conv1d(
     x: Float[Array, "batch length channel"],
-    kernel: Float[Array, "kernel_length channel feature"],
+    kernel: Float[Array, "kernel_length group_channel feature"],
     *,
     strides: PerAxisLike = 1,
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
 ) -> Float[Array, "batch output_length feature"]:
-    """Correlates each signal with the kernel; arguments as for `conv2d`."""
-    _check_operands("conv1d", x, kernel, axes=1)
-    window = _window(x, kernel.shape[:1], strides, dilation, padding)
-    correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
-    return primitives.correlate(x[None, :, None], kernel[None, None], correlation)[0, :, 0]
+    """Correlate each signal with the kernel; arguments as for `conv2d`."""
+    groups = _check_operands("conv1d", x, kernel, 1, feature_group_count)
+    window = _window(x.shape[1:], kernel.shape[:1], strides, dilation, padding)
+    y = primitives.correlate(_groups(x[:, None], groups), _groups(kernel[None], groups), _correlation(window))
+    return _joined(y)[:, 0]
+
+
+def conv_transpose2d(
+    y: Float[Array, "batch height width feature"],
+    kernel: Float[Array, "kernel_height kernel_width group_channel feature"],
+    *,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
+    output_size: Sequence[SupportsIndex] | None = None,
+) -> Float[Array, "batch output_height output_width channel"]:
+    """Take maps back through a convolution: a transposed convolution, the gradient of `conv2d` in its input.
+
+    Arguments are those of the convolution that goes the other way, from images of `output_size` to maps of the size of
+    `y`. So the kernel is laid out as for `conv2d`, and is not turned: PyTorch's `conv_transpose2d` has the same weights
+    as `(feature, channel, height, width)`.
+
+    Args:
+        y: Maps.
+        kernel: As for `conv2d`.
+        strides: As for `conv2d`, here steps between the places of `y` in the result.
+        padding: As for `conv2d`, here cropped from the result.
+        dilation: As for `conv2d`.
+        feature_group_count: As for `conv2d`.
+        output_size: Height and width of the result. By default size * stride for SAME. For others it is the smallest
+            that fits, (size - 1) * stride + span - padding with span = (kernel - 1) * dilation + 1.
+
+    Raises UserError for an `output_size` that such a convolution does not take to the size of `y`.
+    """
+    groups = _check_operands("conv_transpose2d", y, kernel, 2, feature_group_count, transposed=True)
+    window = _window_back(y, kernel.shape[:2], strides, dilation, padding, output_size)
+    return _joined(primitives.correlate_back(_groups(y, groups), _groups(kernel, groups), *_sized(window)))
+
+
+def conv_transpose1d(
+    y: Float[Array, "batch length feature"],
+    kernel: Float[Array, "kernel_length group_channel feature"],
+    *,
+    strides: PerAxisLike = 1,
+    padding: PaddingLike = "SAME",
+    dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
+    output_size: Sequence[SupportsIndex] | None = None,
+) -> Float[Array, "batch output_length channel"]:
+    """Take signals back through a convolution; arguments as for `conv_transpose2d`."""
+    groups = _check_operands("conv_transpose1d", y, kernel, 1, feature_group_count, transposed=True)
+    window = _window_back(y, kernel.shape[:1], strides, dilation, padding, output_size)
+    x = primitives.correlate_back(_groups(y[:, None], groups), _groups(kernel[None], groups), *_sized(window))
+    return _joined(x)[:, 0]
 
 
 def local2d(
     x: Float[Array, "batch height width channel"],
-    kernel: Float[Array, "output_height output_width kernel_height kernel_width channel feature"],
+    kernel: Float[Array, "output_height output_width kernel_height kernel_width group_channel feature"],
     *,
     strides: PerAxisLike = 1,
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
 ) -> Float[Array, "batch output_height output_width feature"]:
-    """Correlates each image with a kernel of its own at every position; arguments as for `conv2d`.
+    """Correlate each image with a kernel of its own at every position; arguments as for `conv2d`.
 
     No weight is copied, forward or for a gradient: outside kernels.cc each is one matrix product, batched over the
     positions.
     """
-    _check_operands("local2d", x, kernel, axes=2, shared=False)
-    return _local(x, kernel, _window(x, kernel.shape[2:4], strides, dilation, padding))
+    groups = _check_operands("local2d", x, kernel, 2, feature_group_count, shared=False)
+    window = _window(x.shape[1:], kernel.shape[2:4], strides, dilation, padding)
+    _check_positions(kernel, window)
+    return _joined(primitives.local(_groups(x, groups), _groups(kernel, groups), _correlation(window)))
 
 
 def local1d(
     x: Float[Array, "batch length channel"],
-    kernel: Float[Array, "output_length kernel_length channel feature"],
+    kernel: Float[Array, "output_length kernel_length group_channel feature"],
     *,
     strides: PerAxisLike = 1,
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
+    feature_group_count: int = 1,
 ) -> Float[Array, "batch output_length feature"]:
-    """Correlates each signal with a kernel of its own at every position; arguments as for `conv2d`."""
-    _check_operands("local1d", x, kernel, axes=1, shared=False)
-    return _local(x, kernel, _window(x, kernel.shape[1:2], strides, dilation, padding))
+    """Correlate each signal with a kernel of its own at every position; arguments as for `conv2d`."""
+    groups = _check_operands("local1d", x, kernel, 1, feature_group_count, shared=False)
+    window = _window(x.shape[1:], kernel.shape[1:2], strides, dilation, padding)
+    _check_positions(kernel, window)
+    y = primitives.local(_groups(x[:, None], groups), _groups(kernel[None, :, None], groups), _correlation(window))
+    return _joined(y)[:, 0]
 
 
-def _local(x: Array, kernel: Array, window: Window) -> Array:
+def _groups(array: Float[Array, "*axes member"], groups: int) -> Float[Array, "group ..."]:
+    """Move the groups of the last axis, channels or features, to the front: as lanes, each meets its own kernel."""
+    if groups == 1:
+        return array[None]
+    return jnp.moveaxis(array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups), -2, 0)
+
+
+def _joined(y: Float[Array, "group batch height width group_feature"]) -> Float[Array, "batch height width feature"]:
+    """Put the features of all groups side by side."""
+    if y.shape[0] == 1:
+        return y[0]
+    groups, *_, features = y.shape
+    y = jnp.moveaxis(y, 0, -2)
+    return y.reshape(*y.shape[:-2], groups * features)
+
+
+def _check_positions(kernel: Array, window: Window) -> None:
     if kernel.shape[: len(window.output_size)] != window.output_size:
         places, banks = (shape_text(shape) for shape in (window.output_size, kernel.shape[: len(window.output_size)]))
         raise UserError(f"local: the kernel has weights for {banks} positions, its window has {places}")
-    correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
-    # One spatial axis is a height of 1: a row of positions, each with a window of one row.
-    weights = kernel if x.ndim == 4 else kernel[None, :, None]
-    return _lowered(primitives.local(_raised(x)[None], weights[None], correlation)[0], x.ndim)
 
 
 def max_pool(
@@ -125,12 +206,22 @@ def avg_pool(
     window_shape: PerAxisLike,
     strides: PerAxisLike | None = None,
     padding: PaddingLike = "VALID",
+    count_include_pad: bool = True,
 ) -> Float[Array, "batch *output_spatial channel"]:
-    """The mean under each window; `strides` defaults to the window, zeros of the padding count as values."""
+    """Take the mean under each window; `strides` defaults to the window.
+
+    Zeros of the padding count as values, unless `count_include_pad` is false.
+    """
     window = _pool_window(x, window_shape, strides, padding)
     correlation = Correlation(_pair(window.strides), _pads(window), (1, 1), (1, 1))
-    taps = taps_of(_raised(x), _pair(window.size), correlation, fill=0.0)
-    return _lowered(functools.reduce(operator.add, taps) / jnp.asarray(len(taps), x.dtype), x.ndim)
+
+    def total(x: Array) -> Array:
+        return functools.reduce(operator.add, taps_of(x, _pair(window.size), correlation, fill=0.0))
+
+    count = jnp.asarray(math.prod(window.size), x.dtype)
+    if not count_include_pad:
+        count = total(jnp.ones((1, *_raised(x).shape[1:3], 1), x.dtype))
+    return _lowered(total(_raised(x)) / count, x.ndim)
 
 
 def batch_norm(
@@ -193,25 +284,83 @@ def _channels(values: Array, x: Array) -> Array:
     return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
-def _check_operands(name: str, x: Array, kernel: Array, axes: int, shared: bool = True) -> None:
-    """Raises UserError for what no kernel could be told to do; the compiled ones would read what is not theirs."""
+def _check_operands(
+    name: str, x: Array, kernel: Array, axes: int, groups: Any, *, shared: bool = True, transposed: bool = False
+) -> int:
+    """Return the number of groups.
+
+    Raises UserError for what no kernel could be told to do; the compiled ones would read what is not theirs.
+    """
     spatial = ("height", "width") if axes == 2 else ("length",)
     positions = () if shared else tuple(f"output_{axis}" for axis in spatial)
-    for what, operand, expected in (
-        ("x", x, ("batch", *spatial, "channel")),
-        ("kernel", kernel, (*positions, *(f"kernel_{axis}" for axis in spatial), "channel", "feature")),
+    what = "y" if transposed else "x"
+    (count,) = window_arguments(name, {"feature_group_count": groups}, "SAME")[0].values()
+    if not isinstance(count, int):
+        raise UserError(f"{name}: feature_group_count must be one whole number, not {groups}")
+    channel = "channel" if count == 1 else "group_channel"
+    for which, operand, expected in (
+        (what, x, ("batch", *spatial, "feature" if transposed else "channel")),
+        ("kernel", kernel, (*positions, *(f"kernel_{axis}" for axis in spatial), channel, "feature")),
     ):
         if operand.ndim != len(expected):
-            raise UserError(f"{name}: {what} must be ({', '.join(expected)}), its shape is {operand.shape}")
-    if x.shape[-1] != kernel.shape[-2]:
-        raise UserError(f"{name}: x has {x.shape[-1]} channels, its kernel takes {kernel.shape[-2]}")
+            raise UserError(f"{name}: {which} must be ({', '.join(expected)}), its shape is {operand.shape}")
+    channels, taken, features = x.shape[-1], kernel.shape[-2] * count, kernel.shape[-1]
+    if transposed and channels != features:
+        raise UserError(f"{name}: y has {channels} features, its kernel {features}")
+    if not transposed and channels != taken:
+        each = "" if count == 1 else f" ({count} groups of {kernel.shape[-2]})"
+        raise UserError(f"{name}: x has {channels} channels, its kernel takes {taken}{each}")
+    if features % count:
+        raise UserError(f"{name}: {features} features do not divide into {count} groups")
     if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"{name}: x is {x.dtype}, its kernel {kernel.dtype}; expected one floating-point type")
+        raise UserError(f"{name}: {what} is {x.dtype}, its kernel {kernel.dtype}; expected one floating-point type")
+    return count
 
 
-def _window(x: Array, size: Shape, strides: PerAxisLike, dilation: PerAxisLike, padding: PaddingLike) -> Window:
+def _window(
+    input_shape: Shape, size: Shape, strides: PerAxisLike, dilation: PerAxisLike, padding: PaddingLike
+) -> Window:
     kept, pads = window_arguments("conv", {"kernel": size, "strides": strides, "dilation": dilation}, padding)
-    return window_over(x.shape[1:], "kernel", size, kept["strides"], kept["dilation"], pads)
+    return window_over(input_shape, "kernel", size, kept["strides"], kept["dilation"], pads)
+
+
+def _window_back(
+    y: Array,
+    size: Shape,
+    strides: PerAxisLike,
+    dilation: PerAxisLike,
+    padding: PaddingLike,
+    output_size: Sequence[SupportsIndex] | None,
+) -> Window:
+    """Return the window of the convolution that goes from `output_size` to the size of y."""
+    kept, pads = window_arguments("conv", {"kernel": size, "strides": strides, "dilation": dilation}, padding)
+    places, axes = y.shape[1:-1], y.ndim - 2
+    steps, spread = per_axis(kept["strides"], axes, "stride"), per_axis(kept["dilation"], axes, "dilation")
+    if output_size is not None:
+        wanted = per_axis(whole_per_axis(output_size, "output_size"), axes, "output_size")
+    elif pads == "SAME":
+        wanted = tuple(n * s for n, s in zip(places, steps, strict=True))
+    else:
+        sides = pad_pairs(pads, places, size, steps, spread)
+        wanted = tuple(
+            (n - 1) * s + (k - 1) * d + 1 - low - high
+            for n, s, k, d, (low, high) in zip(places, steps, size, spread, sides, strict=True)
+        )
+    if min(wanted) < 1:
+        raise UserError(f"conv_transpose: nothing is left of a result of {shape_text(wanted)}")
+    window = window_over((*wanted, y.shape[-1]), "kernel", size, steps, spread, pads)
+    if window.output_size != places:
+        sizes = f"to {shape_text(window.output_size)}, and y has {shape_text(places)}"
+        raise UserError(f"conv_transpose: this convolution takes {shape_text(wanted)} {sizes}")
+    return window
+
+
+def _correlation(window: Window) -> Correlation:
+    return Correlation(_pair(window.strides), _pads(window), (1, 1), _pair(window.dilation))
+
+
+def _sized(window: Window) -> tuple[Pair, Correlation]:
+    return _pair(window.input_size), _correlation(window)
 
 
 def _pool_window(x: Array, size: PerAxisLike, strides: PerAxisLike | None, padding: PaddingLike) -> Window:

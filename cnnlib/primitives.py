@@ -43,6 +43,16 @@ def correlate(
     return result
 
 
+def correlate_back(
+    y: Float[Array, "lane image output_height output_width feature"],
+    kernel: Float[Array, "lane kernel_height kernel_width channel feature"],
+    size: Pair,
+    correlation: Correlation,
+) -> Float[Array, "lane image height width channel"]:
+    """Take each lane's maps back to images of `size`: the transpose of `correlate` in its input."""
+    return _back_to_x(y, kernel, size, correlation, form_in_use())
+
+
 def local(
     x: Float[Array, "lane image height width channel"],
     kernel: Float[Array, "lane row column kernel_height kernel_width channel feature"],
