@@ -51,18 +51,32 @@ def pairs(padding: Any, axes: int) -> Any:
 
 
 def stock_convolution(
-    x: jax.Array, kernel: jax.Array, *, strides: PerAxis = 1, padding: Any = "SAME", dilation: PerAxis = 1
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: PerAxis = 1,
+    padding: Any = "SAME",
+    dilation: PerAxis = 1,
+    feature_group_count: int = 1,
 ) -> jax.Array:
     """Convolve as Flax's `nn.Conv` does."""
     axes = x.ndim - 2
     each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
-    return lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes])
+    return lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes], feature_group_count)
 
 
 def stock_local(
-    x: jax.Array, kernel: jax.Array, *, strides: PerAxis = 1, padding: Any = "SAME", dilation: PerAxis = 1
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: PerAxis = 1,
+    padding: Any = "SAME",
+    dilation: PerAxis = 1,
+    feature_group_count: int = 1,
 ) -> jax.Array:
-    """Compute a local layer as Flax's `nn.ConvLocal` does."""
+    """Compute a local layer as Flax's `nn.ConvLocal` does, which knows no groups."""
+    if feature_group_count != 1:
+        raise ValueError(f"ConvLocal has no groups, not {feature_group_count}")
     axes = x.ndim - 2
     each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
     flat = jnp.moveaxis(kernel, -2, axes).reshape(*kernel.shape[:axes], -1, kernel.shape[-1])

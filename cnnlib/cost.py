@@ -221,7 +221,7 @@ def _edges(layer: Layer, input_shape: Shape) -> Count:
     match layer:
         case Conv() | Local():
             window = layer.window(input_shape)
-            positions, channel_pairs = math.prod(window.output_size), input_shape[-1] * layer.features
+            positions, channel_pairs = math.prod(window.output_size), input_shape[-1] // layer.groups * layer.features
             bank = math.prod(window.size) * channel_pairs
             banks = 1 if isinstance(layer, Conv) else positions
             return Count(

@@ -44,14 +44,15 @@ def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connect
     meet zeros only, become those of the convolution too. Raises UserError where `to` shares more than the model.
     """
 
-    def change(path: str, window: Window, channels: int, entry: dict[str, Array], step: str) -> dict[str, Array]:
-        positions, expanded = window.output_size, {}
+    def change(path: str, layer: Filter, shape: Shape, entry: dict[str, Array], step: str) -> dict[str, Array]:
+        window, expanded = layer.window(shape), {}
+        positions = window.output_size
         if step == "local":
             expanded["kernel"] = jnp.broadcast_to(entry["kernel"], (*positions, *entry["kernel"].shape))
             if "bias" in entry:
                 expanded["bias"] = jnp.broadcast_to(entry["bias"], (*positions, *entry["bias"].shape))
         else:
-            expanded = {**entry, "kernel": _scattered(entry["kernel"], window, channels)}
+            expanded = {**entry, "kernel": _scattered(entry["kernel"], window, layer.groups)}
         return expanded
 
     return _along(model, parameters, input_shape, to, READINGS, change)
@@ -68,10 +69,11 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
 
-    def change(path: str, window: Window, channels: int, entry: dict[str, Array], step: str) -> dict[str, Array]:
+    def change(path: str, layer: Filter, shape: Shape, entry: dict[str, Array], step: str) -> dict[str, Array]:
+        window = layer.window(shape)
         if step == "local":
-            nearest = {**entry, "kernel": _gathered(entry["kernel"], window, channels)}
-            back = {**entry, "kernel": _scattered(nearest["kernel"], window, channels)}
+            nearest = {**entry, "kernel": _gathered(entry["kernel"], window, shape[-1], layer.groups)}
+            back = {**entry, "kernel": _scattered(nearest["kernel"], window, layer.groups)}
         else:
             nearest, back, seen = {}, {}, {}
             for name, value in entry.items():
@@ -130,7 +132,7 @@ def _along(
     input_shape: Shape,
     to: Connectivity,
     order: tuple[Connectivity, ...],
-    change: Callable[[str, Window, int, dict[str, Array], str], dict[str, Array]],
+    change: Callable[[str, Filter, Shape, dict[str, Array], str], dict[str, Array]],
 ) -> Parameters:
     """The parameters with each layer that has a window brought to `to`, one step of `order` after another."""
     names = {kind: name for name, kind in FILTERS.items()}
@@ -153,8 +155,7 @@ def _along(
                 path = "/".join(layer.path)
                 raise UserError(f"{path}: {layer.layer} has a {name} of shape {expected}, not {found}")
         for step in order[start + 1 : end + 1]:
-            window = layer.layer.window(layer.input_shape)
-            entry = change("/".join(layer.path), window, layer.input_shape[-1], entry, step)
+            entry = change("/".join(layer.path), layer.layer, layer.input_shape, entry, step)
         parameters = _with_entry(parameters, layer.path, entry)
     return parameters
 
@@ -182,19 +183,40 @@ def _inside(window: Window) -> np.ndarray:
     return under(window) >= 0
 
 
-def _scattered(kernel: Array, window: Window, channels: int) -> Float[Array, "input_node output_node"]:
+def _ungrouped(kernel: Array, groups: int) -> Array:
+    """A kernel of groups as one of all channels, zero where channel and feature are of different groups."""
+    if groups == 1:
+        return kernel
+    *axes, channels, features = kernel.shape
+    blocks = kernel.reshape(*axes, 1, channels, groups, features // groups)
+    is_own = jnp.eye(groups, dtype=bool).reshape(*(1,) * len(axes), groups, 1, groups, 1)
+    return jnp.where(is_own, blocks, jnp.zeros((), kernel.dtype)).reshape(*axes, groups * channels, features)
+
+
+def _grouped(kernel: Array, groups: int) -> Array:
+    """The part of a kernel of all channels where channel and feature are of one group."""
+    if groups == 1:
+        return kernel
+    *axes, channels, features = kernel.shape
+    blocks = kernel.reshape(*axes, groups, channels // groups, groups, features // groups)
+    own = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -2)
+    return own.reshape(*axes, channels // groups, features)
+
+
+def _scattered(kernel: Array, window: Window, groups: int) -> Float[Array, "input_node output_node"]:
     """A local kernel as the matrix of the full layer that computes the same."""
-    places = under(window)
+    places, kernel = under(window), _ungrouped(kernel, groups)
     position, tap = np.nonzero(places >= 0)
-    features, inputs, outputs = kernel.shape[-1], math.prod(window.input_size), math.prod(window.output_size)
+    *_, channels, features = kernel.shape
+    inputs, outputs = math.prod(window.input_size), math.prod(window.output_size)
     flat = kernel.reshape(outputs, -1, channels, features)
     matrix = jnp.zeros((inputs, outputs, channels, features), kernel.dtype)
     matrix = matrix.at[places[position, tap], position].set(flat[position, tap], unique_indices=True)
     return matrix.transpose(0, 2, 1, 3).reshape(inputs * channels, outputs * features)
 
 
-def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, channels: int) -> Array:
-    """The windows' part of a full layer's matrix as a local kernel; taps on the padding are 0."""
+def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, channels: int, groups: int) -> Array:
+    """The windows' and groups' part of a full layer's matrix as a local kernel; taps on the padding are 0."""
     places = under(window)
     position, tap = np.nonzero(places >= 0)
     inputs, outputs = math.prod(window.input_size), math.prod(window.output_size)
@@ -202,7 +224,7 @@ def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, ch
     blocks = matrix.reshape(inputs, channels, outputs, features).transpose(0, 2, 1, 3)
     kernel = jnp.zeros((outputs, places.shape[1], channels, features), matrix.dtype)
     kernel = kernel.at[position, tap].set(blocks[places[position, tap], position], unique_indices=True)
-    return kernel.reshape(*window.output_size, *window.size, channels, features)
+    return _grouped(kernel.reshape(*window.output_size, *window.size, channels, features), groups)
 
 
 def _mean(values: Array, mask: Array) -> Array:

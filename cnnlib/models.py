@@ -39,14 +39,14 @@ NON_DECREASING = {"relu", "tanh"}
 def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
     """The kernel of a layer on an input `(*spatial, channel)`.
 
-    `(*window, channel, feature)` for a convolution, `(*positions, *window, channel, feature)` for a local layer, and
-    `(node, node)` for a full one, the nodes of a map row by row, channels fastest.
+    `(*window, channel, feature)` for a convolution, `(*positions, *window, channel, feature)` for a local layer, both
+    with the channels of one group, and `(node, node)` for a full one, the nodes of a map row by row, channels fastest.
     """
     if isinstance(layer, Full | Dense):
         return (math.prod(input_shape), math.prod(layer.output_shape(input_shape)))
     window = layer.window(input_shape)
     positions = window.output_size if isinstance(layer, Local) else ()
-    return (*positions, *window.size, input_shape[-1], layer.features)
+    return (*positions, *window.size, input_shape[-1] // layer.groups, layer.features)
 
 
 def bias_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
@@ -127,7 +127,14 @@ def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array) -> Arra
         apply = ops.local2d if x.ndim == 4 else ops.local1d
     else:
         apply = ops.conv2d if x.ndim == 4 else ops.conv1d
-    return apply(x, kernel, strides=layer.strides, padding=layer.padding, dilation=layer.dilation)
+    return apply(
+        x,
+        kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        feature_group_count=layer.groups,
+    )
 
 
 class Network(nn.Module):

@@ -230,6 +230,9 @@ class Filter:
 
     `Conv`, `Local` and `Full` read the same numbers. They make maps of one shape, so of the same nodes, and differ in
     which nodes are joined and which of those edges have a weight of their own.
+
+    With `groups` channels and features are divided into as many, and a group of features sees its own group of channels
+    only. With as many groups as channels a convolution is depthwise. `Full` joins all nodes, whatever the groups.
     """
 
     features: int
@@ -238,16 +241,23 @@ class Filter:
     padding: Padding = "SAME"
     dilation: PerAxis = 1
     use_bias: bool = True
+    groups: int = 1
 
     def __post_init__(self) -> None:
         name = _NAME_OF[type(self)]
         numbers = {"kernel_size": self.kernel_size, "strides": self.strides, "dilation": self.dilation}
-        kept, padding = window_arguments(name, {"features": self.features, **numbers}, self.padding)
-        if not isinstance(kept["features"], int):
-            raise UserError(f"{name}: features must be one whole number, not {_text(kept['features'])}")
+        single = {"features": self.features, "groups": self.groups}
+        kept, padding = window_arguments(name, {**single, **numbers}, self.padding)
+        for what in single:
+            if not isinstance(kept[what], int):
+                raise UserError(f"{name}: {what} must be one whole number, not {_text(kept[what])}")
         keep(self, **kept, padding=padding)
+        if self.features % self.groups:
+            raise UserError(f"{name}: {self.features} features do not divide into {self.groups} groups")
 
     def window(self, input_shape: Shape) -> Window:
+        if input_shape[-1] % self.groups:
+            raise UserError(f"kernel {self}: {input_shape[-1]} channels do not divide into {self.groups} groups")
         return window_over(input_shape, f"kernel {self}", self.kernel_size, self.strides, self.dilation, self.padding)
 
     def output_shape(self, input_shape: Shape) -> Shape:
@@ -258,6 +268,7 @@ class Filter:
         text += "" if self.strides == 1 else f"/{_text(self.strides)}"
         text += "" if self.padding == "SAME" else f":{_padding_text(self.padding)}"
         text += "" if self.dilation == 1 else f":d{_text(self.dilation)}"
+        text += "" if self.groups == 1 else f":g{self.groups}"
         return text + ("" if self.use_bias else ":nobias")
 
 
@@ -500,7 +511,8 @@ def walk(layers: tuple[Layer, ...]) -> Iterator[Layer]:
 # The short notation: what `str(model)` writes, read back.
 
 NOTATION = (
-    "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:nobias], local:..., full:..., dense:UNITS[:nobias], "
+    "conv:FEATURES@KERNEL[/STRIDES][:PADDING][:dDILATION][:gGROUPS][:nobias], local:..., full:..., "
+    "dense:UNITS[:nobias], "
     "max:WINDOW[/STRIDES][:PADDING], avg:..., norm, relu, tanh, residual(BRANCH[|SHORTCUT])"
 )
 
@@ -580,11 +592,12 @@ def _parse_layer(token: str) -> Layer:
             features, _, window = parts.pop(0).partition("@")
             match = _WINDOW.fullmatch(window)
             dilation = [_numbers(part[1:]) for part in parts if part.startswith("d")] or [1]
-            padding = [_parse_padding(part) for part in parts if not part.startswith("d")] or ["SAME"]
-            if match and len(dilation) == len(padding) == 1:
+            groups = [int(part[1:]) for part in parts if part.startswith("g")] or [1]
+            padding = [_parse_padding(part) for part in parts if not part.startswith(("d", "g"))] or ["SAME"]
+            if match and len(dilation) == len(groups) == len(padding) == 1:
                 size, strides = _numbers(match["size"]), _numbers(match["strides"] or "1")
                 kind = FILTERS[name]
-                return kind(int(features), size, strides, padding[0], dilation[0], use_bias)
+                return kind(int(features), size, strides, padding[0], dilation[0], use_bias, groups[0])
         if name in ("max", "avg") and use_bias:
             match = _WINDOW.fullmatch(parts.pop(0))
             padding = [_parse_padding(part) for part in parts] or ["VALID"]

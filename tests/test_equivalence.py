@@ -36,14 +36,16 @@ def nets(draw):
     """A convolutional net of up to three layers, 1-D or 2-D, with pooling, activations and a branch, and its input."""
     axes = draw(st.sampled_from([1, 2]))
     shape = (*(draw(st.integers(5, 8)) for _ in range(axes)), draw(st.integers(1, 2)))
-    layers = []
+    layers, channels = [], shape[-1]
     for _ in range(draw(st.integers(1, 3))):
         kernel = "x".join(str(draw(st.integers(1, 3))) for _ in range(axes))
         strides = "x".join(str(draw(st.integers(1, 2))) for _ in range(axes))
         padding = draw(st.sampled_from(PADDINGS))
         padding = "x".join([padding] * axes) if "+" in padding else padding
-        features, bias = draw(st.integers(1, 3)), draw(st.sampled_from(["", ":nobias"]))
-        layers.append(f"conv:{features}@{kernel}/{strides}:{padding}:d{draw(st.integers(1, 2))}{bias}")
+        groups = draw(st.sampled_from([n for n in (1, 2, 3) if channels % n == 0]))
+        channels = features = groups * draw(st.integers(1, 3))
+        options = f"d{draw(st.integers(1, 2))}:g{groups}{draw(st.sampled_from(['', ':nobias']))}"
+        layers.append(f"conv:{features}@{kernel}/{strides}:{padding}:{options}")
         layers.append(draw(st.sampled_from(["relu", "tanh", "max:2", "avg:2/1", f"residual(conv:{features}@3 tanh)"])))
     model = parse_model(",".join([*layers, "dense:3"]))
     try:
@@ -101,6 +103,7 @@ def small():
     return parse_model("conv:3@3x2/2x1:1+0x0+1 tanh dense:2"), (6, 5, 2)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "source, target",
     [
@@ -108,9 +111,9 @@ def small():
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("full", "local"), ("local", "conv"))),
     ],
 )
-def test_a_projection_is_the_least_squares_solution(small, source, target, float64):
+def test_a_projection_is_the_least_squares_solution(groups, source, target, float64):
     # The columns of `expand` span the smaller set: an ordinary least-squares fit onto them is the oracle.
-    model, shape = small
+    model, shape = parse_model(f"conv:4@3x2/2x1:1+0x0+1:g{groups} tanh dense:2"), (6, 5, 2)
     goal, reading = model.with_connectivity(target), model.with_connectivity(source)
     parameters = drawn(reading, shape, seed=3)
     projection = jax.jit(lambda values: project(reading, values, shape, target))(parameters)

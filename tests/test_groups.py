@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 from problems import each_form, implementations, normal, problems, using
 
 from cnnlib import ops
+from cnnlib.budget import match
+from cnnlib.cost import count
+from cnnlib.equivalence import expand, parameter_shapes
 from cnnlib.errors import UserError
+from cnnlib.spec import Conv, parse_model
 
 few = settings(max_examples=8, deadline=None)
 
@@ -187,3 +191,37 @@ def test_mistakes_in_groups_are_user_errors(monkeypatch):
     for act, message in wrong:
         with pytest.raises(UserError, match=message):
             act()
+
+
+def separable(channels, features, strides):
+    """A depthwise convolution and one of 1x1, each with a norm (Howard et al., "MobileNets", 2017, figure 3)."""
+    return f"conv:{channels}@3/{strides}:g{channels}:nobias norm relu conv:{features}@1:nobias norm relu"
+
+
+def test_mobilenet_has_its_published_counts():
+    # Table 1 of the paper. Keras states 4,231,976 trainable parameters; table 4 of the paper 4.2 million, and 569
+    # million multiply-adds.
+    pairs = [(32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), *5 * [(512, 512)]]
+    blocks = [separable(*pair, 2 if pair in ((64, 128), (128, 256), (256, 512)) else 1) for pair in pairs]
+    blocks += [separable(512, 1024, 2), separable(1024, 1024, 1)]
+    found = count(parse_model(" ".join(["conv:32@3/2:nobias norm relu", *blocks, "avg:7 dense:1000"])), (224, 224, 3))
+    assert (found.parameters, round(found.macs / 1e6)) == (4_231_976, 569)
+
+
+@pytest.mark.parametrize(("connectivity", "banks"), [("conv", 1), ("local", 12)])
+def test_a_group_has_edges_within_itself_only(connectivity, banks):
+    # 12 places, 4 taps, 3 groups of 2 channels and 3 features.
+    model = parse_model("conv:9@2x2:valid:g3").with_connectivity(connectivity)
+    found = count(model, (4, 5, 6))
+    assert (found.weights, found.biases, found.connections) == (banks * 4 * 3 * 2 * 3, banks * 9, 12 * 4 * 3 * 2 * 3)
+    ones = jax.tree.map(lambda like: jnp.ones(like.shape), parameter_shapes(model, (4, 5, 6)))
+    full = expand(model, ones, (4, 5, 6), "full")["layer_0"]["kernel"]
+    assert (full == 1).sum() == found.connections and (full == 0).sum() == full.size - found.connections
+
+
+def test_groups_that_do_not_divide_are_user_errors():
+    for wrong in (lambda: Conv(4, 3, groups=3), lambda: parse_model("conv:4@3:g2").shapes((5, 5, 3))):
+        with pytest.raises(UserError, match=r"do not divide into [23] groups"):
+            wrong()
+    with pytest.raises(UserError, match="widths of conv:4@3:g2 dense:10 cannot change"):
+        match(parse_model("conv:4@3:g2 dense:10"), 1000, "parameters", (5, 5, 2))

@@ -30,11 +30,16 @@ padding = st.one_of(
     st.integers(0, 9),
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=2).map(tuple),
 )
+
+
+def filters(kind):
+    """Layers with a window: features are a multiple of the groups."""
+    arguments = st.tuples(st.integers(1, 9), per_axis, per_axis, padding, per_axis, st.booleans(), st.integers(1, 9))
+    return arguments.map(lambda a: kind(a[0] * a[-1], *a[1:]))
+
+
 plain_layers = st.one_of(
-    *(
-        st.builds(kind, st.integers(1, 99), per_axis, per_axis, padding, per_axis, st.booleans())
-        for kind in (Conv, Local, Full)
-    ),
+    *map(filters, (Conv, Local, Full)),
     st.builds(Dense, st.one_of(st.integers(1, 9999), st.just("classes")), st.booleans()),
     st.builds(MaxPool, per_axis, st.none() | per_axis, padding),
     st.builds(AvgPool, per_axis, st.none() | per_axis, padding),
