@@ -43,6 +43,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.once
 def test_list_has_a_line_an_experiment_with_its_question(here, capfd):
     assert main(["list"]) == 0
     told = capfd.readouterr()
@@ -51,6 +52,7 @@ def test_list_has_a_line_an_experiment_with_its_question(here, capfd):
     assert line.endswith("?")
 
 
+@pytest.mark.once
 def test_show_tells_note_configuration_and_counts_and_trains_nothing(tmp_path):
     done = experiments("show", "fc_vs_conv", "epochs=3", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
@@ -59,6 +61,7 @@ def test_show_tells_note_configuration_and_counts_and_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.once
 def test_looking_imports_no_jax(tmp_path):
     commands = [
         ["list"],
@@ -91,6 +94,7 @@ COUNTS = ("parameters", "weights", "connections", "connections_without_padding",
         ("lenet5 --input 28x28x1", (61_706, 61_470, 416_520, 406_656, 416_520, 406_656)),
     ],
 )
+@pytest.mark.once
 def test_count_prints_exact_json(arguments, expected, capsys):
     assert main(["count", *arguments.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -100,6 +104,7 @@ def test_count_prints_exact_json(arguments, expected, capsys):
     assert found["total"]["receptive_field"] == found["layers"][-1]["receptive_field"]
 
 
+@pytest.mark.once
 def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(tmp_path):
     code = (
         "import json, resource, subprocess, sys; "
@@ -117,6 +122,7 @@ def test_count_of_the_articles_image_takes_less_than_a_second_and_100_megabytes(
     assert seconds < 1 or seconds < 2 * measured("dense:1", "--input", "1x1x1")[2]
 
 
+@pytest.mark.once
 def test_count_shows_a_table_a_layer_that_fits_80_columns(here, capfd):
     assert main(["count", "lenet5", "--input", "28x28x1"]) == 0
     told = capfd.readouterr()
@@ -130,6 +136,7 @@ def test_count_shows_a_table_a_layer_that_fits_80_columns(here, capfd):
     assert "406,656" in told.out and "241.0 KiB" in told.out
 
 
+@pytest.mark.once
 def test_count_of_an_experiment_has_all_its_arms(capsys):
     assert main(["count", "sharing_and_locality", "arms=conv,local,conv_macs", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -141,6 +148,7 @@ def test_count_of_an_experiment_has_all_its_arms(capsys):
     assert arms["conv_macs"]["match"]["value"] == arms["conv_macs"]["total"]["macs"]
 
 
+@pytest.mark.once
 def test_count_reads_another_way_and_matches_a_budget(capsys):
     arguments = ["lenet5", "--input", "28x28x1", "--connectivity", "local", "--match", "parameters:lenet5"]
     assert main(["count", *arguments, "--json"]) == 0
@@ -170,18 +178,21 @@ def test_count_reads_another_way_and_matches_a_budget(capsys):
         ("lenet5 --input 28x28x1 --match macs:resnet", "no number, arm (lenet5) or architecture (alexnet_v2"),
     ],
 )
+@pytest.mark.once
 def test_what_count_cannot_do_is_one_line_and_status_2(arguments, part, capsys):
     assert main(["count", *arguments.split()]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and part in told.err
 
 
+@pytest.mark.once
 def test_long_and_branched_models_are_counted_in_no_time(capsys):
     branches, layers = "residual(relu) " * 60, "conv:1@1 " * 600
     assert main(["count", branches, layers, "dense:10", "--input", "8x8x3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"]["receptive_field"] == [8, 8]
 
 
+@pytest.mark.once
 def test_a_narrow_and_a_wide_layer_are_matched_in_no_time(capsys):
     arguments = ["dense:1", "dense:999999", "dense:10", "--input", "7", "--match", "parameters:6000001", "--json"]
     assert main(["count", *arguments]) == 0
@@ -189,6 +200,7 @@ def test_a_narrow_and_a_wide_layer_are_matched_in_no_time(capsys):
     assert abs(match["value"] - match["target"]) < 0.001 * match["target"]
 
 
+@pytest.mark.once
 def test_a_growth_is_shown_and_run(here, capfd):
     assert main(["show", "explosion", "sides=8,32"]) == 0
     assert "9,437,184" in capfd.readouterr().out and list(here.iterdir()) == []
@@ -276,6 +288,7 @@ IN_A_PROCESS = ([], ["show", "fc_vs_conv", "epoch=3"], ["run", "fc_vs_conv", "da
 
 
 @pytest.mark.parametrize(("arguments", "part"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.once
 def test_what_the_user_got_wrong_is_one_line_and_status_2(arguments, part, here, capfd, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(here))
     assert main(arguments) == 2
@@ -289,6 +302,7 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(arguments, part, here,
         assert list(here.iterdir()) == []
 
 
+@pytest.mark.once
 def test_an_output_folder_that_cannot_be_made_is_said(here, capfd):
     (here / "file").write_text("")
     assert main(["run", "fc_vs_conv", *TINY, "--out", "file/x"]) == 2
@@ -296,11 +310,13 @@ def test_an_output_folder_that_cannot_be_made_is_said(here, capfd):
     assert "cannot write to file/x" in told and len(told.splitlines()) == 1
 
 
+@pytest.mark.once
 def test_traceback_shows_where_it_was_noticed(tmp_path):
     done = experiments("run", "fc_vs_conv", "epochs=0", "--traceback", cwd=tmp_path)
     assert "Traceback" in done.stderr and "epochs must be at least 1" in done.stderr
 
 
+@pytest.mark.once
 def test_a_reader_that_stops_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m experiments show fc_vs_conv | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -309,6 +325,7 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     assert subprocess.run(["bash", "-c", nobody], cwd=tmp_path, capture_output=True, check=False).stderr == b""
 
 
+@pytest.mark.once
 def test_what_nobody_foresaw_is_one_line_too_and_no_success(here, capfd, monkeypatch):
     def fails(data):
         raise KeyError("two\nlines")
@@ -319,6 +336,7 @@ def test_what_nobody_foresaw_is_one_line_too_and_no_success(here, capfd, monkeyp
     assert told.count("\n") == 1 and "unexpected KeyError" in told
 
 
+@pytest.mark.once
 def test_help_is_there(capfd):
     assert main(["--help"]) == 0 and "run NAME" in capfd.readouterr().out
     with pytest.raises(SystemExit) as ended:
@@ -326,6 +344,7 @@ def test_help_is_there(capfd):
     assert ended.value.code == 0 and "FIELD=VALUE" in capfd.readouterr().out
 
 
+@pytest.mark.once
 def test_all_runs_every_experiment_goes_on_and_ends_with_the_worst_status(tmp_path, monkeypatch):
     asked = []
 

@@ -93,7 +93,7 @@ def plain(tmp_path_factory):
     return alone(folder, "epochs=3")
 
 
-LONG = "epochs=24"
+LONG = "epochs=20"
 
 
 @pytest.fixture(scope="module")
