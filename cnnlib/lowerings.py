@@ -61,6 +61,15 @@ def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str)
     return (*x.shape[:2], *correlation.output_size(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1])
 
 
+def input_gradient_shape(
+    gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, form: str
+) -> tuple[int, ...]:
+    """Return `(lane, image, height, width, channel)`; raise TypeError for operands that do not fit."""
+    if gradient.shape[0] != kernel.shape[0] or gradient.shape[-1] != kernel.shape[-1]:
+        raise TypeError(f"gradient {gradient.shape} and kernel {kernel.shape} differ in lanes or features")
+    return (*gradient.shape[:2], *size, kernel.shape[-2])
+
+
 def kernel_gradient_shape(
     x: Any, gradient: Any, *, window: Pair, correlation: Correlation, form: str
 ) -> tuple[int, ...]:
@@ -121,6 +130,13 @@ def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
     return y[:, None]
 
 
+def convolution_input_gradient(gradient: Array, kernel: Array, size: Pair, correlation: Correlation) -> Array:
+    """Compute one lane by the transpose of `convolution` in its input."""
+    like = jax.ShapeDtypeStruct((gradient.shape[0], *size, kernel.shape[-2]), gradient.dtype)
+    (result,) = jax.linear_transpose(lambda x: convolution(x, kernel, correlation), like)(gradient)
+    return jnp.asarray(result)
+
+
 def convolution_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
     """Compute one lane by the transpose of `convolution` in its kernel."""
     like = jax.ShapeDtypeStruct((*window, x.shape[-1], gradient.shape[-1]), x.dtype)
@@ -160,6 +176,20 @@ def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, form:
     return one_after_another(one, x, kernel)
 
 
+def input_gradient_on_cpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
+    """Correlate the gradient with the kernel turned, as `correlate_on_cpu` does."""
+    back, turned = turned_for(kernel, size, correlation)
+    return correlate_on_cpu(gradient, turned, correlation=back, form=form)
+
+
+def turned_for(kernel: Array, size: Pair, correlation: Correlation) -> tuple[Correlation, Array]:
+    """Return the correlation that takes gradients back to inputs of `size`, and the kernel that it takes.
+
+    That is the kernel turned by 180 degrees, its channels and features exchanged. It may have lanes.
+    """
+    return correlation.transposed(size, kernel.shape[-4:-2]), jnp.flip(kernel, (-4, -3)).swapaxes(-1, -2)
+
+
 def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Take all lanes in kernels.cc, or one after another by XLA."""
     if form == "native" and x.dtype == jnp.float32:
@@ -183,6 +213,12 @@ def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, form:
     return together(functools.partial(convolution, correlation=correlation), x, kernel)
 
 
+def input_gradient_on_gpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
+    """Make lanes the groups of one convolution, which turns their kernels itself."""
+    one = functools.partial(convolution_input_gradient, size=size, correlation=correlation)
+    return together(one, gradient, kernel)
+
+
 def kernel_gradient_on_gpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
     """Make lanes the groups of one convolution."""
     one = functools.partial(convolution_kernel_gradient, window=window, correlation=correlation)
@@ -194,6 +230,14 @@ def correlate_on_tpu(x: Array, kernel: Array, *, correlation: Correlation, form:
     if x.shape[0] > 1:
         return correlate_on_gpu(x, kernel, correlation=correlation, form=form)
     return in_blocks(x[0], kernel[0], correlation)[None]
+
+
+def input_gradient_on_tpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
+    """Make lanes the groups of one convolution; compute a lane alone in blocks."""
+    if gradient.shape[0] > 1:
+        return input_gradient_on_gpu(gradient, kernel, size=size, correlation=correlation, form=form)
+    back, turned = turned_for(kernel[0], size, correlation)
+    return in_blocks(gradient[0], turned, back)[None]
 
 
 def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:

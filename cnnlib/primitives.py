@@ -1,9 +1,9 @@
 """What the operations are made of: JAX primitives with derivative, batching and lowering rules of their own.
 
-A correlation is linear in its input and in its kernel, and so is each of its derivatives; they form a closed family of
-two, `correlate` and `kernel_gradient`, from which JAX takes derivatives of any order, forward and reverse; a local
-layer has a family of three, `local`, `local_input` and `local_kernel`. Max pooling is linear in a direction once its
-winners are known: `select` follows them, `spread` is its transpose.
+A correlation is linear in its input and in its kernel, and so is each of its derivatives. They form a closed family of
+three, `correlate`, `input_gradient` and `kernel_gradient`, from which JAX takes derivatives of any order, forward and
+reverse. A local layer has such a family too: `local`, `local_input` and `local_kernel`. Max pooling is linear in a
+direction once its winners are known: `select` follows them, `spread` is its transpose.
 
 Each carries lanes: `x` is `(lane, image, height, width, channel)`, a kernel `(lane, height, width, channel, feature)`.
 `jax.vmap` adds to the lanes (or to the images, where lanes share a kernel). What a primitive runs as, and how its lanes
@@ -50,7 +50,8 @@ def correlate_back(
     correlation: Correlation,
 ) -> Float[Array, "lane image height width channel"]:
     """Take each lane's maps back to images of `size`: the transpose of `correlate` in its input."""
-    return _back_to_x(y, kernel, size, correlation, form_in_use())
+    result: Array = input_gradient_p.bind(y, kernel, size=size, correlation=correlation, form=form_in_use())
+    return result
 
 
 def local(
@@ -151,6 +152,13 @@ correlate_p = define(
     gpu=lowerings.correlate_on_gpu,
     tpu=lowerings.correlate_on_tpu,
 )
+input_gradient_p = define(
+    "input_gradient",
+    lowerings.input_gradient_shape,
+    cpu=lowerings.input_gradient_on_cpu,
+    gpu=lowerings.input_gradient_on_gpu,
+    tpu=lowerings.input_gradient_on_tpu,
+)
 kernel_gradient_p = define(
     "kernel_gradient",
     lowerings.kernel_gradient_shape,
@@ -158,29 +166,28 @@ kernel_gradient_p = define(
     gpu=lowerings.kernel_gradient_on_gpu,
     tpu=lowerings.kernel_gradient_on_tpu,
 )
-
-
-def _back_to_x(gradient: Array, kernel: Array, size: Pair, correlation: Correlation, form: str) -> Array:
-    """The transpose in the input: the gradient meets the kernel turned, its channels and features exchanged."""
-    turned = jnp.flip(kernel, (1, 2)).swapaxes(-1, -2)
-    back = correlation.transposed(size, kernel.shape[1:3])
-    result: Array = correlate_p.bind(gradient, turned, correlation=back, form=form)
-    return result
-
-
 ad.defbilinear(
     correlate_p,
-    lambda gradient, x, kernel, *, correlation, form: _back_to_x(
-        gradient, kernel, x.aval.shape[2:4], correlation, form
+    lambda gradient, x, kernel, *, correlation, form: input_gradient_p.bind(
+        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, form=form
     ),
     lambda gradient, x, kernel, *, correlation, form: kernel_gradient_p.bind(
         x, gradient, window=kernel.aval.shape[1:3], correlation=correlation, form=form
     ),
 )
 ad.defbilinear(
+    input_gradient_p,
+    lambda direction, gradient, kernel, *, size, correlation, form: correlate_p.bind(
+        direction, kernel, correlation=correlation, form=form
+    ),
+    lambda direction, gradient, kernel, *, size, correlation, form: kernel_gradient_p.bind(
+        direction, gradient, window=kernel.aval.shape[1:3], correlation=correlation, form=form
+    ),
+)
+ad.defbilinear(
     kernel_gradient_p,
-    lambda direction, x, gradient, *, window, correlation, form: _back_to_x(
-        gradient, direction, x.aval.shape[2:4], correlation, form
+    lambda direction, x, gradient, *, window, correlation, form: input_gradient_p.bind(
+        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, form=form
     ),
     lambda direction, x, gradient, *, window, correlation, form: correlate_p.bind(
         x, direction, correlation=correlation, form=form
@@ -188,7 +195,7 @@ ad.defbilinear(
 )
 
 # Local layers: a correlation whose kernel is another one at each position, `(lane, row, column, kernel_height,
-# kernel_width, channel, feature)`. It is linear in input and kernel; its two transposes close the family of three.
+# kernel_width, channel, feature)`.
 
 local_p = define(
     "local",
@@ -259,7 +266,8 @@ def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
 def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
     """The mapped axis becomes lanes, or images where only the input of a correlation has it."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
-    into = 1 if primitive in (correlate_p, local_p, local_input_p) and axes[1] is None else 0
+    shares_kernel = primitive in (correlate_p, input_gradient_p, local_p, local_input_p) and axes[1] is None
+    into = 1 if shares_kernel else 0
     inner = _one(operands[0], axes[0])[into]
     if into == 1:
         merged = [_merged(operands[0], axes[0], size, into=1), operands[1]]
@@ -269,7 +277,7 @@ def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) 
     return result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :]), into
 
 
-for _primitive in (correlate_p, kernel_gradient_p, local_p, local_input_p, local_kernel_p):
+for _primitive in (correlate_p, input_gradient_p, kernel_gradient_p, local_p, local_input_p, local_kernel_p):
     batching.primitive_batchers[_primitive] = functools.partial(_batch_lanes, _primitive)
 
 
