@@ -25,6 +25,7 @@ from cnnlib.spec import (
     PerAxisLike,
     Shape,
     Window,
+    count_of,
     pad_pairs,
     per_axis,
     pool_window,
@@ -294,9 +295,7 @@ def _check_operands(
     spatial = ("height", "width") if axes == 2 else ("length",)
     positions = () if shared else tuple(f"output_{axis}" for axis in spatial)
     what = "y" if transposed else "x"
-    (count,) = window_arguments(name, {"feature_group_count": groups}, "SAME")[0].values()
-    if not isinstance(count, int):
-        raise UserError(f"{name}: feature_group_count must be one whole number, not {groups}")
+    count = count_of(groups, f"{name}: feature_group_count")
     channel = "channel" if count == 1 else "group_channel"
     for which, operand, expected in (
         (what, x, ("batch", *spatial, "feature" if transposed else "channel")),

@@ -159,6 +159,17 @@ def whole(value: Any) -> int:
     return operator.index(value)
 
 
+def count_of(value: Any, what: str) -> int:
+    """Return a single whole number from 1 on as an int. Raises UserError for anything else."""
+    try:
+        count = whole(value)
+    except TypeError:
+        raise UserError(f"{what} must be one whole number, not {_shortened(value)}") from None
+    if not 1 <= count <= LARGEST:
+        raise UserError(f"{what} must be in 1..{LARGEST:,}, not {count}")
+    return count
+
+
 def whole_per_axis(value: Any, what: str) -> PerAxis:
     """Return a whole number, or a sequence of one per axis, as int or tuple. Raises UserError for anything else."""
     with contextlib.suppress(TypeError):
@@ -218,7 +229,7 @@ def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[
     return kept, pads
 
 
-def keep(instance: Any, **fields: Any) -> None:
+def set_fields(instance: Any, **fields: Any) -> None:
     """Set fields of a frozen dataclass while it is made."""
     for name, value in fields.items():
         object.__setattr__(instance, name, value)
@@ -246,14 +257,11 @@ class Filter:
     def __post_init__(self) -> None:
         name = _NAME_OF[type(self)]
         numbers = {"kernel_size": self.kernel_size, "strides": self.strides, "dilation": self.dilation}
-        single = {"features": self.features, "groups": self.groups}
-        kept, padding = window_arguments(name, {**single, **numbers}, self.padding)
-        for what in single:
-            if not isinstance(kept[what], int):
-                raise UserError(f"{name}: {what} must be one whole number, not {_text(kept[what])}")
-        keep(self, **kept, padding=padding)
-        if self.features % self.groups:
-            raise UserError(f"{name}: {self.features} features do not divide into {self.groups} groups")
+        kept, padding = window_arguments(name, numbers, self.padding)
+        features, groups = count_of(self.features, f"{name}: features"), count_of(self.groups, f"{name}: groups")
+        if features % groups:
+            raise UserError(f"{name}: {features} features do not divide into {groups} groups")
+        set_fields(self, **kept, features=features, groups=groups, padding=padding)
 
     def window(self, input_shape: Shape) -> Window:
         if input_shape[-1] % self.groups:
@@ -322,7 +330,7 @@ class Pool:
     def __post_init__(self) -> None:
         strides = {} if self.strides is None else {"strides": self.strides}
         kept, padding = window_arguments("pool", {"window": self.window_shape, **strides}, self.padding)
-        keep(self, window_shape=kept["window"], strides=kept.get("strides"), padding=padding)
+        set_fields(self, window_shape=kept["window"], strides=kept.get("strides"), padding=padding)
 
     def window(self, input_shape: Shape) -> Window:
         return pool_window(input_shape, f"window {self}", self.window_shape, self.strides, self.padding)

@@ -418,6 +418,7 @@ def test_arguments_may_be_spelled_as_elsewhere(given_as, meant):
         {"strides": (1, 2, 3)},
         {"strides": np.array([1.0, 2.0])},
         {"dilation": (True, 1)},
+        {"strides": np.True_},
     ],
 )
 def test_arguments_that_mean_nothing_are_user_errors(arguments, monkeypatch):
