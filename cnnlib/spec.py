@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
 
+import numpy as np
+
 from cnnlib.errors import UserError
 
 Shape = tuple[int, ...]
@@ -154,7 +156,7 @@ def _padding_text(padding: Padding) -> str:
 
 def whole(value: Any) -> int:
     """Return a whole number of any type as an int. Raises TypeError for others; a bool is none."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):  # of the second, NumPy 2.1 still makes 1, with a warning
         raise TypeError
     return operator.index(value)
 
