@@ -21,6 +21,7 @@ import optax
 from cnnlib import ops
 from cnnlib.config import LaneNumbers, Optim
 from cnnlib.optim import optimizer
+from cnnlib.spec import MaxPool
 from cnnlib.train import over_lanes
 
 Precision = Literal["default", "high", "highest"]
@@ -362,6 +363,26 @@ def pooled(operation: str, x_shape: tuple[int, ...], taps: Taps) -> Case:
     return Case(operation, size, function, (normal(size, LANES, *x_shape),), reference, 1, sums_in_own_type=True)
 
 
+def filtered_and_pooled(x_shape: tuple[int, ...], features: int, taps: Taps, pool: MaxPool) -> Case:
+    """A convolution and the max pooling behind it, of integers: rounding must not decide who wins."""
+    conv = filtered("conv2d", x_shape, features, taps)
+    map_shape = (x_shape[0], *taps.places(x_shape), features)
+    window, strides = pool.window(map_shape[1:]).size, pool.window(map_shape[1:]).strides
+    maximum = pooled("max_pool", map_shape, Taps((window[0], window[1]), strides[0]))
+
+    def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
+        y, *_ = conv.reference(x, kernel, np.zeros(map_shape))
+        largest, back = maximum.reference(y.value, gradient)
+        _, to_x, to_kernel = conv.reference(x, kernel, back.value)
+        return [Expected(largest.value, np.zeros_like(largest.value), 0.0), to_x, to_kernel]
+
+    def function(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return ops.conv2d(x, kernel, strides=taps.strides, dilation=taps.dilation, padding=taps.padding, pool=pool)
+
+    x, kernel = np.round(conv.arguments[0]), np.sign(conv.arguments[1])
+    return Case("conv2d, max_pool", f"{conv.size}, {maximum.size}", function, (x, kernel), reference, 2)
+
+
 def normalised(x_shape: tuple[int, ...]) -> Case:
     """Batch normalisation with its gradients (Ioffe and Szegedy 2015, section 3)."""
     size, epsilon = "x".join(map(str, x_shape)), 1e-5
@@ -511,6 +532,8 @@ def cases() -> tuple[Case, ...]:
         filtered("local2d", (128, 12, 12, 2), 6, Taps((5, 5)), local=True),
         filtered("local2d", images, 4, Taps((3, 3), strides=2, padding=1), local=True),
         filtered("local1d", (100, 1, 40, 1), 8, Taps((1, 5), strides=2), local=True, signals=True),
+        filtered_and_pooled((32, 28, 28, 1), 6, Taps((5, 5), padding=2), MaxPool(2)),
+        filtered_and_pooled((16, 14, 14, 6), 16, Taps((5, 5)), MaxPool(3, strides=2)),
         pooled("max_pool", (64, 24, 24, 6), Taps((2, 2), strides=2)),
         pooled("max_pool", images, Taps((3, 3), strides=2)),
         pooled("avg_pool", (64, 24, 24, 6), Taps((2, 2), strides=2)),
@@ -537,6 +560,7 @@ def quick_cases() -> tuple[Case, ...]:
         filtered("conv2d", (32, 12, 12, 1), 6, Taps((5, 5), padding=2)),
         filtered("conv1d", (32, 1, 40, 1), 8, Taps((1, 5), strides=2), signals=True),
         filtered("local2d", (32, 8, 8, 2), 6, Taps((5, 5)), local=True),
+        filtered_and_pooled((32, 12, 12, 1), 6, Taps((5, 5), padding=2), MaxPool(2)),
         pooled("max_pool", (16, 12, 12, 6), Taps((2, 2), strides=2)),
         normalised((16, 12, 12, 3)),
         activated(100, 10),

@@ -17,13 +17,17 @@ using Integers = ffi::Span<const int64_t>;
 
 namespace {
 
-// As many values as a vector register holds, and as many such vectors as leave room for the operands beside them.
+// As many values as a vector register holds, and as many rows of so many vectors as leave room for the operands.
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kRows = 14;
+constexpr int kWidth = 16;
+constexpr int tile_rows(int vectors) { return vectors < 3 ? 14 : 9; }
 #else
-constexpr int kWidth = 8, kRows = 6;
+constexpr int kWidth = 8;
+constexpr int tile_rows(int vectors) { return vectors < 3 ? 6 : 4; }
 #endif
+constexpr int kRows = tile_rows(1), kMostVectors = 3;
 typedef float Vector __attribute__((vector_size(4 * kWidth), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * kWidth), may_alias));
 // The same at any address, for arrays of floats. clang drops `aligned(4)` where arrays of vectors are passed by reference,
 // so such arrays are of `Vector`.
 typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -74,17 +78,241 @@ ffi::Error parallel_over_images(ffi::ThreadPool& pool, int64_t images, Work work
   });
 }
 
-// A place under the kernel: its offset from a position of the image, and the row of the kernel that it is multiplied by.
-struct Tap {
-  int64_t offset, row;
+// Calls work(vectors, first) for the tiles of a row: each of up to kMostVectors vectors, a constant, and where it begins.
+template <typename Work>
+void each_tile(int64_t row_size, Work work) {
+  int64_t first = 0;
+  for (int64_t left = (row_size + kWidth - 1) / kWidth; left > 0;) {
+    if (left == 1) {
+      work(std::integral_constant<int, 1>(), first), left -= 1;
+    } else if (left == 3) {
+      work(std::integral_constant<int, 3>(), first), left -= 3;
+    } else {
+      work(std::integral_constant<int, 2>(), first), left -= 2, first += 2 * kWidth;
+    }
+  }
+}
+
+// Places under the kernel that follow one another in the image and in the kernel: their offset from a position of the
+// image, the row of the kernel that the first is multiplied by, and how many they are.
+struct Run {
+  int64_t offset, row, length;
 };
 
 // Positions of the output that meet the same taps, image after image of a block.
 struct Phase {
   std::vector<int64_t> from;  // offsets into the block's padded images
   std::vector<int64_t> to;    // positions of the block's output
-  std::vector<Tap> taps;
+  std::vector<Run> runs;
   int64_t positions;  // of one image
+};
+
+// Max pooling of a map of (height, width, channel).
+struct Pooling {
+  int64_t height, width, channels, out_height, out_width;
+  int64_t window[2], stride[2], low[2];
+  std::vector<int64_t> taps;  // offsets of what is under a window that lies within the map
+
+  Pooling(int64_t height, int64_t width, int64_t channels, int64_t out_height, int64_t out_width, Integers windows,
+          Integers strides, Integers lows)
+      : height(height), width(width), channels(channels), out_height(out_height), out_width(out_width) {
+    for (int axis : {0, 1}) window[axis] = windows[axis], stride[axis] = strides[axis], low[axis] = lows[axis];
+    for (int64_t h = 0; h < window[0]; ++h)
+      for (int64_t w = 0; w < window[1]; ++w) taps.push_back((h * width + w) * channels);
+  }
+
+  // The rows (axis 0) or columns (axis 1) of the map under the window at a position.
+  std::pair<int64_t, int64_t> under(int axis, int64_t position) const {
+    const int64_t start = position * stride[axis] - low[axis], size = axis == 0 ? height : width;
+    return {std::max<int64_t>(start, 0), std::min(start + window[axis], size)};
+  }
+  int64_t in_size() const { return height * width * channels; }
+  int64_t out_size() const { return out_height * out_width * channels; }
+  // Windows that lie side by side from the first value on meet no value twice.
+  bool tiles() const {
+    return stride[0] == window[0] && stride[1] == window[1] && low[0] == 0 && low[1] == 0 &&
+           out_height * window[0] <= height && out_width * window[1] <= width;
+  }
+
+  // Calls see(output, place, taps, count) for every window: offsets of its result, of a value, and from there of what is
+  // under it, all of channel 0.
+  template <typename See>
+  void each_window(See see) const {
+    std::vector<int64_t> fewer(taps.size());
+    for (int64_t i = 0; i < out_height; ++i) {
+      const auto [top, bottom] = under(0, i);
+      for (int64_t j = 0; j < out_width; ++j) {
+        const auto [left, right] = under(1, j);
+        const int64_t output = (i * out_width + j) * channels;
+        if (bottom - top == window[0] && right - left == window[1]) {
+          see(output, (top * width + left) * channels, taps.data(), int64_t(taps.size()));
+          continue;
+        }
+        int64_t count = 0;
+        for (int64_t h = top; h < bottom; ++h)
+          for (int64_t w = left; w < right; ++w) fewer[count++] = (h * width + w) * channels;
+        see(output, 0, fewer.data(), count);
+      }
+    }
+  }
+};
+
+// `lanes` values from p on, and what follows or zeros after them; `end` is where the memory of p ends.
+inline Vector load(const float* p, const float* end, int64_t lanes) {
+  if (p + kWidth <= end) return load(p);
+  Vector v = {};
+  std::memcpy(&v, p, 4 * lanes);
+  return v;
+}
+// The counterpart. Where there is room it overwrites what follows, which the caller fills in later.
+inline void store(float* p, const float* end, int64_t lanes, Vector v) {
+  if (p + kWidth <= end)
+    store(p, v);
+  else
+    std::memcpy(p, &v, 4 * lanes);
+}
+
+// Calls work(taps) with the number of taps of a window: as a constant where it is usual, which unrolls loops over them.
+template <typename Work>
+inline void with_taps(int64_t count, Work work) {
+  switch (count) {
+    case 2: return work(std::integral_constant<int64_t, 2>());
+    case 4: return work(std::integral_constant<int64_t, 4>());
+    case 9: return work(std::integral_constant<int64_t, 9>());
+    default: return work(count);
+  }
+}
+
+// Pools a map. `winners`, where it is asked for, gets for each result one bit per tap that equals it, 31 taps at most.
+void pool_map(const Pooling& p, const float* from, const float* from_end, float* to, float* winners) {
+  const float *to_end = to + p.out_size(), *winners_end = winners + p.out_size();
+  p.each_window([&](int64_t output, int64_t place, const int64_t* taps, int64_t tap_count) {
+    with_taps(tap_count, [&](auto count) {
+      for (int64_t c = 0; c < p.channels; c += kWidth) {
+        const int64_t lanes = std::min<int64_t>(kWidth, p.channels - c);
+        const float* under = from + place + c;
+        Vector best = load(under + taps[0], from_end, lanes);
+        for (int64_t t = 1; t < count; ++t) {
+          const Vector v = load(under + taps[t], from_end, lanes);
+          best = ((v > best) | (v != v)) ? v : best;  // what is not a number wins
+        }
+        store(to + output + c, to_end, lanes, best);
+        if (!winners) continue;
+        Bits bits = {};
+        for (int64_t t = 0; t < count; ++t)
+          bits |= (load(under + taps[t], from_end, lanes) == best) & (int32_t(1) << t);
+        store(winners + output + c, winners_end, lanes, (Vector)bits);
+      }
+    });
+  });
+}
+
+// Which taps of a window won, for a vector of channels: found by comparing, or by the bits that `pool_map` keeps.
+struct ComparedWinners {
+  const float *from, *from_end, *largest, *largest_end;
+  Vector best;
+  void begin(int64_t output, int64_t lanes) { best = load(largest + output, largest_end, lanes); }
+  Bits won(int64_t, int64_t place, int64_t lanes) const { return load(from + place, from_end, lanes) == best; }
+};
+struct KeptWinners {
+  const float *winners, *winners_end;
+  Bits bits;
+  void begin(int64_t output, int64_t lanes) { bits = (Bits)load(winners + output, winners_end, lanes); }
+  Bits won(int64_t tap, int64_t, int64_t) const { return (bits & (int32_t(1) << tap)) != 0; }
+};
+
+// The gradient of each window goes to the values that won it, in equal shares. `to_end` is where its memory ends.
+template <typename Winners>
+void spread_map(const Pooling& p, Winners winners, const float* gradient, float* to, const float* to_end) {
+  const float* gradient_end = gradient + p.out_size();
+  alignas(Bits) int32_t first_lanes[2 * kWidth];
+  for (int i = 0; i < 2 * kWidth; ++i) first_lanes[i] = i < kWidth ? -1 : 0;
+  // Each winner's share, and zero in the lanes that belong to the next position.
+  auto share = [&](int64_t output, int64_t place, const int64_t* taps, auto count, int64_t lanes) {
+    Bits minus_count = {}, keep;
+    winners.begin(output, lanes);
+    for (int64_t t = 0; t < count; ++t) minus_count += winners.won(t, place + taps[t], lanes);
+    const Vector each = load(gradient + output, gradient_end, lanes) / __builtin_convertvector(-minus_count, Vector);
+    std::memcpy(&keep, first_lanes + kWidth - lanes, sizeof keep);
+    return (Bits)each & keep;
+  };
+  if (!p.tiles() || (p.channels > kWidth && p.channels % kWidth != 0)) {
+    std::fill(to, to + p.in_size(), 0.0f);
+    p.each_window([&](int64_t output, int64_t place, const int64_t* taps, int64_t tap_count) {
+      with_taps(tap_count, [&](auto count) {
+        for (int64_t c = 0; c < p.channels; c += kWidth) {
+          const int64_t lanes = std::min<int64_t>(kWidth, p.channels - c);
+          const Bits each = share(output + c, place + c, taps, count, lanes);
+          for (int64_t t = 0; t < count; ++t) {
+            float* under = to + place + c + taps[t];
+            const Vector more = (Vector)(winners.won(t, place + c + taps[t], lanes) & each);
+            store(under, to_end, lanes, load(under, to_end, lanes) + more);
+          }
+        }
+      });
+    });
+    return;
+  }
+  // Each value is written once. Where a vector writes beyond its lanes, row by row in the order of memory: what it writes
+  // there comes later, or is zero.
+  if (p.out_height * p.window[0] < p.height || p.out_width * p.window[1] < p.width)
+    std::fill(to, to + p.in_size(), 0.0f);
+  const int64_t downs = p.channels < kWidth ? p.window[0] : 1, taps_each = p.taps.size() / downs;
+  with_taps(p.taps.size(), [&](auto count) {
+    for (int64_t i = 0; i < p.out_height; ++i)
+      for (int64_t down = 0; down < downs; ++down)
+        for (int64_t j = 0; j < p.out_width; ++j) {
+          const int64_t place = (i * p.window[0] * p.width + j * p.window[1]) * p.channels;
+          for (int64_t c = 0; c < p.channels; c += kWidth) {
+            const int64_t lanes = std::min<int64_t>(kWidth, p.channels - c);
+            const Bits each = share((i * p.out_width + j) * p.channels + c, place + c, p.taps.data(), count, lanes);
+            for (int64_t t = down * taps_each; t < (down + 1) * taps_each; ++t) {
+              const int64_t under = place + c + p.taps[t];
+              store(to + under, to_end, lanes, (Vector)(winners.won(t, under, lanes) & each));
+            }
+          }
+        }
+  });
+}
+
+// Where a kernel reads maps, and where it leaves its own: in XLA's memory, image after image of all lanes ...
+struct Maps {
+  const float* first;
+  int64_t size;
+  const float* images(int64_t image, int64_t, std::vector<float>&) const { return first + image * size; }
+};
+struct Results {
+  float* first;
+  int64_t size;
+  float* room(int64_t image, int64_t, std::vector<float>&) const { return first + image * size; }
+  void done(int64_t, int64_t, const std::vector<float>&) const {}
+};
+// ... or in the cache, where the memory has but what a pooling makes of them.
+struct UnpooledMaps {
+  Pooling pooling;
+  const float *gradient, *winners;
+  const float* images(int64_t image, int64_t count, std::vector<float>& scratch) const {
+    scratch.resize(std::max<size_t>(scratch.size(), count * pooling.in_size() + kWidth));
+    for (int64_t n = 0; n < count; ++n) {
+      const float* won = winners + (image + n) * pooling.out_size();
+      spread_map(pooling, KeptWinners{won, won + pooling.out_size(), {}}, gradient + (image + n) * pooling.out_size(),
+                 scratch.data() + n * pooling.in_size(), scratch.data() + scratch.size());
+    }
+    return scratch.data();
+  }
+};
+struct PooledResults {
+  Pooling pooling;
+  float *first, *winners;
+  float* room(int64_t, int64_t count, std::vector<float>& scratch) const {
+    scratch.resize(std::max<size_t>(scratch.size(), count * pooling.in_size() + kWidth));
+    return scratch.data();
+  }
+  void done(int64_t image, int64_t count, const std::vector<float>& scratch) const {
+    for (int64_t n = image; n < image + count; ++n)
+      pool_map(pooling, scratch.data() + (n - image) * pooling.in_size(), scratch.data() + scratch.size(),
+               first + n * pooling.out_size(), winners + n * pooling.out_size());
+  }
 };
 
 // Where a kernel of (height, width) taps meets an image of (height, width, channels), and what it makes of it.
@@ -101,7 +329,7 @@ struct Geometry {
   bool copies;
 
   Geometry(Integers x, Integers kernel, Integers y, Integers strides, Integers lows, Integers x_dilations,
-           Integers kernel_dilations)
+           Integers kernel_dilations, bool folds = true)
       : height(x[2]), width(x[3]), channels(x[4]), out_height(y[2]), out_width(y[3]), features(y[4]),
         kernel_height(kernel[1]), kernel_width(kernel[2]) {
     for (int axis : {0, 1}) {
@@ -112,7 +340,7 @@ struct Geometry {
       low[axis] = lows[axis] > 0 ? (lows[axis] + x_dilation[axis] - 1) / x_dilation[axis] : lows[axis] / x_dilation[axis];
       shift[axis] = low[axis] * x_dilation[axis] - lows[axis];
     }
-    fold_columns();
+    if (folds) fold_columns();
     auto padded = [&](int axis, int64_t positions, int64_t taps) {
       return ((positions - 1) * stride[axis] + (taps - 1) * kernel_dilation[axis] + shift[axis]) / x_dilation[axis] + 1;
     };
@@ -124,16 +352,18 @@ struct Geometry {
 
   // Few features leave most of a vector empty. So `fold` neighbouring columns of the output, which are neighbours in
   // memory too, are taken as the features of one position, and the kernel widens by as many strides: it holds itself
-  // once a column, shifted, among zeros. Chosen is the fold that wastes the fewest lanes and taps.
+  // once a column, shifted, among zeros. Chosen is the fold that takes the fewest cycles a column. One tap of one
+  // position takes one for two vectors, since two are multiplied at a time; with a single vector in a row, loads take
+  // two thirds of one.
   void fold_columns() {
     if (kernel_dilation[1] != 1) return;
-    auto useful = [&](int64_t columns) {
-      double lanes = double(columns * features) / round_up(columns * features, kWidth);
-      return lanes * kernel_width / (kernel_width + (columns - 1) * stride[1]);
+    auto cycles = [&](int64_t columns) {
+      const int64_t vectors = (columns * features + kWidth - 1) / kWidth;
+      return (vectors == 1 ? 2.0 / 3 : vectors / 2.0) * (kernel_width + (columns - 1) * stride[1]) / columns;
     };
     int64_t best = 1;
-    for (int64_t columns = 2; columns * features <= kWidth; ++columns)
-      if (out_width % columns == 0 && useful(columns) > useful(best)) best = columns;
+    for (int64_t columns = 2; columns * features <= kMostVectors * kWidth; ++columns)
+      if (out_width % columns == 0 && cycles(columns) < cycles(best)) best = columns;
     fold = best;
     kernel_width += (fold - 1) * stride[1];
     out_width /= fold;
@@ -162,6 +392,10 @@ struct Geometry {
     return feature < row_size() / kWidth * kWidth ? feature : feature + spread_size() - row_size();
   }
 
+  int64_t plain_kernel_size() const {
+    return kernel_height * (kernel_width - (fold - 1) * stride[1] / fold) * channels * features / fold;
+  }
+
   // Calls see(packed, plain) with the offsets of each run of features in a packed kernel and in the caller's.
   template <typename See>
   void each_run(See see) const {
@@ -175,10 +409,11 @@ struct Geometry {
                 ((i * plain_width + j) * channels + c) * plain_features);
   }
 
-  // How many images, `most` at most, are taken together, so that their positions fill tiles of kRows with little waste.
+  // How many images, `most` at most, are taken together, so that their positions fill tiles with little waste.
   int64_t images_a_block(int64_t most) const {
+    const int64_t rows = tile_rows(row_size() > 2 * kWidth && row_size() <= 3 * kWidth ? 3 : 2);
     const int64_t alike = std::max<int64_t>(1, positions() / (x_dilation[0] * x_dilation[1]));
-    auto used = [&](int64_t images) { return double(images * alike) / round_up(images * alike, kRows); };
+    auto used = [&](int64_t images) { return double(images * alike) / round_up(images * alike, rows); };
     int64_t best = 1;
     for (int64_t images = 2; images <= most && images * alike <= 16 * kRows; ++images)
       if (used(images) > used(best)) best = images;
@@ -213,8 +448,13 @@ struct Geometry {
         for (int64_t r = 0; r < kernel_height; ++r)
           for (int64_t s = 0; s < kernel_width; ++s) {
             const int64_t top = down + r * kernel_dilation[0] + shift[0], left = right + s * kernel_dilation[1] + shift[1];
-            if (top % x_dilation[0] == 0 && left % x_dilation[1] == 0)
-              phase.taps.push_back({at(top, left), (r * kernel_width + s) * channels});
+            if (top % x_dilation[0] != 0 || left % x_dilation[1] != 0) continue;
+            const Run tap{at(top, left), (r * kernel_width + s) * channels, channels};
+            Run* last = phase.runs.empty() ? nullptr : &phase.runs.back();
+            if (last && tap.offset == last->offset + last->length && tap.row == last->row + last->length)
+              last->length += channels;
+            else
+              phase.runs.push_back(tap);
           }
         result.push_back(std::move(phase));
       }
@@ -233,42 +473,42 @@ struct Geometry {
                       from + n * image_size() + (i * width + first) * channels, 4 * (last - first) * channels);
     return scratch.data();
   }
+
+  // The part of a padded image that is the image itself.
+  void unpadded(const float* from, float* to) const {
+    const int64_t first = std::max<int64_t>(0, -low[1]), last = std::min(width, padded_width - low[1]);
+    std::fill_n(to, image_size(), 0.0f);
+    for (int64_t i = std::max<int64_t>(0, -low[0]); i < std::min(height, padded_height - low[0]); ++i)
+      if (first < last)
+        std::memcpy(to + (i * width + first) * channels, from + ((i + low[0]) * padded_width + first + low[1]) * channels,
+                    4 * (last - first) * channels);
+  }
 };
 
-// kRows positions by kVectors vectors of output channels, held in registers over all taps and input channels.
+// tile_rows positions by kVectors vectors of output channels, held in registers over all taps and input channels.
 template <int kVectors>
-void forward_tile(const float* images, const int64_t* position, const std::vector<Tap>& taps, int64_t channels,
-                  const float* kernel, int64_t kernel_row, const std::array<int64_t, kVectors>& vector,
-                  Vector (&sum)[kRows][kVectors]) {
-  Vector s[kRows][kVectors] = {};
-  const float* from[kRows];
-  for (int r = 0; r < kRows; ++r) from[r] = images + position[r];
-  for (auto [offset, row] : taps) {
-    const float* weights = kernel + row * kernel_row;
-    for (int64_t c = 0; c < channels; ++c, weights += kernel_row) {
-      Vector k[kVectors];
-      for (int v = 0; v < kVectors; ++v) k[v] = load(weights + vector[v]);
+__attribute__((noinline)) void forward_block(const Geometry& g, const float* images, const Phase& phase, int64_t count, const float* kernel,
+                   int64_t feature, float* y) {
+  constexpr int kTile = tile_rows(kVectors);
+  const auto vector = g.vectors<kVectors>(feature);
+  const int64_t kernel_row = g.row_size();
+  for (int64_t start = 0; start < count; start += kTile) {
+    const float* from[kTile];
+    for (int r = 0; r < kTile; ++r) from[r] = images + phase.from[std::min<int64_t>(start + r, count - 1)];
+    Vector sum[kTile][kVectors] = {};
+    for (auto [offset, row, length] : phase.runs) {
+      const float* weights = kernel + row * kernel_row;
+      for (int64_t c = offset; c < offset + length; ++c, weights += kernel_row) {
+        Vector k[kVectors];
+        for (int v = 0; v < kVectors; ++v) k[v] = load(weights + vector[v]);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        float x = from[r][offset + c];
-        for (int v = 0; v < kVectors; ++v) s[r][v] += x * k[v];
+        for (int r = 0; r < kTile; ++r) {
+          float x = from[r][c];
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += x * k[v];
+        }
       }
     }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = s[r][v];
-}
-
-template <int kVectors>
-void forward_block(const Geometry& g, const float* images, const Phase& phase, int64_t count, const float* kernel,
-                   int64_t feature, float* y) {
-  const auto vector = g.vectors<kVectors>(feature);
-  for (int64_t start = 0; start < count; start += kRows) {
-    int64_t position[kRows];
-    for (int r = 0; r < kRows; ++r) position[r] = phase.from[std::min<int64_t>(start + r, count - 1)];
-    Vector sum[kRows][kVectors];
-    forward_tile<kVectors>(images, position, phase.taps, g.channels, kernel, g.row_size(), vector, sum);
-    int rows = std::min<int64_t>(kRows, count - start);
+    int rows = std::min<int64_t>(kTile, count - start);
     for (int r = 0; r < rows; ++r) {
       float* to = y + phase.to[start + r] * g.features;
       if (g.features < kWidth)
@@ -308,20 +548,18 @@ GradientTile gradient_tile_of(int tile, std::integer_sequence<int, kTiles...>) {
   return table[tile - 1];
 }
 
-// y[l, n] = the correlation of x[l, n] with kernel[l]: x (lane, image, height, width, channel), kernel (lane, height,
-// width, channel, feature).
-ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultBuffer<ffi::F32> y, Integers strides,
-                     Integers low, Integers x_dilation, Integers kernel_dilation) {
-  const Geometry g(x.dimensions(), kernel.dimensions(), y->dimensions(), strides, low, x_dilation, kernel_dilation);
-  const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
-  const int64_t kernel_size = g.rows() * g.row_size(), plain_size = kernel.element_count() / lanes;
-  const float* packed = kernel.typed_data();
+// y[l, n] = the correlation of x[l, n] with kernel[l], for `batch` images per lane.
+template <typename Source, typename Sink>
+ffi::Error correlate(ffi::ThreadPool& pool, const Geometry& g, int64_t lanes, int64_t batch, Source x,
+                     const float* kernel, Sink y) {
+  const int64_t kernel_size = g.rows() * g.row_size(), plain_size = g.plain_kernel_size();
+  const float* packed = kernel;
   std::vector<float> storage;
   if (g.packs()) {
     storage.resize(lanes * kernel_size);
     for (int64_t lane = 0; lane < lanes; ++lane)
       g.each_run([&](int64_t to, int64_t from) {
-        std::memcpy(&storage[lane * kernel_size + to], packed + lane * plain_size + from, 4 * g.features / g.fold);
+        std::memcpy(&storage[lane * kernel_size + to], kernel + lane * plain_size + from, 4 * g.features / g.fold);
       });
     packed = storage.data();
   }
@@ -330,81 +568,63 @@ ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultB
   const int64_t chunk_size = round_up(std::max<int64_t>(1, batch / 32), block);
   const int64_t chunks = (batch + chunk_size - 1) / chunk_size;
   return parallel(pool, lanes * chunks, [&](int64_t chunk) {
-    std::vector<float> scratch;
+    std::vector<float> maps, padded, results;
     const int64_t lane = chunk / chunks, end = std::min(batch, (chunk % chunks + 1) * chunk_size);
     const float* k = packed + lane * kernel_size;
     for (int64_t n = chunk % chunks * chunk_size; n < end; n += block) {
-      const int64_t count = std::min(block, end - n);
-      const float* images = g.padded(x.typed_data() + (lane * batch + n) * g.image_size(), count, scratch);
-      float* to = y->typed_data() + (lane * batch + n) * g.positions() * g.features;
-      for (const Phase& phase : phases) {
-        int64_t feature = 0;
-        for (; feature + kWidth < g.row_size(); feature += 2 * kWidth)
-          forward_block<2>(g, images, phase, count * phase.positions, k, feature, to);
-        if (feature < g.row_size()) forward_block<1>(g, images, phase, count * phase.positions, k, feature, to);
-      }
+      const int64_t count = std::min(block, end - n), image = lane * batch + n;
+      const float* images = g.padded(x.images(image, count, maps), count, padded);
+      float* to = y.room(image, count, results);
+      for (const Phase& phase : phases)
+        each_tile(g.row_size(), [&](auto vectors, int64_t feature) {
+          forward_block<vectors()>(g, images, phase, count * phase.positions, k, feature, to);
+        });
+      y.done(image, count, results);
     }
   });
 }
 
-// result[l] = the sum over images of x[l, n], shifted by each tap, times gradient[l, n]; shapes as in Correlate.
-ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::ResultBuffer<ffi::F32> result,
-                          Integers strides, Integers low, Integers x_dilation, Integers kernel_dilation) {
-  const Geometry g(x.dimensions(), result->dimensions(), gradient.dimensions(), strides, low, x_dilation,
-                   kernel_dilation);
-  const int64_t lanes = x.dimensions()[0], batch = x.dimensions()[1];
+// result[l] = the sum over images of x[l, n], shifted by each tap, times gradient[l, n].
+template <typename Source>
+ffi::Error kernel_gradient(ffi::ThreadPool& pool, const Geometry& g, int64_t lanes, int64_t batch, const float* x,
+                           Source gradient, float* result) {
   const int64_t row_size = g.row_size(), sums_size = g.spread_size(), kernel_size = g.rows() * sums_size;
   // As many partial sums whatever the machine, added in order: the result depends on neither threads nor timing.
   const int64_t parts = std::clamp<int64_t>(batch * g.positions() / kPartPositions, 1, kPartialSums);
   const int64_t chunk_size = (batch + parts - 1) / parts, chunks = (batch + chunk_size - 1) / chunk_size;
   const int64_t block = std::min(chunk_size, std::max<int64_t>(1, 16 * kRows / g.positions()));
   const auto phases = g.phases(block);
-  // Taps that follow one another in memory, in the image and in the kernel, make one segment of so many values.
-  struct Segment {
-    const Phase* phase;
-    Tap tap;
-    int64_t length;
-  };
-  std::vector<Segment> segments;
-  for (const Phase& phase : phases)
-    for (size_t t = 0; t < phase.taps.size(); ++t) {
-      const Tap tap = phase.taps[t];
-      Segment* last = t > 0 ? &segments.back() : nullptr;
-      if (last && tap.offset == last->tap.offset + last->length && tap.row == last->tap.row + last->length)
-        last->length += g.channels;
-      else
-        segments.push_back({&phase, tap, g.channels});
-    }
   std::vector<float> partial(lanes * chunks * kernel_size);
   ffi::Error error = parallel(pool, lanes * chunks, [&](int64_t chunk) {
-    std::vector<float> scratch, wide;
+    std::vector<float> maps, padded, wide;
     if (g.features < kWidth) wide.resize(block * g.positions() * row_size);
     const int64_t lane = chunk / chunks, end = std::min(batch, (chunk % chunks + 1) * chunk_size);
     for (int64_t n = chunk % chunks * chunk_size; n < end; n += block) {
-      const int64_t count = std::min(block, end - n);
-      const float* images = g.padded(x.typed_data() + (lane * batch + n) * g.image_size(), count, scratch);
-      const float* from = gradient.typed_data() + (lane * batch + n) * g.positions() * g.features;
+      const int64_t count = std::min(block, end - n), image = lane * batch + n;
+      const float* images = g.padded(x + image * g.image_size(), count, padded);
+      const float* from = gradient.images(image, count, maps);
       if (g.features < kWidth) {
         for (int64_t p = 0; p < count * g.positions(); ++p)
           std::memcpy(&wide[p * row_size], from + p * g.features, 4 * g.features);
         from = wide.data();
       }
-      for (int64_t feature = 0; feature < row_size; feature += 2 * kWidth)
-        for (const auto& [phase, tap, length] : segments)
-          for (int64_t start = 0; start < length; start += kRows) {
-            const int64_t tile = std::min<int64_t>(kRows, length - start);
-            const auto sizes = std::make_integer_sequence<int, kRows>();
-            const bool two = feature + kWidth < row_size;
-            (two ? gradient_tile_of<2>(tile, sizes) : gradient_tile_of<1>(tile, sizes))(
-                g, images + tap.offset + start, *phase, count * phase->positions, from, feature,
-                &partial[chunk * kernel_size + (tap.row + start) * sums_size]);
-          }
+      each_tile(row_size, [&](auto vectors, int64_t feature) {
+        constexpr int kMost = tile_rows(vectors());
+        const auto sizes = std::make_integer_sequence<int, kMost>();
+        for (const Phase& phase : phases)
+          for (auto [offset, row, length] : phase.runs)
+            for (int64_t tile = 0, tiles = (length + kMost - 1) / kMost; tile < tiles; ++tile) {
+              const int64_t start = length * tile / tiles, size = length * (tile + 1) / tiles - start;  // nearly equal
+              gradient_tile_of<vectors()>(size, sizes)(g, images + offset + start, phase, count * phase.positions, from,
+                                                       feature, &partial[chunk * kernel_size + (row + start) * sums_size]);
+            }
+      });
     }
   });
   if (error.failure()) return error;
-  const int64_t plain_size = result->element_count() / lanes;
+  const int64_t plain_size = g.plain_kernel_size();
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    float *sum = &partial[lane * chunks * kernel_size], *plain = result->typed_data() + lane * plain_size;
+    float *sum = &partial[lane * chunks * kernel_size], *plain = result + lane * plain_size;
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t i = 0; i < kernel_size; ++i) sum[i] += sum[chunk * kernel_size + i];
     std::fill_n(plain, plain_size, 0.0f);
@@ -416,100 +636,180 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::
   return ffi::Error::Success();
 }
 
-// Max pooling of (image, height, width, channel).
-struct Pooling {
-  int64_t height, width, channels, out_height, out_width;
-  Integers window, strides, low;
-
-  // The rows (axis 0) or columns (axis 1) of the image under the window at a position.
-  std::pair<int64_t, int64_t> under(int axis, int64_t position) const {
-    const int64_t start = position * strides[axis] - low[axis], size = axis == 0 ? height : width;
-    return {std::max<int64_t>(start, 0), std::min(start + window[axis], size)};
-  }
-  int64_t in_size() const { return height * width * channels; }
-  int64_t out_size() const { return out_height * out_width * channels; }
-
-  // Calls see(output, taps, tap_count, lanes) with offsets into one image, for every position and up to kWidth channels.
-  template <typename See>
-  void each_vector(See see) const {
-    std::vector<int64_t> taps(window[0] * window[1]);
-    for (int64_t i = 0; i < out_height; ++i) {
-      const auto [top, bottom] = under(0, i);
-      for (int64_t j = 0; j < out_width; ++j) {
-        const auto [left, right] = under(1, j);
-        for (int64_t c = 0; c < channels; c += kWidth) {
-          int64_t count = 0;
-          for (int64_t h = top; h < bottom; ++h)
-            for (int64_t w = left; w < right; ++w) taps[count++] = (h * width + w) * channels + c;
-          see((i * out_width + j) * channels + c, taps.data(), count, std::min<int64_t>(kWidth, channels - c));
-        }
+// Adds products of gradients and kernel rows to what is in a padded image: kVectors vectors of a row of the kernel, which
+// is (feature, row_size), at tile_rows positions at a time. Those are far from each other, as what is stored to a place
+// can be loaded again only after a while.
+template <int kVectors>
+__attribute__((noinline)) void scatter_block(const float* gradient, const int64_t* from, const int64_t* to, int64_t count, int64_t features,
+                   const float* kernel, int64_t row_size, float* padded) {
+  constexpr int kTile = tile_rows(kVectors);
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    int64_t position[kTile];
+    const float* at[kTile];
+    for (int r = 0; r < kTile; ++r) {
+      position[r] = tile + r * tiles;
+      at[r] = gradient + from[std::min(position[r], count - 1)];
+    }
+    Vector sum[kTile][kVectors] = {};
+    const float* weights = kernel;
+    for (int64_t f = 0; f < features; ++f, weights += row_size) {
+      Vector k[kVectors];
+      for (int v = 0; v < kVectors; ++v) k[v] = load(weights + v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) {
+        float y = at[r][f];
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += y * k[v];
       }
     }
+    for (int r = 0; r < kTile; ++r) {
+      if (position[r] >= count) continue;
+      float* place = padded + to[position[r]];
+      for (int v = 0; v < kVectors; ++v) store(place + v * kWidth, load(place + v * kWidth) + sum[r][v]);
+    }
   }
-};
-
-// `lanes` values from p on, and what follows or zeros after them; `end` is where the memory of p ends.
-inline Vector load(const float* p, const float* end, int64_t lanes) {
-  if (p + kWidth <= end) return load(p);
-  Vector v = {};
-  std::memcpy(&v, p, 4 * lanes);
-  return v;
 }
-// The counterpart. Where there is room it overwrites what follows, which the caller fills in later.
-inline void store(float* p, const float* end, int64_t lanes, Vector v) {
-  if (p + kWidth <= end)
-    store(p, v);
-  else
-    std::memcpy(p, &v, 4 * lanes);
+
+// result[l, n] = what each value of the input gets from the gradients of the positions that see it, by scattering each
+// position's gradient over its window. Taps that are neighbours in the image are one row of the kernel.
+template <typename Source>
+ffi::Error scatter(ffi::ThreadPool& pool, const Geometry& g, int64_t lanes, int64_t batch, Source gradient,
+                   const float* kernel, float* result) {
+  const int64_t joined = g.kernel_dilation[1] == 1 ? g.kernel_width : 1;
+  const int64_t length = joined * g.channels, row_size = round_up(length, kWidth);
+  const int64_t rows = g.kernel_height * (g.kernel_width / joined), row_weights = g.features * row_size;
+  std::vector<float> packed(lanes * rows * row_weights);  // (lane, row, feature, place in the row)
+  for (int64_t row = 0; row < lanes * rows; ++row)
+    for (int64_t i = 0; i < length; ++i)
+      for (int64_t f = 0; f < g.features; ++f)
+        packed[row * row_weights + f * row_size + i] = kernel[(row * length + i) * g.features + f];
+  const int64_t block = g.images_a_block(batch), positions = g.positions();
+  std::vector<int64_t> from(block * positions), to(block * positions), tap(rows);
+  for (int64_t p = 0; p < block * positions; ++p) {
+    const int64_t i = p % positions / g.out_width, j = p % g.out_width;
+    from[p] = p * g.features;
+    to[p] = p / positions * g.padded_size() + (i * g.stride[0] * g.padded_width + j * g.stride[1]) * g.channels;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t r = row * joined / g.kernel_width, s = row * joined % g.kernel_width;
+    tap[row] = (r * g.kernel_dilation[0] * g.padded_width + s * g.kernel_dilation[1]) * g.channels;
+  }
+  const int64_t chunk_size = round_up(std::max<int64_t>(1, batch / 32), block);
+  const int64_t chunks = (batch + chunk_size - 1) / chunk_size;
+  return parallel(pool, lanes * chunks, [&](int64_t chunk) {
+    std::vector<float> maps, padded(block * g.padded_size() + row_size);
+    const int64_t lane = chunk / chunks, end = std::min(batch, (chunk % chunks + 1) * chunk_size);
+    for (int64_t n = chunk % chunks * chunk_size; n < end; n += block) {
+      const int64_t count = std::min(block, end - n), image = lane * batch + n;
+      const float* images = gradient.images(image, count, maps);
+      std::fill(padded.begin(), padded.end(), 0.0f);
+      for (int64_t row = 0; row < rows; ++row)
+        each_tile(row_size, [&](auto vectors, int64_t first) {
+          scatter_block<vectors()>(images, from.data(), to.data(), count * positions, g.features,
+                                   &packed[(lane * rows + row) * row_weights + first], row_size,
+                                   &padded[tap[row] + first]);
+        });
+      for (int64_t i = 0; i < count; ++i)
+        g.unpadded(&padded[i * g.padded_size()], result + (image + i) * g.image_size());
+    }
+  });
+}
+
+// What XLA calls. Shapes: x (lane, image, height, width, channel), kernel (lane, height, width, channel, feature), y and
+// gradient (lane, image, row, column, feature). Where a pooling follows, gradient and winners have its shape.
+
+ffi::Error Correlate(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultBuffer<ffi::F32> y, Integers strides,
+                     Integers low, Integers x_dilation, Integers kernel_dilation) {
+  const Geometry g(x.dimensions(), kernel.dimensions(), y->dimensions(), strides, low, x_dilation, kernel_dilation);
+  return correlate(pool, g, x.dimensions()[0], x.dimensions()[1], Maps{x.typed_data(), g.image_size()},
+                   kernel.typed_data(), Results{y->typed_data(), g.positions() * g.features});
+}
+
+// With the sizes of the maps between correlation and pooling, and the pooling.
+#define POOLING_PARAMETERS Integers size, Integers window, Integers pool_strides, Integers pool_low
+std::vector<int64_t> map_shape(Integers pooled, Integers size) {
+  return {pooled[0], pooled[1], size[0], size[1], pooled[4]};
+}
+Pooling pooling_of(Integers pooled, POOLING_PARAMETERS) {
+  return Pooling(size[0], size[1], pooled[4], pooled[2], pooled[3], window, pool_strides, pool_low);
+}
+UnpooledMaps unpooled(Floats gradient, ffi::Buffer<ffi::S32> winners, POOLING_PARAMETERS) {
+  return {pooling_of(gradient.dimensions(), size, window, pool_strides, pool_low), gradient.typed_data(),
+          reinterpret_cast<const float*>(winners.typed_data())};
+}
+
+ffi::Error CorrelatePooled(ffi::ThreadPool pool, Floats x, Floats kernel, ffi::ResultBuffer<ffi::F32> y,
+                           ffi::ResultBuffer<ffi::S32> winners, Integers strides, Integers low, Integers x_dilation,
+                           Integers kernel_dilation, POOLING_PARAMETERS) {
+  const auto shape = map_shape(y->dimensions(), size);
+  const Geometry g(x.dimensions(), kernel.dimensions(), shape, strides, low, x_dilation, kernel_dilation);
+  const PooledResults results{pooling_of(y->dimensions(), size, window, pool_strides, pool_low), y->typed_data(),
+                              reinterpret_cast<float*>(winners->typed_data())};
+  return correlate(pool, g, shape[0], shape[1], Maps{x.typed_data(), g.image_size()}, kernel.typed_data(), results);
+}
+
+ffi::Error CorrelateUnpooled(ffi::ThreadPool pool, Floats gradient, Floats kernel, ffi::Buffer<ffi::S32> winners,
+                             ffi::ResultBuffer<ffi::F32> y, Integers strides, Integers low, Integers x_dilation,
+                             Integers kernel_dilation, POOLING_PARAMETERS) {
+  const auto shape = map_shape(gradient.dimensions(), size);
+  const Geometry g(shape, kernel.dimensions(), y->dimensions(), strides, low, x_dilation, kernel_dilation);
+  return correlate(pool, g, shape[0], shape[1], unpooled(gradient, winners, size, window, pool_strides, pool_low),
+                   kernel.typed_data(), Results{y->typed_data(), g.positions() * g.features});
+}
+
+ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::ResultBuffer<ffi::F32> result,
+                          Integers strides, Integers low, Integers x_dilation, Integers kernel_dilation) {
+  const Geometry g(x.dimensions(), result->dimensions(), gradient.dimensions(), strides, low, x_dilation,
+                   kernel_dilation);
+  return kernel_gradient(pool, g, x.dimensions()[0], x.dimensions()[1], x.typed_data(),
+                         Maps{gradient.typed_data(), g.positions() * g.features}, result->typed_data());
+}
+
+ffi::Error KernelGradientUnpooled(ffi::ThreadPool pool, Floats x, Floats gradient, ffi::Buffer<ffi::S32> winners,
+                                  ffi::ResultBuffer<ffi::F32> result, Integers strides, Integers low,
+                                  Integers x_dilation, Integers kernel_dilation, POOLING_PARAMETERS) {
+  const auto shape = map_shape(gradient.dimensions(), size);
+  const Geometry g(x.dimensions(), result->dimensions(), shape, strides, low, x_dilation, kernel_dilation);
+  return kernel_gradient(pool, g, shape[0], shape[1], x.typed_data(),
+                         unpooled(gradient, winners, size, window, pool_strides, pool_low), result->typed_data());
+}
+
+ffi::Error Scatter(ffi::ThreadPool pool, Floats gradient, Floats kernel, ffi::ResultBuffer<ffi::F32> x,
+                   Integers strides, Integers low, Integers x_dilation, Integers kernel_dilation) {
+  const Geometry g(x->dimensions(), kernel.dimensions(), gradient.dimensions(), strides, low, x_dilation,
+                   kernel_dilation, false);
+  return scatter(pool, g, x->dimensions()[0], x->dimensions()[1], Maps{gradient.typed_data(), g.positions() * g.features},
+                 kernel.typed_data(), x->typed_data());
+}
+
+ffi::Error ScatterUnpooled(ffi::ThreadPool pool, Floats gradient, Floats kernel, ffi::Buffer<ffi::S32> winners,
+                           ffi::ResultBuffer<ffi::F32> x, Integers strides, Integers low, Integers x_dilation,
+                           Integers kernel_dilation, POOLING_PARAMETERS) {
+  const auto shape = map_shape(gradient.dimensions(), size);
+  const Geometry g(x->dimensions(), kernel.dimensions(), shape, strides, low, x_dilation, kernel_dilation, false);
+  return scatter(pool, g, shape[0], shape[1], unpooled(gradient, winners, size, window, pool_strides, pool_low),
+                 kernel.typed_data(), x->typed_data());
 }
 
 ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, ffi::ResultBuffer<ffi::F32> y, Integers window, Integers strides,
                    Integers low) {
   const auto in = x.dimensions(), out = y->dimensions();
-  const Pooling p{in[1], in[2], in[3], out[1], out[2], window, strides, low};
+  const Pooling p(in[1], in[2], in[3], out[1], out[2], window, strides, low);
   return parallel_over_images(pool, in[0], [&](int64_t n) {
-    const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
-    float *to = y->typed_data() + n * p.out_size(), *to_end = to + p.out_size();
-    p.each_vector([&](int64_t output, const int64_t* taps, int64_t count, int64_t lanes) {
-      Vector best = load(from + taps[0], from_end, lanes);
-      for (int64_t t = 1; t < count; ++t) {
-        const Vector v = load(from + taps[t], from_end, lanes);
-        best = ((v > best) | (v != v)) ? v : best;  // what is not a number wins
-      }
-      store(to + output, to_end, lanes, best);
-    });
+    const float* from = x.typed_data() + n * p.in_size();
+    pool_map(p, from, from + p.in_size(), y->typed_data() + n * p.out_size(), nullptr);
   });
 }
 
-// The gradient of each window goes to the values that equal its largest, in equal shares.
 ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Floats x, Floats y, Floats gradient, ffi::ResultBuffer<ffi::F32> result,
                            Integers window, Integers strides, Integers low) {
   const auto in = x.dimensions(), out = y.dimensions();
-  const Pooling p{in[1], in[2], in[3], out[1], out[2], window, strides, low};
-  const Vector zero = {};
-  // Windows that tile the image, in whole vectors, meet each value once: it is written, not added to.
-  const bool tiles = p.channels % kWidth == 0 && p.height == p.out_height * window[0] && strides[0] == window[0] &&
-                     p.width == p.out_width * window[1] && strides[1] == window[1] && low[0] == 0 && low[1] == 0;
+  const Pooling p(in[1], in[2], in[3], out[1], out[2], window, strides, low);
   return parallel_over_images(pool, in[0], [&](int64_t n) {
-    const float *from = x.typed_data() + n * p.in_size(), *from_end = from + p.in_size();
-    const float *largest = y.typed_data() + n * p.out_size(), *largest_end = largest + p.out_size();
-    const float *share = gradient.typed_data() + n * p.out_size(), *share_end = share + p.out_size();
-    float *to = result->typed_data() + n * p.in_size(), *to_end = to + p.in_size();
-    if (!tiles) std::fill(to, to_end, 0.0f);
-    p.each_vector([&](int64_t output, const int64_t* taps, int64_t count, int64_t lanes) {
-      const Vector best = load(largest + output, largest_end, lanes);
-      Vector winners = {};
-      for (int64_t t = 0; t < count; ++t) winners += load(from + taps[t], from_end, lanes) == best ? zero + 1 : zero;
-      Vector each = load(share + output, share_end, lanes) / winners;
-      for (int64_t lane = lanes; lane < kWidth; ++lane) each[lane] = 0;  // these belong to the next position
-      for (int64_t t = 0; t < count; ++t) {
-        const Vector won = load(from + taps[t], from_end, lanes) == best ? each : zero;
-        if (tiles)
-          store(to + taps[t], won);
-        else
-          store(to + taps[t], to_end, lanes, load(to + taps[t], to_end, lanes) + won);
-      }
-    });
+    const float *from = x.typed_data() + n * p.in_size(), *largest = y.typed_data() + n * p.out_size();
+    float* to = result->typed_data() + n * p.in_size();
+    spread_map(p, ComparedWinners{from, from + p.in_size(), largest, largest + p.out_size(), {}},
+               gradient.typed_data() + n * p.out_size(), to, to + p.in_size());
   });
 }
 
@@ -793,13 +1093,26 @@ ffi::Error LocalKernelGradient(ffi::ThreadPool pool, Floats x, Floats gradient, 
 using ffi::Ffi;
 #define CORRELATION_ATTRIBUTES \
   .Attr<Integers>("strides").Attr<Integers>("low").Attr<Integers>("x_dilation").Attr<Integers>("kernel_dilation")
+#define BETWEEN_ATTRIBUTES \
+  .Attr<Integers>("size").Attr<Integers>("window").Attr<Integers>("pool_strides").Attr<Integers>("pool_low")
 #define POOLING_ATTRIBUTES .Attr<Integers>("window").Attr<Integers>("strides").Attr<Integers>("low")
+#define TWO_FLOATS Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>()
+#define AND_WINNERS .Arg<ffi::Buffer<ffi::S32>>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cnnlib_correlate, Correlate, TWO_FLOATS.Ret<Floats>() CORRELATION_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    cnnlib_correlate, Correlate,
-    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>() CORRELATION_ATTRIBUTES);
+    cnnlib_correlate_pooled, CorrelatePooled,
+    TWO_FLOATS.Ret<Floats>().Ret<ffi::Buffer<ffi::S32>>() CORRELATION_ATTRIBUTES BETWEEN_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    cnnlib_kernel_gradient, KernelGradient,
-    Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>() CORRELATION_ATTRIBUTES);
+    cnnlib_correlate_unpooled, CorrelateUnpooled,
+    TWO_FLOATS AND_WINNERS.Ret<Floats>() CORRELATION_ATTRIBUTES BETWEEN_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cnnlib_kernel_gradient, KernelGradient, TWO_FLOATS.Ret<Floats>() CORRELATION_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_kernel_gradient_unpooled, KernelGradientUnpooled,
+    TWO_FLOATS AND_WINNERS.Ret<Floats>() CORRELATION_ATTRIBUTES BETWEEN_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cnnlib_scatter, Scatter, TWO_FLOATS.Ret<Floats>() CORRELATION_ATTRIBUTES);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cnnlib_scatter_unpooled, ScatterUnpooled,
+    TWO_FLOATS AND_WINNERS.Ret<Floats>() CORRELATION_ATTRIBUTES BETWEEN_ATTRIBUTES);
 #define LOCAL_ATTRIBUTES .Attr<Integers>("strides").Attr<Integers>("low").Attr<Integers>("dilation")
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cnnlib_local_correlate, LocalCorrelate,

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import jax
 import numpy as np
@@ -34,7 +34,12 @@ Kernels = Literal["native", "xla", "gpu", "tpu"]
 SOURCE = Path(__file__).with_name("kernels.cc")
 TARGETS = (
     "cnnlib_correlate",
+    "cnnlib_correlate_pooled",
+    "cnnlib_correlate_unpooled",
     "cnnlib_kernel_gradient",
+    "cnnlib_kernel_gradient_unpooled",
+    "cnnlib_scatter",
+    "cnnlib_scatter_unpooled",
     "cnnlib_local_correlate",
     "cnnlib_local_input_gradient",
     "cnnlib_local_kernel_gradient",
@@ -207,17 +212,43 @@ def processor() -> str:
     return f"{platform.system()} {platform.machine()} {features}"
 
 
+@overload
 def call(
     target: str,
     output: jax.ShapeDtypeStruct,
     *arguments: jax.Array,
     attributes: dict[str, tuple[int, ...]],
     scratch: jax.ShapeDtypeStruct | None = None,
-) -> jax.Array:
-    """A call of one of `TARGETS` inside a traced function. `scratch` is room that XLA gives it, as a second result."""
+) -> jax.Array: ...
+
+
+@overload
+def call(
+    target: str,
+    output: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    *arguments: jax.Array,
+    attributes: dict[str, tuple[int, ...]],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def call(
+    target: str,
+    output: Any,
+    *arguments: jax.Array,
+    attributes: dict[str, tuple[int, ...]],
+    scratch: jax.ShapeDtypeStruct | None = None,
+) -> Any:
+    """Call one of `TARGETS` inside a traced function.
+
+    Args:
+        target: Its name.
+        output: Shape and type of the result, or of two results.
+        arguments: Its operands.
+        attributes: Its static arguments.
+        scratch: Room that XLA gives it.
+    """
     integers: dict[str, Any] = {name: np.array(value, np.int64) for name, value in attributes.items()}
     if scratch is None:
-        result: jax.Array = jax.ffi.ffi_call(target, output)(*arguments, **integers)
-        return result
+        return jax.ffi.ffi_call(target, output)(*arguments, **integers)
     result, _ = jax.ffi.ffi_call(target, (output, scratch))(*arguments, **integers)
     return result

@@ -4,7 +4,8 @@ A lowering is a function of the primitive's operands, written in JAX, so that an
 force those of GPUs and TPUs on a CPU (`CNNLIB_KERNELS=gpu`, `=tpu`). All operands carry lanes, models of a population
 that are trained together: `x` is `(lane, image, height, width, channel)`.
 
-- A CPU takes all lanes in kernels.cc, or one lane after another in XLA's operations.
+- A CPU takes all lanes in kernels.cc, or one lane after another in XLA's operations. A convolution and the max pooling
+  behind it are one operation there.
 - A GPU takes the lanes of a convolution as the groups of one convolution.
 - A TPU does the same with several lanes. A lane alone runs in blocks of neighbouring outputs: see `Blocks`.
 
@@ -177,9 +178,38 @@ def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, form:
 
 
 def input_gradient_on_cpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
-    """Correlate the gradient with the kernel turned, as `correlate_on_cpu` does."""
+    """Scatter the gradient where that is faster; else correlate it with the kernel turned."""
+    if form == "native" and gradient.dtype == jnp.float32 and scatters(gradient, kernel, size, correlation):
+        shape = input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form)
+        output = jax.ShapeDtypeStruct(shape, gradient.dtype)
+        return kernels.call("cnnlib_scatter", output, gradient, kernel, attributes=_attributes(correlation))
     back, turned = turned_for(kernel, size, correlation)
     return correlate_on_cpu(gradient, turned, correlation=back, form=form)
+
+
+VECTOR = 8
+"""Values per vector register in the costs of `scatters`; more would favour scattering more."""
+
+
+def scatters(gradient: Any, kernel: Any, size: Pair, correlation: Correlation) -> bool:
+    """Choose how kernels.cc takes a gradient back to the input: whether it scatters.
+
+    A correlation computes each value of the input by itself, in vectors of channels, and multiplies padding too. To
+    scatter computes what each position of the output adds to its window, in vectors that hold a row of the window, and
+    adds it there. So few channels and little padding in the forward direction favour it. Costs are products of
+    vectors; a single vector per row is a third slower than more, and to add takes as long as two products.
+    """
+    if correlation.x_dilation != (1, 1):
+        return False
+    _, _, rows, columns, features = gradient.shape
+    *_, height, width, channels, _ = kernel.shape
+    vectors = -(-channels // VECTOR)
+    positions = size[0] * size[1] / math.prod(correlation.strides)
+    correlated = positions * height * width * features * (4 / 3 if vectors == 1 else vectors)
+    joined = width if correlation.kernel_dilation[1] == 1 else 1
+    vectors = -(-joined * channels // VECTOR)
+    scattered = rows * columns * height * (width // joined) * (features + 2) * vectors
+    return bool(scattered < correlated)
 
 
 def turned_for(kernel: Array, size: Pair, correlation: Correlation) -> tuple[Correlation, Array]:
@@ -245,6 +275,183 @@ def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlati
     if x.shape[0] > 1:
         return kernel_gradient_on_gpu(x, gradient, window=window, correlation=correlation, form=form)
     return kernel_gradient_in_blocks(x[0], gradient[0], window, correlation)[None]
+
+
+# Correlation and max pooling in one. Of the map between them only the winners are kept: an integer per window, with one
+# bit per tap that equals the largest. In kernels.cc the map never leaves the cache, forward or backward.
+
+
+MOST_TAPS = 31
+"""Bits of an integer that are not its sign."""
+
+
+def pools_within(form: str, dtype: Any, pooling: Pooling) -> bool:
+    """Whether a correlation and the pooling behind it run as one: where each window lies within the map."""
+    padded = any(map(any, pooling.padding))
+    return form == "native" and dtype == jnp.float32 and not padded and math.prod(pooling.window) <= MOST_TAPS
+
+
+def pooled_correlate_shape(x: Any, kernel: Any, *_: Any, correlation: Correlation, pooling: Pooling, form: str) -> Any:
+    """Return `(lane, image, row, column, feature)` of the pooled map."""
+    lanes, images, *size, features = correlate_shape(x, kernel, correlation=correlation, form=form)
+    return (lanes, images, *pooling.output_size(tuple(size)), features)
+
+
+def pooled_input_gradient_shape(gradient: Any, kernel: Any, *_: Any, pooling: Pooling, **static: Any) -> Any:
+    """Return `(lane, image, height, width, channel)`."""
+    return input_gradient_shape(gradient, kernel, **static)
+
+
+def pooled_kernel_gradient_shape(x: Any, gradient: Any, *_: Any, pooling: Pooling, **static: Any) -> Any:
+    """Return `(lane, kernel_height, kernel_width, channel, feature)`."""
+    return kernel_gradient_shape(x, gradient, **static)
+
+
+def _pooled_attributes(correlation: Correlation, pooling: Pooling, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    own = _pooling_attributes(pooling)
+    renamed = {"window": own["window"], "pool_strides": own["strides"], "pool_low": own["low"]}
+    return {**_attributes(correlation), "size": size, **renamed}
+
+
+def correlate_max(
+    x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str, on: Callable[..., Array]
+) -> tuple[Array, Array]:
+    """Return the largest values and their winners; `on` is the platform's own correlation."""
+    y = on(x, kernel, correlation=correlation, form=form)
+    maps = y.reshape(-1, *y.shape[2:])
+    largest = max_pool(maps, pooling=pooling, form=form)
+    bits = [won.astype(jnp.int32) << tap for tap, won in enumerate(_winners(maps, largest, pooling))]
+    lanes = lambda array: array.reshape(*y.shape[:2], *array.shape[1:])  # noqa: E731
+    return lanes(largest), lanes(functools.reduce(operator.or_, bits))
+
+
+def correlate_max_on_cpu(
+    x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str
+) -> tuple[Array, Array]:
+    """Do both in kernels.cc."""
+    if not pools_within(form, x.dtype, pooling):
+        return correlate_max(x, kernel, correlation=correlation, pooling=pooling, form=form, on=correlate_on_cpu)
+    shape = pooled_correlate_shape(x, kernel, correlation=correlation, pooling=pooling, form=form)
+    size = correlation.output_size(x.shape[2:4], kernel.shape[1:3])
+    largest, winners = jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, jnp.int32)
+    attributes = _pooled_attributes(correlation, pooling, size)
+    return kernels.call("cnnlib_correlate_pooled", (largest, winners), x, kernel, attributes=attributes)
+
+
+def _bits(winners: Array, pooling: Pooling) -> list[Array]:
+    """Say tap by tap which values won."""
+    return [winners >> tap & 1 == 1 for tap in range(math.prod(pooling.window))]
+
+
+def _share(array: Array, wins: list[Array]) -> Array:
+    count = functools.reduce(operator.add, [won.astype(array.dtype) for won in wins])
+    return array / jnp.maximum(count, jnp.ones((), array.dtype))
+
+
+def unpool(gradient: Array, winners: Array, pooling: Pooling, size: tuple[int, ...]) -> Array:
+    """Give each winner its share of its window's gradient, on maps of `size`; all with lanes."""
+    flat, kept = (array.reshape(-1, *array.shape[2:]) for array in (gradient, winners))
+    wins = _bits(kept, pooling)
+    share, zero = _share(flat, wins), jnp.zeros((), gradient.dtype)
+    like = jax.ShapeDtypeStruct((flat.shape[0], *size, flat.shape[-1]), gradient.dtype)
+    each = [jnp.where(won, share, zero) for won in wins]
+    (maps,) = jax.linear_transpose(lambda maps: _under(maps, pooling, fill=0.0), like)(each)
+    return jnp.asarray(maps).reshape(*gradient.shape[:2], *size, gradient.shape[-1])
+
+
+def correlate_at_winners(
+    x: Array,
+    kernel: Array,
+    winners: Array,
+    *,
+    correlation: Correlation,
+    pooling: Pooling,
+    form: str,
+    on: Callable[..., Array],
+) -> Array:
+    """Return each window's mean over its winners of the correlation: the forward derivative of `correlate_max`."""
+    y = on(x, kernel, correlation=correlation, form=form)
+    wins = _bits(winners.reshape(-1, *winners.shape[2:]), pooling)
+    taps = zip(wins, _under(y.reshape(-1, *y.shape[2:]), pooling, fill=0.0), strict=True)
+    total = functools.reduce(operator.add, [jnp.where(won, tap, jnp.zeros((), y.dtype)) for won, tap in taps])
+    return _share(total, wins).reshape(winners.shape)
+
+
+def pooled_input_gradient(
+    gradient: Array,
+    kernel: Array,
+    winners: Array,
+    *,
+    size: Pair,
+    correlation: Correlation,
+    pooling: Pooling,
+    form: str,
+    on: Callable[..., Array],
+) -> Array:
+    """Take the gradient of the largest values back to the input; `on` is the platform's own gradient."""
+    maps = unpool(gradient, winners, pooling, correlation.output_size(size, kernel.shape[1:3]))
+    return on(maps, kernel, size=size, correlation=correlation, form=form)
+
+
+def pooled_input_gradient_on_cpu(
+    gradient: Array,
+    kernel: Array,
+    winners: Array,
+    *,
+    size: Pair,
+    correlation: Correlation,
+    pooling: Pooling,
+    form: str,
+) -> Array:
+    """Do it in kernels.cc, as `input_gradient_on_cpu` does."""
+    if not pools_within(form, gradient.dtype, pooling):
+        static: dict[str, Any] = {"size": size, "correlation": correlation, "pooling": pooling, "form": form}
+        return pooled_input_gradient(gradient, kernel, winners, **static, on=input_gradient_on_cpu)
+    between = correlation.output_size(size, kernel.shape[1:3])
+    shape = input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form)
+    maps = jax.ShapeDtypeStruct((*gradient.shape[:2], *between, gradient.shape[-1]), gradient.dtype)
+    target, own = "cnnlib_scatter_unpooled", correlation
+    if not scatters(maps, kernel, size, correlation):
+        target, (own, kernel) = "cnnlib_correlate_unpooled", turned_for(kernel, size, correlation)
+    attributes = _pooled_attributes(own, pooling, between)
+    output = jax.ShapeDtypeStruct(shape, gradient.dtype)
+    return kernels.call(target, output, gradient, kernel, winners, attributes=attributes)
+
+
+def pooled_kernel_gradient(
+    x: Array,
+    gradient: Array,
+    winners: Array,
+    *,
+    window: Pair,
+    correlation: Correlation,
+    pooling: Pooling,
+    form: str,
+    on: Callable[..., Array],
+) -> Array:
+    """Take the gradient of the largest values back to the kernel; `on` is the platform's own gradient."""
+    maps = unpool(gradient, winners, pooling, correlation.output_size(x.shape[2:4], window))
+    return on(x, maps, window=window, correlation=correlation, form=form)
+
+
+def pooled_kernel_gradient_on_cpu(
+    x: Array,
+    gradient: Array,
+    winners: Array,
+    *,
+    window: Pair,
+    correlation: Correlation,
+    pooling: Pooling,
+    form: str,
+) -> Array:
+    """Do it in kernels.cc."""
+    if not pools_within(form, x.dtype, pooling):
+        static: dict[str, Any] = {"window": window, "correlation": correlation, "pooling": pooling, "form": form}
+        return pooled_kernel_gradient(x, gradient, winners, **static, on=kernel_gradient_on_cpu)
+    shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, form=form)
+    attributes = _pooled_attributes(correlation, pooling, correlation.output_size(x.shape[2:4], window))
+    output = jax.ShapeDtypeStruct(shape, x.dtype)
+    return kernels.call("cnnlib_kernel_gradient_unpooled", output, x, gradient, winners, attributes=attributes)
 
 
 # Blocks, for TPUs.

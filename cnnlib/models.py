@@ -72,7 +72,7 @@ class Affine(nn.Module):
     layer: Conv | Local | Full | Dense
     compute_dtype: DTypeLike
     pool: Layer | None = None
-    """Pooling between the product and the bias (see `Network`)."""
+    """Max pooling between the product and the bias (see `Network`)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
@@ -80,9 +80,8 @@ class Affine(nn.Module):
         x = x.astype(self.compute_dtype)
         initializer = kernel_init(len(input_shape) - 1 if isinstance(layer, Local) else 0)
         kernel = self.param("kernel", initializer, kernel_shape(layer, input_shape), jnp.float32)
-        x = product(layer, x, kernel.astype(self.compute_dtype))
-        if isinstance(self.pool, MaxPool):
-            x = max_pool(x, self.pool)
+        pool = self.pool if isinstance(self.pool, MaxPool) else None
+        x = product(layer, x, kernel.astype(self.compute_dtype), pool)
         if layer.use_bias:
             shape = bias_shape(layer, input_shape)
             bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32).astype(self.compute_dtype)
@@ -119,22 +118,19 @@ class Normalised(nn.Module):
         return y.astype(x.dtype)
 
 
-def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array) -> Array:
-    """The layer's input `(batch, *spatial, channel)` joined to its kernel, without biases."""
+def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array, pool: MaxPool | None = None) -> Array:
+    """The layer's input `(batch, *spatial, channel)` joined to its kernel, without biases; of a convolution, pooled."""
     if isinstance(layer, Full | Dense):
         return (x.reshape(x.shape[0], -1) @ kernel).reshape(x.shape[0], *layer.output_shape(x.shape[1:]))
+    arguments: dict[str, Any] = {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "feature_group_count": layer.groups,
+    }
     if isinstance(layer, Local):
-        apply = ops.local2d if x.ndim == 4 else ops.local1d
-    else:
-        apply = ops.conv2d if x.ndim == 4 else ops.conv1d
-    return apply(
-        x,
-        kernel,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        feature_group_count=layer.groups,
-    )
+        return (ops.local2d if x.ndim == 4 else ops.local1d)(x, kernel, **arguments)
+    return (ops.conv2d if x.ndim == 4 else ops.conv1d)(x, kernel, **arguments, pool=pool)
 
 
 class Network(nn.Module):

@@ -21,6 +21,7 @@ from cnnlib import primitives
 from cnnlib.errors import UserError
 from cnnlib.geometry import Correlation, Pair, Pooling, taps_of, wide_type
 from cnnlib.spec import (
+    MaxPool,
     PaddingLike,
     PerAxisLike,
     Shape,
@@ -44,6 +45,7 @@ def conv2d(
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
     feature_group_count: int = 1,
+    pool: MaxPool | None = None,
 ) -> Float[Array, "batch output_height output_width feature"]:
     """Correlate each image with the kernel.
 
@@ -55,10 +57,11 @@ def conv2d(
         dilation: Spreads the taps of the kernel.
         feature_group_count: Groups into which channels and features are divided. Each group of features sees its own
             group of channels only. With as many groups as channels the convolution is depthwise.
+        pool: Max pooling of the result. On a CPU the map between the two never leaves the cache.
     """
     groups = _check_operands("conv2d", x, kernel, 2, feature_group_count)
     window = _window(x.shape[1:], kernel.shape[:2], strides, dilation, padding)
-    return _joined(primitives.correlate(_groups(x, groups), _groups(kernel, groups), _correlation(window)))
+    return _correlated(_groups(x, groups), _groups(kernel, groups), window, pool)
 
 
 def conv1d(
@@ -69,12 +72,28 @@ def conv1d(
     padding: PaddingLike = "SAME",
     dilation: PerAxisLike = 1,
     feature_group_count: int = 1,
+    pool: MaxPool | None = None,
 ) -> Float[Array, "batch output_length feature"]:
     """Correlate each signal with the kernel; arguments as for `conv2d`."""
     groups = _check_operands("conv1d", x, kernel, 1, feature_group_count)
     window = _window(x.shape[1:], kernel.shape[:1], strides, dilation, padding)
-    y = primitives.correlate(_groups(x[:, None], groups), _groups(kernel[None], groups), _correlation(window))
-    return _joined(y)[:, 0]
+    return _correlated(_groups(x[:, None], groups), _groups(kernel[None], groups), window, pool)[:, 0]
+
+
+def _correlated(
+    x: Float[Array, "group batch height width group_channel"],
+    kernel: Float[Array, "group kernel_height kernel_width group_channel group_feature"],
+    window: Window,
+    pool: MaxPool | None,
+) -> Float[Array, "batch output_height output_width feature"]:
+    """Correlate, and pool where that is asked for."""
+    if pool is None:
+        return _joined(primitives.correlate(x, kernel, _correlation(window)))
+    under = pool.window((*window.output_size, kernel.shape[-1] * kernel.shape[0]))
+    pooling = Pooling(_pair(under.size), _pair(under.strides), _pads(under))
+    if primitives.pools_within(x.dtype, pooling):
+        return _joined(primitives.correlate_max(x, kernel, _correlation(window), pooling))
+    return primitives.max_pool(_joined(primitives.correlate(x, kernel, _correlation(window))), pooling)
 
 
 def conv_transpose2d(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -41,6 +42,23 @@ def correlate(
     """Correlate each lane's images with its kernel."""
     result: Array = correlate_p.bind(x, kernel, correlation=correlation, form=form_in_use())
     return result
+
+
+def correlate_max(
+    x: Float[Array, "lane image height width channel"],
+    kernel: Float[Array, "lane kernel_height kernel_width channel feature"],
+    correlation: Correlation,
+    pooling: Pooling,
+) -> Float[Array, "lane image row column feature"]:
+    """Correlate, and take the largest value under each window. Only where `lowerings.pools_within`."""
+    largest, _ = correlate_max_p.bind(x, kernel, correlation=correlation, pooling=pooling, form=form_in_use())
+    result: Array = largest
+    return result
+
+
+def pools_within(dtype: Any, pooling: Pooling) -> bool:
+    """Whether `correlate_max` serves for what is traced next."""
+    return lowerings.pools_within(form_in_use(), dtype, pooling)
 
 
 def correlate_back(
@@ -104,43 +122,111 @@ def form_in_use() -> kernels.Kernels:
     return asked or ("tpu" if backend == "tpu" else "gpu")
 
 
-def define(name: str, shape: Callable[..., tuple[int, ...]], cpu: Lowering, gpu: Lowering, tpu: Lowering) -> Primitive:
-    """Define a primitive whose result has the type of its operands.
+def define(
+    name: str, shape: Callable[..., tuple[int, ...]], cpu: Any, gpu: Any, tpu: Any, winners: bool = False
+) -> Primitive:
+    """Define a primitive whose result has the type of its operands. Integers among these say who won a pooling.
 
     Where the static argument `form` is `gpu` or `tpu`, each platform runs that one; else its own. A sum over nothing is
-    zero: operands or results without elements reach no lowering.
+    zero: operands or results without elements reach no lowering. With `winners` it has a second result, integers of the
+    same shape.
     """
     primitive = Primitive(f"cnnlib_{name}")
+    primitive.multiple_results = winners
 
-    def abstract(*avals: Any, **static: Any) -> ShapedArray:
-        if len({aval.dtype for aval in avals}) > 1:
+    def abstract(*avals: Any, **static: Any) -> Any:
+        types = {aval.dtype for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)}
+        if len(types) > 1:
             raise TypeError(f"{primitive} takes operands of one type, not {', '.join(str(a.dtype) for a in avals)}")
-        return ShapedArray(shape(*avals, **static), avals[0].dtype)
+        result = ShapedArray(shape(*avals, **static), avals[0].dtype)
+        return [result, result.update(dtype=jnp.dtype(jnp.int32))] if winners else result
 
     def lowered(own: Lowering) -> Any:
-        def of(*operands: Array, form: kernels.Kernels, **static: Any) -> Array:
+        def of(*operands: Array, form: kernels.Kernels, **static: Any) -> Any:
             size = shape(*operands, form=form, **static)
             if 0 in size or any(0 in operand.shape for operand in operands):
-                return jnp.zeros(size, operands[0].dtype)
+                nothing = jnp.zeros(size, operands[0].dtype)
+                return (nothing, nothing.astype(jnp.int32)) if winners else nothing
             return forms.get(form, own)(*operands, form=form, **static)
 
-        return mlir.lower_fun(of, multiple_results=False)
+        return mlir.lower_fun(of, multiple_results=winners)
 
     forms: dict[str, Lowering] = {"gpu": gpu, "tpu": tpu}
     primitive.def_abstract_eval(abstract)
     # Outside jit an operation is a program of its own, also where `jax.disable_jit` asks for operations one by one.
     compiled = functools.cache(lambda static: jax.jit(lambda *operands: primitive.bind(*operands, **dict(static))))
 
-    def run(*operands: Array, **static: Any) -> Array:
+    def run(*operands: Array, **static: Any) -> Any:
         with jax.disable_jit(False):
-            result: Array = compiled(tuple(static.items()))(*operands)
-        return result
+            return compiled(tuple(static.items()))(*operands)
 
     primitive.def_impl(run)
     mlir.register_lowering(primitive, lowered(cpu), platform="cpu")
     mlir.register_lowering(primitive, lowered(tpu), platform="tpu")
     mlir.register_lowering(primitive, lowered(gpu))
     return primitive
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, ad.Zero)
+
+
+def define_family(forward: Primitive, to_input: Primitive, to_kernel: Primitive, window: slice) -> None:
+    """Give derivatives to three primitives, each linear in its first two operands and each the others' transpose.
+
+    These are `forward(x, kernel)`, `to_input(gradient, kernel)` and `to_kernel(x, gradient)`. Operands after the first
+    two are handed on. `window` is where the kernel's shape has its taps.
+    """
+
+    def of_forward(gradient: Any, x: Any, kernel: Any, *others: Any, **static: Any) -> tuple[Any, Any]:
+        return (
+            lambda: to_input.bind(gradient, kernel, *others, size=x.aval.shape[2:4], **static),
+            lambda: to_kernel.bind(x, gradient, *others, window=kernel.aval.shape[window], **static),
+        )
+
+    def of_input(direction: Any, gradient: Any, kernel: Any, *others: Any, size: Pair, **static: Any) -> Any:
+        return (
+            lambda: forward.bind(direction, kernel, *others, **static),
+            lambda: to_kernel.bind(direction, gradient, *others, window=kernel.aval.shape[window], **static),
+        )
+
+    def of_kernel(direction: Any, x: Any, gradient: Any, *others: Any, window: Pair, **static: Any) -> Any:
+        return (
+            lambda: to_input.bind(gradient, direction, *others, size=x.aval.shape[2:4], **static),
+            lambda: forward.bind(x, direction, *others, **static),
+        )
+
+    for primitive, rules in ((forward, of_forward), (to_input, of_input), (to_kernel, of_kernel)):
+        ad.primitive_jvps[primitive] = functools.partial(_bilinear_jvp, primitive)
+        ad.primitive_transposes[primitive] = functools.partial(_bilinear_transpose, rules)
+
+
+def _bilinear_jvp(primitive: Primitive, primals: Any, tangents: Any, **static: Any) -> tuple[Any, Any]:
+    y = primitive.bind(*primals, **static)
+    return y, _direction(primitive, y, primals, tangents, **static)
+
+
+def _direction(primitive: Primitive, y: Array, primals: Any, tangents: Any, **static: Any) -> Any:
+    """Return the derivative of a primitive that is linear in its first two operands. `y` is its result, or like it."""
+    first, second, *others = primals
+    parts = []
+    if not _is_zero(tangents[0]):
+        parts.append(primitive.bind(tangents[0], second, *others, **static))
+    if not _is_zero(tangents[1]):
+        parts.append(primitive.bind(first, tangents[1], *others, **static))
+    return functools.reduce(operator.add, parts) if parts else ad.Zero(jax.typeof(y).to_tangent_aval())
+
+
+def _bilinear_transpose(rules: Callable[..., Any], cotangent: Any, *operands: Any, **static: Any) -> list[Any]:
+    first, *_ = operands
+    found: list[Any] = [None] * len(operands)
+    if not _is_zero(cotangent):
+        to_first, to_second = rules(cotangent, *operands, **static)
+        if ad.is_undefined_primal(first):
+            found[0] = to_first()
+        else:
+            found[1] = to_second()
+    return found
 
 
 # Correlations: derivatives.
@@ -166,33 +252,50 @@ kernel_gradient_p = define(
     gpu=lowerings.kernel_gradient_on_gpu,
     tpu=lowerings.kernel_gradient_on_tpu,
 )
-ad.defbilinear(
-    correlate_p,
-    lambda gradient, x, kernel, *, correlation, form: input_gradient_p.bind(
-        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, form=form
-    ),
-    lambda gradient, x, kernel, *, correlation, form: kernel_gradient_p.bind(
-        x, gradient, window=kernel.aval.shape[1:3], correlation=correlation, form=form
-    ),
+define_family(correlate_p, input_gradient_p, kernel_gradient_p, window=slice(1, 3))
+
+# A correlation and the max pooling behind it. Who wins does not change with a small step, so with the winners as an
+# operand what is left is bilinear.
+
+correlate_max_p = define(
+    "correlate_max",
+    lowerings.pooled_correlate_shape,
+    cpu=lowerings.correlate_max_on_cpu,
+    gpu=functools.partial(lowerings.correlate_max, on=lowerings.correlate_on_gpu),
+    tpu=functools.partial(lowerings.correlate_max, on=lowerings.correlate_on_tpu),
+    winners=True,
 )
-ad.defbilinear(
-    input_gradient_p,
-    lambda direction, gradient, kernel, *, size, correlation, form: correlate_p.bind(
-        direction, kernel, correlation=correlation, form=form
-    ),
-    lambda direction, gradient, kernel, *, size, correlation, form: kernel_gradient_p.bind(
-        direction, gradient, window=kernel.aval.shape[1:3], correlation=correlation, form=form
-    ),
+correlate_at_winners_p = define(
+    "correlate_at_winners",
+    lowerings.pooled_correlate_shape,
+    cpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_cpu),
+    gpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_gpu),
+    tpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_tpu),
 )
-ad.defbilinear(
-    kernel_gradient_p,
-    lambda direction, x, gradient, *, window, correlation, form: input_gradient_p.bind(
-        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, form=form
-    ),
-    lambda direction, x, gradient, *, window, correlation, form: correlate_p.bind(
-        x, direction, correlation=correlation, form=form
-    ),
+pooled_input_gradient_p = define(
+    "pooled_input_gradient",
+    lowerings.pooled_input_gradient_shape,
+    cpu=lowerings.pooled_input_gradient_on_cpu,
+    gpu=functools.partial(lowerings.pooled_input_gradient, on=lowerings.input_gradient_on_gpu),
+    tpu=functools.partial(lowerings.pooled_input_gradient, on=lowerings.input_gradient_on_tpu),
 )
+pooled_kernel_gradient_p = define(
+    "pooled_kernel_gradient",
+    lowerings.pooled_kernel_gradient_shape,
+    cpu=lowerings.pooled_kernel_gradient_on_cpu,
+    gpu=functools.partial(lowerings.pooled_kernel_gradient, on=lowerings.kernel_gradient_on_gpu),
+    tpu=functools.partial(lowerings.pooled_kernel_gradient, on=lowerings.kernel_gradient_on_tpu),
+)
+define_family(correlate_at_winners_p, pooled_input_gradient_p, pooled_kernel_gradient_p, window=slice(1, 3))
+
+
+def _correlate_max_jvp(primals: Any, tangents: Any, **static: Any) -> tuple[Any, Any]:
+    largest, winners = correlate_max_p.bind(*primals, **static)
+    direction = _direction(correlate_at_winners_p, largest, (*primals, winners), tangents, **static)
+    return (largest, winners), (direction, ad.Zero(jax.typeof(winners).to_tangent_aval()))
+
+
+ad.primitive_jvps[correlate_max_p] = _correlate_max_jvp
 
 # Local layers: a correlation whose kernel is another one at each position, `(lane, row, column, kernel_height,
 # kernel_width, channel, feature)`.
@@ -222,33 +325,7 @@ local_kernel_p = define(
     gpu=lowerings.LOCAL_ON_GPU.kernel_gradient,
     tpu=lowerings.LOCAL_ON_TPU.kernel_gradient,
 )
-ad.defbilinear(
-    local_p,
-    lambda gradient, x, kernel, *, correlation, form: local_input_p.bind(
-        gradient, kernel, size=x.aval.shape[2:4], correlation=correlation, form=form
-    ),
-    lambda gradient, x, kernel, *, correlation, form: local_kernel_p.bind(
-        x, gradient, window=kernel.aval.shape[3:5], correlation=correlation, form=form
-    ),
-)
-ad.defbilinear(
-    local_input_p,
-    lambda direction, gradient, kernel, *, size, correlation, form: local_p.bind(
-        direction, kernel, correlation=correlation, form=form
-    ),
-    lambda direction, gradient, kernel, *, size, correlation, form: local_kernel_p.bind(
-        direction, gradient, window=kernel.aval.shape[3:5], correlation=correlation, form=form
-    ),
-)
-ad.defbilinear(
-    local_kernel_p,
-    lambda direction, x, gradient, *, window, correlation, form: local_input_p.bind(
-        gradient, direction, size=x.aval.shape[2:4], correlation=correlation, form=form
-    ),
-    lambda direction, x, gradient, *, window, correlation, form: local_p.bind(
-        x, direction, correlation=correlation, form=form
-    ),
-)
+define_family(local_p, local_input_p, local_kernel_p, window=slice(3, 5))
 
 
 def _one(operand: Array, axis: int | None) -> tuple[int, ...]:
@@ -263,21 +340,34 @@ def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
     return moved.reshape(*moved.shape[:into], size * moved.shape[into + 1], *moved.shape[into + 2 :])
 
 
-def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
-    """The mapped axis becomes lanes, or images where only the input of a correlation has it."""
+def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Any, Any]:
+    """The mapped axis becomes lanes, or images where nothing but the kernel is without it."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
-    shares_kernel = primitive in (correlate_p, input_gradient_p, local_p, local_input_p) and axes[1] is None
-    into = 1 if shares_kernel else 0
-    inner = _one(operands[0], axes[0])[into]
-    if into == 1:
-        merged = [_merged(operands[0], axes[0], size, into=1), operands[1]]
-    else:
-        merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
-    result = primitive.bind(*merged, **static)
-    return result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :]), into
+    into = 1 if primitive in WITH_KERNEL and axes[1] is None else 0
+    merged = [
+        operand if into == 1 and index == 1 else _merged(operand, axis, size, into)
+        for index, (operand, axis) in enumerate(zip(operands, axes, strict=True))
+    ]
+    inner = merged[0].shape[into] // size if size else _one(operands[0], axes[0])[into]
+    results = primitive.bind(*merged, **static)
+    split = lambda result: result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :])  # noqa: E731
+    if primitive.multiple_results:
+        return [split(result) for result in results], [into] * len(results)
+    return split(results), into
 
 
-for _primitive in (correlate_p, input_gradient_p, kernel_gradient_p, local_p, local_input_p, local_kernel_p):
+WITH_KERNEL = (
+    correlate_p,
+    input_gradient_p,
+    correlate_max_p,
+    correlate_at_winners_p,
+    pooled_input_gradient_p,
+    local_p,
+    local_input_p,
+)
+"""Those whose second operand is a kernel."""
+
+for _primitive in (*WITH_KERNEL, kernel_gradient_p, pooled_kernel_gradient_p, local_kernel_p):
     batching.primitive_batchers[_primitive] = functools.partial(_batch_lanes, _primitive)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 from problems import derivatives, each_form, each_implementation, implementations, needs_native, normal, problems, using
 
-from cnnlib import lowerings, ops, primitives
+from cnnlib import kernels, lowerings, ops, primitives
 from cnnlib.errors import UserError
 from cnnlib.geometry import Correlation
 from cnnlib.spec import Conv, MaxPool, pad_pairs
@@ -303,6 +303,82 @@ def test_max_pool_has_the_values_and_derivatives_of_the_stock_operation(problem,
     np.testing.assert_allclose(along, (theirs * direction).sum(), rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(stacked[0], theirs, rtol=1e-6)
     np.testing.assert_allclose(product, same, rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def pooled_problems(draw):
+    """A convolution and a pooling that fits its map."""
+    x_shape, kernel_shape, arguments, resolved = draw(problems())
+    map_shape = looped(np.zeros(x_shape), np.zeros(kernel_shape), arguments["strides"], resolved, arguments["dilation"])
+    sizes = map_shape.shape[1:-1]
+    window = tuple(draw(st.integers(1, min(3, n))) for n in sizes)
+    strides = draw(st.sampled_from([None, *(tuple(step for _ in sizes) for step in (1, 2))]))
+    padding = draw(st.sampled_from(["VALID", "SAME"]))
+    return x_shape, kernel_shape, arguments, MaxPool(window, strides, padding)
+
+
+@few_draws
+@given(pooled_problems())
+def test_a_convolution_and_its_pooling_in_one_are_what_they_are_one_by_one(problem):
+    x_shape, kernel_shape, arguments, pool = problem
+    xs, ks = normal((2, *x_shape)), normal((2, *kernel_shape))
+
+    def together(x, k):
+        return conv(x, k, **arguments, pool=pool)
+
+    def apart(x, k):
+        return ops.max_pool(conv(x, k, **arguments), pool.window_shape, pool.strides, pool.padding)
+
+    def everything(of):
+        gradient = jax.grad(lambda x, k: (of(x, k) ** 2).sum(), (0, 1))
+        second = jax.jvp(gradient, (xs[0], ks[0]), (xs[1], ks[1]))[1]
+        lanes = [
+            jax.vmap(lambda x, k: derivatives.__wrapped__(of, x, k), axes)(*operands)
+            for axes, operands in (
+                ((0, 0), (xs, ks)),
+                ((0, None), (xs, ks[0])),
+                ((None, 0), (xs[0], ks)),
+            )
+        ]
+        return derivatives.__wrapped__(of, xs[0], ks[0]), second, lanes
+
+    with using("xla"):
+        expected = jax.jit(lambda: everything(apart))()
+    with using("native" if not kernels.register() else "xla"):
+        found = jax.jit(lambda: everything(together))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), found, expected)
+
+
+@needs_native
+def test_values_that_tie_behind_a_convolution_share_the_gradient_too():
+    x, kernel = jnp.ones((3, 6, 6, 1)), jnp.ones((2, 2, 1, 5))
+    with using("native"):
+        y, pull = jax.vjp(lambda x, k: ops.conv2d(x, k, padding="VALID", pool=MaxPool(2)), x, kernel)
+        to_x, to_kernel = pull(jnp.ones_like(y))
+        np.testing.assert_array_equal(y, np.full((3, 2, 2, 5), 4.0))
+        # 16 places of the map get a quarter of a window's gradient each; the last row and column are in no window.
+        np.testing.assert_allclose(to_kernel, np.full((2, 2, 1, 5), 3 * 16 / 4))
+        np.testing.assert_allclose(to_x.sum(axis=(1, 2, 3)), np.full(3, 16 / 4 * 4 * 5))
+        along = jax.jvp(lambda k: ops.conv2d(x, k, padding="VALID", pool=MaxPool(2)), (kernel,), (kernel,))[1]
+        np.testing.assert_array_equal(along, y)
+
+
+@pytest.mark.once
+@needs_native
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize(
+    "channels, features",
+    [*(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 6), (16, 6), (64, 32))), (6, 16), (3, 20), (40, 3)],
+)
+def test_input_gradients_are_right_scattered_or_not(channels, features, padding):
+    x, kernel = normal((5, 14, 12, channels)), normal((5, 3, channels, features))
+    arguments = {"padding": padding, "dilation": (1, 2) if features == 20 else 1, "strides": 2 if features == 3 else 1}
+    values = functools.partial(conv, **arguments, pool=MaxPool(2))
+    with using("xla"):
+        expected = derivatives(values, x, kernel)
+    with using("native"):
+        found = derivatives(values, x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), found, expected)
 
 
 @pool_draws

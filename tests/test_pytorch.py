@@ -1,0 +1,166 @@
+"""Random operations against PyTorch: values and gradients, 2,000 of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import using
+
+from cnnlib import kernels, ops
+from cnnlib.spec import MaxPool
+
+SEEDS, PROGRAMS, TOGETHER = 8, 10, 25
+"""Seeds, programs per seed, and operations per program."""
+KINDS = ("conv", "conv", "conv, max_pool", "conv_transpose", "local", "max_pool", "avg_pool")
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float64": 2.0**-53}
+"""Largest relative error of one number."""
+
+
+class Drawn(NamedTuple):
+    """An operation that was drawn."""
+
+    kind: str
+    operands: tuple[np.ndarray, ...]
+    arguments: dict
+    pool: dict | None
+
+
+def drawn(random, kind):
+    """Draw an operation: channels last, the kernel (*window, channel per group, feature)."""
+    axes = int(random.randint(1, 3))
+    numbers = lambda low, high: tuple(int(n) for n in random.randint(low, high, axes))  # noqa: E731
+    groups, batch = int(random.choice([1, 1, 2, 3])), int(random.choice([1, 3, 8]))
+    channels, features = (groups * int(random.choice([1, 2, 3, 8])) for _ in range(2))
+    size, window, strides, dilation = numbers(3, 15), numbers(1, 6), numbers(1, 4), numbers(1, 3)
+    padding = tuple((int(low), int(high)) for low, high in random.randint(0, 4, (axes, 2)))
+    spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    padded = [n + sum(pair) for n, pair in zip(size, padding, strict=True)]
+    if any(span > n for span, n in zip(spans, padded, strict=True)):
+        return drawn(random, kind)
+    positions = tuple((n - span) // s + 1 for n, span, s in zip(padded, spans, strides, strict=True))
+    if kind in ("max_pool", "avg_pool"):
+        if any(max(pair) >= k for pair, k in zip(padding, window, strict=True)):
+            return drawn(random, kind)  # a window on padding alone has no value
+        arguments = {"window_shape": window, "strides": strides, "padding": padding}
+        if kind == "avg_pool":
+            arguments["count_include_pad"] = bool(random.randint(2))
+        return Drawn(kind, (random.normal(size=(batch, *size, channels)),), arguments, None)
+    arguments = {"strides": strides, "padding": padding, "dilation": dilation, "feature_group_count": groups}
+    kernel = random.normal(size=(*window, channels // groups, features))
+    if kind == "local":
+        kernel = random.normal(size=(*positions, *kernel.shape))
+    if kind == "conv_transpose":
+        arguments["output_size"] = size
+        return Drawn(kind, (random.normal(size=(batch, *positions, features)), kernel), arguments, None)
+    pool = None
+    if kind == "conv, max_pool":
+        pool = {"window_shape": tuple(min(n, int(random.randint(1, 4))) for n in positions), "strides": None}
+        pool["strides"] = pool["window_shape"] if random.randint(2) else numbers(1, 3)
+    return Drawn(kind, (random.normal(size=(batch, *size, channels)), kernel), arguments, pool)
+
+
+def ours(one, *operands):
+    axes = operands[0].ndim - 2
+    name = one.kind if "pool" in one.kind and one.pool is None else f"{one.kind.removesuffix(', max_pool')}{axes}d"
+    pool = {} if one.pool is None else {"pool": MaxPool(**one.pool)}
+    return getattr(ops, name)(*operands, **one.arguments, **pool)
+
+
+def theirs(torch, one, x, kernel=None):
+    """Compute the same by PyTorch, which has channels first and no padding of different sides in its convolutions."""
+    functional, axes, arguments = torch.nn.functional, x.ndim - 2, one.arguments
+    first = lambda maps: maps.movedim(-1, 1).contiguous()  # noqa: E731
+    last = lambda maps: maps.movedim(1, -1)  # noqa: E731
+    sides = [side for pair in reversed(arguments["padding"]) for side in pair]
+    max_pool = {1: functional.max_pool1d, 2: functional.max_pool2d}[axes]
+    if one.kind == "max_pool":
+        padded = functional.pad(first(x), sides, value=-np.inf)
+        return last(max_pool(padded, arguments["window_shape"], arguments["strides"]))
+    if one.kind == "avg_pool":
+        pool = functools.partial(
+            {1: functional.avg_pool1d, 2: functional.avg_pool2d}[axes],
+            kernel_size=arguments["window_shape"],
+            stride=arguments["strides"],
+        )
+        mean = pool(functional.pad(first(x), sides))
+        if not arguments["count_include_pad"]:
+            mean = mean / pool(functional.pad(torch.ones_like(first(x)), sides))
+        return last(mean)
+    groups = arguments["feature_group_count"]
+    if one.kind == "local":
+        return local(torch, x, kernel, arguments, sides)
+    weights = kernel.movedim((-1, -2), (0, 1)).contiguous()
+    shared = {"stride": arguments["strides"], "dilation": arguments["dilation"], "groups": groups}
+    if one.kind == "conv_transpose":
+        transposed = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d}[axes]
+        whole = last(transposed(first(x), weights, **shared))
+        for axis, (n, (low, _)) in enumerate(zip(arguments["output_size"], arguments["padding"], strict=True)):
+            missing = max(0, low + n - whole.shape[1 + axis])
+            fill = [0, 0] * (axes - axis) + [0, missing]
+            whole = functional.pad(whole, fill).narrow(1 + axis, low, n)
+        return whole
+    conv = {1: functional.conv1d, 2: functional.conv2d}[axes]
+    y = conv(functional.pad(first(x), sides), weights, **shared)
+    return last(y if one.pool is None else max_pool(y, one.pool["window_shape"], one.pool["strides"]))
+
+
+def local(torch, x, kernel, arguments, sides):
+    """Compute a local layer: the values under each window times the weights of its position."""
+    axes, groups = x.ndim - 2, arguments["feature_group_count"]
+    window, positions = kernel.shape[axes : 2 * axes], kernel.shape[:axes]
+    maps = torch.nn.functional.pad(x.movedim(-1, 1), sides)
+    strides, dilation = arguments["strides"], arguments["dilation"]
+    if axes == 1:  # a signal is an image of height 1
+        maps, window, strides, dilation = maps[:, :, None], (1, *window), (1, *strides), (1, *dilation)
+    under = torch.nn.functional.unfold(maps, tuple(window), dilation=dilation, stride=strides)
+    under = under.reshape(x.shape[0], groups, x.shape[-1] // groups, *kernel.shape[axes : 2 * axes], *positions)
+    by_group = kernel.reshape(*kernel.shape[:-1], groups, kernel.shape[-1] // groups)
+    letters = ("nghip", "pihgf->npgf") if axes == 1 else ("nghijpq", "pqijhgf->npqgf")
+    y = torch.einsum(",".join(letters), under, by_group)
+    return y.reshape(x.shape[0], *positions, kernel.shape[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_operations_agree_with_pytorch(seed, float64):
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # operations are small
+    random = np.random.RandomState(seed)
+    dtypes = ["float32"] * 6 + ["bfloat16", "float64"]
+    forms = ["xla", "gpu", "tpu"] + ["native"] * (0 if kernels.register() else 5)
+    for program in range(PROGRAMS):
+        dtype, form = random.choice(dtypes), random.choice(forms)
+        chosen = [drawn(random, random.choice(KINDS)) for _ in range(TOGETHER)]
+        rounded = [[jnp.asarray(operand, dtype) for operand in one.operands] for one in chosen]
+        tensors = [
+            [torch.tensor(np.asarray(operand, np.float64), requires_grad=True) for operand in operands]
+            for operands in rounded
+        ]
+        values = [theirs(torch, one, *own) for one, own in zip(chosen, tensors, strict=True)]
+        cotangents = [jnp.asarray(random.normal(size=tuple(y.shape)), dtype) for y in values]
+
+        @jax.jit
+        def everything(operands, cotangents, chosen=chosen):
+            found = []
+            for one, own, cotangent in zip(chosen, operands, cotangents, strict=True):
+                y, pull = jax.vjp(functools.partial(ours, one), *own)
+                found.append((y, *pull(cotangent)))
+            return found
+
+        with using(form):
+            found = everything(rounded, cotangents)
+        for one, own, y, cotangent, results in zip(chosen, tensors, values, cotangents, found, strict=True):
+            gradients = torch.autograd.grad(y, own, torch.tensor(np.asarray(cotangent, np.float64)))
+            for what, result, right in zip(("value", "to x", "to the kernel"), results, (y, *gradients), strict=False):
+                if dtype == "bfloat16" and "max_pool" in one.kind and what != "value":
+                    continue  # rounding may decide who wins
+                # Sums have up to a few thousand terms of size 1, whose rounding adds up like a random walk.
+                expected = right.detach().numpy()
+                tolerance = 64 * ROUNDING[dtype] * max(1.0, np.abs(expected).max(initial=0.0))
+                worst = np.abs(np.asarray(result, np.float64) - expected).max(initial=0.0)
+                assert result.dtype == dtype and worst <= tolerance, (seed, program, form, dtype, what, worst, one[2:])
