@@ -18,7 +18,7 @@ from cnnlib import models, ops, train
 from cnnlib.architectures import ARCHITECTURES, neyshabur_d
 from cnnlib.config import EXPERIMENTS, Augment, LaneNumbers, Optim
 from cnnlib.errors import UserError
-from cnnlib.spec import Model, PerAxis, Shape
+from cnnlib.spec import MaxPool, Model, PerAxis, Shape
 from cnnlib.train import Examples, Recipe
 
 BATCH, EXAMPLES = 100, 3500
@@ -58,11 +58,13 @@ def stock_convolution(
     padding: Any = "SAME",
     dilation: PerAxis = 1,
     feature_group_count: int = 1,
+    pool: MaxPool | None = None,
 ) -> jax.Array:
-    """Convolve as Flax's `nn.Conv` does."""
+    """Convolve as Flax's `nn.Conv` does, then pool where that is asked for."""
     axes = x.ndim - 2
     each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
-    return lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes], feature_group_count)
+    y = lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes], feature_group_count)
+    return y if pool is None else stock_max_pool(y, pool.window_shape, pool.strides, pool.padding)
 
 
 def stock_local(

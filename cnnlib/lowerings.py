@@ -106,8 +106,30 @@ def pooled_shape(x: Any, *_: Any, pooling: Pooling, form: str) -> tuple[int, ...
 # Correlations.
 
 
+def cropped(x: Array, correlation: Correlation) -> tuple[Array, Correlation]:
+    """Crop images where padding is negative, and return the correlation of what is left.
+
+    XLA's CPU compiler reads beyond images where it crops on one side and pads on the other (openxla/xla issue 48713;
+    seen with jaxlib 0.7.2 and 0.10.2, in float32 and bfloat16). Gradients crop where an image has more padding than a
+    kernel covers.
+    """
+    edges, padding = [(0, 0, 0)], []
+    for n, pair, spread in zip(x.shape[1:3], correlation.padding, correlation.x_dilation, strict=True):
+        # In values of the image, rounded up; `spread` steps each.
+        low, high = (-(min(side, 0) // spread) for side in pair)
+        low = min(low, n)
+        high = min(high, n - low)
+        edges.append((-low, -high, 0))
+        padding.append((pair[0] + low * spread, pair[1] + high * spread))
+    if not any(map(any, edges)):
+        return x, correlation
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)])
+    return x, correlation._replace(padding=(padding[0], padding[1]))
+
+
 def stock(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Compute one lane by XLA's own convolution."""
+    x, correlation = cropped(x, correlation)
     return lax.conv_general_dilated(x, kernel, *correlation, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -119,6 +141,8 @@ def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
     padding, dilation = correlation.padding, correlation.x_dilation
     if x.shape[1] != 1 or kernel.shape[0] != 1 or padding[0] != (0, 0) or dilation[0] != 1:
         return stock(x, kernel, correlation)
+    x, correlation = cropped(x, correlation)
+    padding = correlation.padding
     y = lax.conv_general_dilated(
         x[:, 0],
         kernel[0],
@@ -132,9 +156,25 @@ def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
 
 
 def convolution_input_gradient(gradient: Array, kernel: Array, size: Pair, correlation: Correlation) -> Array:
-    """Compute one lane by the transpose of `convolution` in its input."""
+    """Compute one lane by the transpose of `convolution` in its input.
+
+    Padding beyond what the kernel covers is apart from the convolution, whose transpose would crop (see `cropped`).
+    """
+    spans = [(k - 1) * d for k, d in zip(kernel.shape[:2], correlation.kernel_dilation, strict=True)]
+    spare, kept = [], []
+    for pair, span, spread in zip(correlation.padding, spans, correlation.x_dilation, strict=True):
+        low, high = (max(0, side - span) // spread for side in pair)
+        spare.append((low, high, 0))
+        kept.append((pair[0] - low * spread, pair[1] - high * spread))
+    inner = correlation._replace(padding=(kept[0], kept[1]))
+
+    def forward(x: Array) -> Array:
+        if any(map(any, spare)):
+            x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spare, (0, 0, 0)])
+        return convolution(x, kernel, inner)
+
     like = jax.ShapeDtypeStruct((gradient.shape[0], *size, kernel.shape[-2]), gradient.dtype)
-    (result,) = jax.linear_transpose(lambda x: convolution(x, kernel, correlation), like)(gradient)
+    (result,) = jax.linear_transpose(forward, like)(gradient)
     return jnp.asarray(result)
 
 

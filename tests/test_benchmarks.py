@@ -7,14 +7,16 @@ import math
 from importlib.metadata import version
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import agreement, aot, gpu, lanes, operations, step
-from benchmarks.nets import Rows
+from benchmarks.nets import NETS, Rows, model_of, stock_operations
 from benchmarks.timing import Contestant, Table, interleaved, summary
 from cnnlib.defects import numbers_of
 from cnnlib.errors import UserError
+from cnnlib.models import network
 
 
 @pytest.mark.slow
@@ -219,3 +221,14 @@ def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
     assert gpu.target_here().chip.bandwidth == 3350e9
     Device.device_kind = "NVIDIA A100-SXM4-80GB"
     assert gpu.target_here() is None
+
+
+@pytest.mark.parametrize("net", ["lenet5", "local_lenet5", "mnist1d_cnn"])
+def test_stock_networks_are_the_same_functions(net):
+    model, shape = model_of(net), NETS[net][1]
+    x = np.random.RandomState(0).normal(size=(2, *shape)).astype(np.float32)
+    variables = network(model).init(jax.random.key(0), x)
+    ours = jax.jit(lambda x: network(model).apply(variables, x))(x)
+    with stock_operations():
+        theirs = jax.jit(lambda x: network(model).apply(variables, x))(x)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)

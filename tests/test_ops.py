@@ -100,6 +100,23 @@ def test_conv_has_the_second_derivatives_of_the_stock_operation(problem, impleme
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-3), product, theirs)
 
 
+@each_form
+@pytest.mark.parametrize("padding", [((3, 0),), ((0, 3),), ((4, 1), (0, 2))])
+def test_padding_beyond_the_kernel_has_a_gradient(implementation, padding):
+    # XLA's CPU compiler reads beyond the maps of the convolution that is this gradient (openxla/xla issue 48713).
+    size, window = ((10,), (2,)) if len(padding) == 1 else ((9, 10), (3, 2))
+    x, kernel = normal((3, *size, 3)), normal((*window, 3, 8))
+    with using(implementation):
+        y, pull = jax.vjp(lambda x: conv(x, kernel, padding=padding), x)
+        (gradient,) = pull(y)
+    padded = np.zeros((3, *(n + sum(pair) for n, pair in zip(size, padding, strict=True)), 3))
+    for tap in itertools.product(*map(range, window)):
+        at = tuple(slice(t, t + n) for t, n in zip(tap, y.shape[1:-1], strict=True))
+        padded[(slice(None), *at)] += np.asarray(y) @ np.asarray(kernel)[tap].T
+    own = tuple(slice(low, low + n) for (low, _), n in zip(padding, size, strict=True))
+    np.testing.assert_allclose(gradient, padded[(slice(None), *own)], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("inputs", [1, 5])
 def test_conv_gradients_are_finite_differences_in_float64(inputs, float64):
     random = np.random.RandomState(0)
