@@ -7,6 +7,7 @@ import math
 from importlib.metadata import version
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -226,7 +227,7 @@ def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
 @pytest.mark.parametrize("net", ["lenet5", "local_lenet5", "mnist1d_cnn"])
 def test_stock_networks_are_the_same_functions(net):
     model, shape = model_of(net), NETS[net][1]
-    x = np.random.RandomState(0).normal(size=(2, *shape)).astype(np.float32)
+    x = jnp.asarray(np.random.RandomState(0).normal(size=(2, *shape)), jnp.float32)
     variables = network(model).init(jax.random.key(0), x)
     ours = jax.jit(lambda x: network(model).apply(variables, x))(x)
     with stock_operations():
