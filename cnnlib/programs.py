@@ -49,8 +49,7 @@ PLACE = train.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_
 def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: int, platform: str) -> int:
     """Choose how many lanes are vectorised together where memory does not matter.
 
-    - CPU: one lane of a net with windows on images, since it fills the cores; up to 8 lanes with windows on signals,
-      and of a full net.
+    - CPU: one lane of a net with windows, since it fills the cores; up to 8 lanes of a full net.
     - TPU: one lane of a net with windows on images. A core runs one operation after another at no cost for starting
       each, and lanes as the groups of one convolution take twice the cycles. Up to 8 lanes with windows on signals, up
       to 16 of a full net.
@@ -60,7 +59,7 @@ def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: i
     """
     has_windows, is_image = connectivity != "full", len(input_shape) == 3
     if platform == "cpu":
-        most = 1 if has_windows and is_image else CPU_GROUP
+        most = 1 if has_windows else CPU_GROUP
     elif platform == "tpu":
         most = (1 if is_image else TPU_SIGNAL_GROUP) if has_windows else TPU_GROUP
     else:
