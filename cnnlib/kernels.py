@@ -2,7 +2,7 @@
 
 XLA's own CPU convolutions are slow where they count here: weight gradients in loops, and few channels. kernels.cc takes
 a quarter to a half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers
-come with JAX. It is compiled for the processor at hand at its first use, in about 7 s, and kept in the user's cache
+come with JAX. It is compiled for the processor at hand at its first use, in 10 to 20 s, and kept in the user's cache
 folder, unless others could change it there. `CNNLIB_KERNELS=xla` does without it, `CNNLIB_KERNELS=native` insists on
 it; by default it is used on a machine that can compile it. `CNNLIB_KERNELS=gpu` and `=tpu` compute on a CPU in the
 forms that those platforms run (`cnnlib/lowerings.py`): that is slow, and shows that they are right.

@@ -224,6 +224,7 @@ def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
     assert gpu.target_here() is None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("net", ["lenet5", "local_lenet5", "mnist1d_cnn"])
 def test_stock_networks_are_the_same_functions(net):
     model, shape = model_of(net), NETS[net][1]

@@ -281,6 +281,7 @@ def test_a_second_run_moves_the_jobs_of_an_earlier_one_aside(here, tmp_path):
     assert not (tmp_path / "jobs" / "left-over").exists()
 
 
+@pytest.mark.once
 def test_a_job_that_would_not_compute_what_the_run_began_with_is_refused(here, tmp_path, monkeypatch):
     executor, alone = here(), jobs.alone
 

@@ -122,6 +122,7 @@ def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(whole, tmp_path):
     assert results["resumed"][0]["in_flight"] == {"full": 1} and results["resumed"][0]["changes"] == []
 
 
+@pytest.mark.once
 def test_a_finished_run_is_left_alone(whole):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     watcher = Listener()
@@ -154,6 +155,7 @@ def checkpoints(out, arm="full"):
 SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("truncated", "lost", "progress")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("damage", ["flipped", *SLOW])
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, whole, stopped, tmp_path):
     out = copy_of(stopped[2], tmp_path / "run")
@@ -190,6 +192,7 @@ def test_without_a_checkpoint_that_can_be_read_the_arm_starts_anew(whole, stoppe
     assert comparable(out) == comparable(whole)
 
 
+@pytest.mark.once
 def test_an_arm_whose_last_checkpoint_is_all_there_is_is_tested_and_kept(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -221,6 +224,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(whole, stopped, tmp_pat
     assert watcher.epochs[0] == ("full", 1) and comparable(out) == comparable(whole)
 
 
+@pytest.mark.once
 def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PATIENCE", 0.5)
     held = Writer()

@@ -160,6 +160,7 @@ def test_without_validation_there_is_none_and_nothing_is_chosen(tmp_path):
     assert "validation_accuracy" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.once
 def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
     deep = Arm("deep", parse_model("avg:4 dense:8 dense:8 dense:classes"))  # without ReLU nothing can die in peace
     changes = {"arms": (deep,), "optim": Optim("sgd", learning_rate=(0.01, 1e8))}
@@ -208,6 +209,7 @@ def test_an_arm_that_does_not_fit_in_the_memory_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.once
 def test_the_device_trains_the_next_epoch_while_the_sums_of_one_are_fetched(tmp_path, monkeypatch):
     order = []
 

@@ -73,6 +73,7 @@ def test_a_net_answers_to_stored_examples_as_it_was_tested(models):
     assert len(data.train.y) == len(load(EXPERIMENT.data).train.y) == 3800
 
 
+@pytest.mark.once
 def test_what_cannot_be_trained_is_one_line():
     own = replace(EXPERIMENT, arms=(EXPERIMENT.arms[0], replace(EXPERIMENT.arms[1], own=("data.name=mnist5k",))))
     wild = replace(EXPERIMENT, arms=EXPERIMENT.arms[:1], optim=Optim("sgd", learning_rate=(1e8,)))
