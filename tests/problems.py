@@ -47,6 +47,12 @@ def each_form(test):
     return pytest.mark.parametrize("implementation", ["xla", NATIVE, "gpu", "tpu"])(test)
 
 
+def each_form_in_time(test):
+    """The same, of which the forms of accelerators are slow tests."""
+    others = [pytest.param(form, marks=pytest.mark.slow) for form in ("gpu", "tpu")]
+    return pytest.mark.parametrize("implementation", ["xla", NATIVE, *others])(test)
+
+
 def needs_native(test):
     """The test is about kernels.cc, and left out where no compiler is."""
     return pytest.mark.skipif(bool(kernels.register()), reason="no compiler")(test)

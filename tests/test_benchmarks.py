@@ -225,7 +225,9 @@ def test_estimates_on_a_gpu_are_for_the_chip_that_is_there(monkeypatch):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("net", ["lenet5", "local_lenet5", "mnist1d_cnn"])
+@pytest.mark.parametrize(
+    "net", ["lenet5", *(pytest.param(net, marks=pytest.mark.slow) for net in ("local_lenet5", "mnist1d_cnn"))]
+)
 def test_stock_networks_are_the_same_functions(net):
     model, shape = model_of(net), NETS[net][1]
     x = jnp.asarray(np.random.RandomState(0).normal(size=(2, *shape)), jnp.float32)

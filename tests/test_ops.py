@@ -13,7 +13,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from problems import derivatives, each_form, each_implementation, implementations, needs_native, normal, problems, using
+from problems import (
+    derivatives,
+    each_form,
+    each_form_in_time,
+    each_implementation,
+    implementations,
+    needs_native,
+    normal,
+    problems,
+    using,
+)
 
 from cnnlib import kernels, lowerings, ops, primitives
 from cnnlib.errors import UserError
@@ -100,7 +110,7 @@ def test_conv_has_the_second_derivatives_of_the_stock_operation(problem, impleme
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-3), product, theirs)
 
 
-@each_form
+@each_form_in_time
 @pytest.mark.parametrize("padding", [((3, 0),), ((0, 3),), ((4, 1), (0, 2))])
 def test_padding_beyond_the_kernel_has_a_gradient(implementation, padding):
     # XLA's CPU compiler reads beyond the maps of the convolution that is this gradient (openxla/xla issue 48713).
@@ -382,7 +392,7 @@ def test_values_that_tie_behind_a_convolution_share_the_gradient_too():
 
 @pytest.mark.once
 @needs_native
-@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize("padding", ["VALID", pytest.param("SAME", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "channels, features",
     [*(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 6), (16, 6), (64, 32))), (6, 16), (3, 20), (40, 3)],
@@ -546,7 +556,7 @@ def test_operations_run_one_by_one_where_jit_is_off(implementation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
-@each_form
+@each_form_in_time
 def test_a_population_of_nobody_has_the_shapes_of_any_other(implementation):
     x, kernel, local = normal((2, 6, 6, 2)), normal((3, 3, 2, 4)), normal((6, 6, 3, 3, 2, 4))
     nobody = lambda one: jnp.zeros((0, *one.shape))  # noqa: E731
