@@ -318,8 +318,8 @@ def kernel_gradient_on_tpu(x: Array, gradient: Array, *, window: Pair, correlati
 
 
 # Correlation and max pooling in one. Of the map between them only the winners are kept: an integer per window, with one
-# bit per tap that equals the largest. In kernels.cc the map never leaves the cache, forward or backward.
-
+# bit per tap that equals the largest. In kernels.cc the map never leaves the cache, forward or backward. Accelerators
+# run the two apart. Elsewhere serves programs that were traced for a CPU and are lowered for another platform.
 
 MOST_TAPS = 31
 """Bits of an integer that are not its sign."""
@@ -353,24 +353,10 @@ def _pooled_attributes(correlation: Correlation, pooling: Pooling, size: tuple[i
     return {**_attributes(correlation), "size": size, **renamed}
 
 
-def correlate_max(
-    x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str, on: Callable[..., Array]
-) -> tuple[Array, Array]:
-    """Return the largest values and their winners; `on` is the platform's own correlation."""
-    y = on(x, kernel, correlation=correlation, form=form)
-    maps = y.reshape(-1, *y.shape[2:])
-    largest = max_pool(maps, pooling=pooling, form=form)
-    bits = [won.astype(jnp.int32) << tap for tap, won in enumerate(_winners(maps, largest, pooling))]
-    lanes = lambda array: array.reshape(*y.shape[:2], *array.shape[1:])  # noqa: E731
-    return lanes(largest), lanes(functools.reduce(operator.or_, bits))
-
-
 def correlate_max_on_cpu(
     x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str
 ) -> tuple[Array, Array]:
-    """Do both in kernels.cc."""
-    if not pools_within(form, x.dtype, pooling):
-        return correlate_max(x, kernel, correlation=correlation, pooling=pooling, form=form, on=correlate_on_cpu)
+    """Return the largest values and their winners, both from kernels.cc."""
     shape = pooled_correlate_shape(x, kernel, correlation=correlation, pooling=pooling, form=form)
     size = correlation.output_size(x.shape[2:4], kernel.shape[1:3])
     largest, winners = jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -378,25 +364,16 @@ def correlate_max_on_cpu(
     return kernels.call("cnnlib_correlate_pooled", (largest, winners), x, kernel, attributes=attributes)
 
 
-def _bits(winners: Array, pooling: Pooling) -> list[Array]:
-    """Say tap by tap which values won."""
-    return [winners >> tap & 1 == 1 for tap in range(math.prod(pooling.window))]
-
-
-def _share(array: Array, wins: list[Array]) -> Array:
-    count = functools.reduce(operator.add, [won.astype(array.dtype) for won in wins])
-    return array / jnp.maximum(count, jnp.ones((), array.dtype))
-
-
-def unpool(gradient: Array, winners: Array, pooling: Pooling, size: tuple[int, ...]) -> Array:
-    """Give each winner its share of its window's gradient, on maps of `size`; all with lanes."""
-    flat, kept = (array.reshape(-1, *array.shape[2:]) for array in (gradient, winners))
-    wins = _bits(kept, pooling)
-    share, zero = _share(flat, wins), jnp.zeros((), gradient.dtype)
-    like = jax.ShapeDtypeStruct((flat.shape[0], *size, flat.shape[-1]), gradient.dtype)
-    each = [jnp.where(won, share, zero) for won in wins]
-    (maps,) = jax.linear_transpose(lambda maps: _under(maps, pooling, fill=0.0), like)(each)
-    return jnp.asarray(maps).reshape(*gradient.shape[:2], *size, gradient.shape[-1])
+def correlate_max_elsewhere(
+    x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str
+) -> tuple[Array, Array]:
+    """Return the largest values and their winners."""
+    y = correlate_on_gpu(x, kernel, correlation=correlation, form=form)
+    maps = y.reshape(-1, *y.shape[2:])
+    largest = max_pool(maps, pooling=pooling, form=form)
+    bits = [won.astype(jnp.int32) << tap for tap, won in enumerate(_winners(maps, largest, pooling))]
+    lanes = lambda array: array.reshape(*y.shape[:2], *array.shape[1:])  # noqa: E731
+    return lanes(largest), lanes(functools.reduce(operator.or_, bits))
 
 
 def correlate_at_winners(
@@ -409,7 +386,10 @@ def correlate_at_winners(
     form: str,
     on: Callable[..., Array],
 ) -> Array:
-    """Return each window's mean over its winners of the correlation: the forward derivative of `correlate_max`."""
+    """Return each window's mean over its winners of the correlation: the forward derivative of the largest values.
+
+    `on` is the platform's own correlation.
+    """
     y = on(x, kernel, correlation=correlation, form=form)
     wins = _bits(winners.reshape(-1, *winners.shape[2:]), pooling)
     taps = zip(wins, _under(y.reshape(-1, *y.shape[2:]), pooling, fill=0.0), strict=True)
@@ -417,81 +397,67 @@ def correlate_at_winners(
     return _share(total, wins).reshape(winners.shape)
 
 
-def pooled_input_gradient(
-    gradient: Array,
-    kernel: Array,
-    winners: Array,
-    *,
-    size: Pair,
-    correlation: Correlation,
-    pooling: Pooling,
-    form: str,
-    on: Callable[..., Array],
-) -> Array:
-    """Take the gradient of the largest values back to the input; `on` is the platform's own gradient."""
-    maps = unpool(gradient, winners, pooling, correlation.output_size(size, kernel.shape[1:3]))
-    return on(maps, kernel, size=size, correlation=correlation, form=form)
-
-
 def pooled_input_gradient_on_cpu(
-    gradient: Array,
-    kernel: Array,
-    winners: Array,
-    *,
-    size: Pair,
-    correlation: Correlation,
-    pooling: Pooling,
-    form: str,
+    gradient: Array, kernel: Array, winners: Array, *, size: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Do it in kernels.cc, as `input_gradient_on_cpu` does."""
-    if not pools_within(form, gradient.dtype, pooling):
-        static: dict[str, Any] = {"size": size, "correlation": correlation, "pooling": pooling, "form": form}
-        return pooled_input_gradient(gradient, kernel, winners, **static, on=input_gradient_on_cpu)
+    """Take the gradient of the largest values back to the input in kernels.cc, as `input_gradient_on_cpu` does."""
     between = correlation.output_size(size, kernel.shape[1:3])
-    shape = input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form)
+    output = jax.ShapeDtypeStruct(
+        input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form), gradient.dtype
+    )
     maps = jax.ShapeDtypeStruct((*gradient.shape[:2], *between, gradient.shape[-1]), gradient.dtype)
     target, own = "cnnlib_scatter_unpooled", correlation
     if not scatters(maps, kernel, size, correlation):
         target, (own, kernel) = "cnnlib_correlate_unpooled", turned_for(kernel, size, correlation)
-    attributes = _pooled_attributes(own, pooling, between)
-    output = jax.ShapeDtypeStruct(shape, gradient.dtype)
-    return kernels.call(target, output, gradient, kernel, winners, attributes=attributes)
+    return kernels.call(target, output, gradient, kernel, winners, attributes=_pooled_attributes(own, pooling, between))
 
 
-def pooled_kernel_gradient(
-    x: Array,
-    gradient: Array,
-    winners: Array,
-    *,
-    window: Pair,
-    correlation: Correlation,
-    pooling: Pooling,
-    form: str,
-    on: Callable[..., Array],
+def pooled_input_gradient_elsewhere(
+    gradient: Array, kernel: Array, winners: Array, *, size: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Take the gradient of the largest values back to the kernel; `on` is the platform's own gradient."""
-    maps = unpool(gradient, winners, pooling, correlation.output_size(x.shape[2:4], window))
-    return on(x, maps, window=window, correlation=correlation, form=form)
+    """Take the gradient of the largest values back to the input."""
+    maps = _unpool(gradient, winners, pooling, correlation.output_size(size, kernel.shape[1:3]))
+    return input_gradient_on_gpu(maps, kernel, size=size, correlation=correlation, form=form)
 
 
 def pooled_kernel_gradient_on_cpu(
-    x: Array,
-    gradient: Array,
-    winners: Array,
-    *,
-    window: Pair,
-    correlation: Correlation,
-    pooling: Pooling,
-    form: str,
+    x: Array, gradient: Array, winners: Array, *, window: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Do it in kernels.cc."""
-    if not pools_within(form, x.dtype, pooling):
-        static: dict[str, Any] = {"window": window, "correlation": correlation, "pooling": pooling, "form": form}
-        return pooled_kernel_gradient(x, gradient, winners, **static, on=kernel_gradient_on_cpu)
+    """Take the gradient of the largest values back to the kernel in kernels.cc."""
     shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, form=form)
     attributes = _pooled_attributes(correlation, pooling, correlation.output_size(x.shape[2:4], window))
     output = jax.ShapeDtypeStruct(shape, x.dtype)
     return kernels.call("cnnlib_kernel_gradient_unpooled", output, x, gradient, winners, attributes=attributes)
+
+
+def pooled_kernel_gradient_elsewhere(
+    x: Array, gradient: Array, winners: Array, *, window: Pair, pooling: Pooling, correlation: Correlation, form: str
+) -> Array:
+    """Take the gradient of the largest values back to the kernel."""
+    maps = _unpool(gradient, winners, pooling, correlation.output_size(x.shape[2:4], window))
+    return kernel_gradient_on_gpu(x, maps, window=window, correlation=correlation, form=form)
+
+
+def _bits(winners: Array, pooling: Pooling) -> list[Array]:
+    """Say tap by tap which values won."""
+    return [winners >> tap & 1 == 1 for tap in range(math.prod(pooling.window))]
+
+
+def _share(array: Array, wins: list[Array]) -> Array:
+    """Divide by the number of winners, by 1 where there is none."""
+    count = functools.reduce(operator.add, [won.astype(array.dtype) for won in wins])
+    return array / jnp.maximum(count, jnp.ones((), array.dtype))
+
+
+def _unpool(gradient: Array, winners: Array, pooling: Pooling, size: tuple[int, ...]) -> Array:
+    """Give each winner its share of its window's gradient, on maps of `size`; all with lanes."""
+    flat, kept = (array.reshape(-1, *array.shape[2:]) for array in (gradient, winners))
+    wins = _bits(kept, pooling)
+    share, zero = _share(flat, wins), jnp.zeros((), gradient.dtype)
+    like = jax.ShapeDtypeStruct((flat.shape[0], *size, flat.shape[-1]), gradient.dtype)
+    each = [jnp.where(won, share, zero) for won in wins]
+    (maps,) = jax.linear_transpose(lambda maps: _under(maps, pooling, fill=0.0), like)(each)
+    return jnp.asarray(maps).reshape(*gradient.shape[:2], *size, gradient.shape[-1])
 
 
 # Blocks, for TPUs.

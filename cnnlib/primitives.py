@@ -261,8 +261,8 @@ correlate_max_p = define(
     "correlate_max",
     lowerings.pooled_correlate_shape,
     cpu=lowerings.correlate_max_on_cpu,
-    gpu=functools.partial(lowerings.correlate_max, on=lowerings.correlate_on_gpu),
-    tpu=functools.partial(lowerings.correlate_max, on=lowerings.correlate_on_tpu),
+    gpu=lowerings.correlate_max_elsewhere,
+    tpu=lowerings.correlate_max_elsewhere,
     winners=True,
 )
 correlate_at_winners_p = define(
@@ -270,21 +270,21 @@ correlate_at_winners_p = define(
     lowerings.pooled_correlate_shape,
     cpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_cpu),
     gpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_gpu),
-    tpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_tpu),
+    tpu=functools.partial(lowerings.correlate_at_winners, on=lowerings.correlate_on_gpu),
 )
 pooled_input_gradient_p = define(
     "pooled_input_gradient",
     lowerings.pooled_input_gradient_shape,
     cpu=lowerings.pooled_input_gradient_on_cpu,
-    gpu=functools.partial(lowerings.pooled_input_gradient, on=lowerings.input_gradient_on_gpu),
-    tpu=functools.partial(lowerings.pooled_input_gradient, on=lowerings.input_gradient_on_tpu),
+    gpu=lowerings.pooled_input_gradient_elsewhere,
+    tpu=lowerings.pooled_input_gradient_elsewhere,
 )
 pooled_kernel_gradient_p = define(
     "pooled_kernel_gradient",
     lowerings.pooled_kernel_gradient_shape,
     cpu=lowerings.pooled_kernel_gradient_on_cpu,
-    gpu=functools.partial(lowerings.pooled_kernel_gradient, on=lowerings.kernel_gradient_on_gpu),
-    tpu=functools.partial(lowerings.pooled_kernel_gradient, on=lowerings.kernel_gradient_on_tpu),
+    gpu=lowerings.pooled_kernel_gradient_elsewhere,
+    tpu=lowerings.pooled_kernel_gradient_elsewhere,
 )
 define_family(correlate_at_winners_p, pooled_input_gradient_p, pooled_kernel_gradient_p, window=slice(1, 3))
 
@@ -348,7 +348,7 @@ def _batch_lanes(primitive: Primitive, operands: Any, axes: Any, **static: Any) 
         operand if into == 1 and index == 1 else _merged(operand, axis, size, into)
         for index, (operand, axis) in enumerate(zip(operands, axes, strict=True))
     ]
-    inner = merged[0].shape[into] // size if size else _one(operands[0], axes[0])[into]
+    inner = _one(operands[0], axes[0])[into]
     results = primitive.bind(*merged, **static)
     split = lambda result: result.reshape(*result.shape[:into], size, inner, *result.shape[into + 1 :])  # noqa: E731
     if primitive.multiple_results:

@@ -48,7 +48,7 @@ def each_form(test):
 
 
 def each_form_in_time(test):
-    """The same, of which the forms of accelerators are slow tests."""
+    """The test runs on both. In the forms of accelerators it is a slow test."""
     others = [pytest.param(form, marks=pytest.mark.slow) for form in ("gpu", "tpu")]
     return pytest.mark.parametrize("implementation", ["xla", NATIVE, *others])(test)
 

@@ -371,9 +371,32 @@ def test_a_convolution_and_its_pooling_in_one_are_what_they_are_one_by_one(probl
 
     with using("xla"):
         expected = jax.jit(lambda: everything(apart))()
-    with using("native" if not kernels.register() else "xla"):
-        found = jax.jit(lambda: everything(together))()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), found, expected)
+    results = []
+    if not kernels.register():
+        with using("native"):
+            results.append(jax.jit(lambda: everything(together))())
+    # What a program that was traced for a CPU computes on another platform.
+    with using("gpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowerings, "pools_within", lambda *_: True)
+        results.append(jax.jit(lambda: everything(together))())
+    for found in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), found, expected)
+
+
+@pytest.mark.parametrize(
+    "size, channels, features, window, padding, chosen",
+    [
+        ((14, 14), 6, 16, 5, 0, True),  # LeNet-5's second
+        ((14, 14), 32, 64, 3, 1, False),  # two_conv's second
+        ((40, 40), 3, 64, 3, 1, True),
+        ((14, 14), 8, 6, 3, 1, False),
+    ],
+)
+def test_few_channels_are_scattered_to(size, channels, features, window, padding, chosen):
+    correlation = Correlation((1, 1), ((padding, padding),) * 2, (1, 1), (1, 1))
+    gradient = jax.ShapeDtypeStruct((1, 8, *correlation.output_size(size, (window, window)), features), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((1, window, window, channels, features), jnp.float32)
+    assert lowerings.scatters(gradient, kernel, size, correlation) == chosen
 
 
 @needs_native

@@ -160,9 +160,12 @@ def test_random_operations_agree_with_pytorch(seed, float64):
             for what, result, right in zip(("value", "to x", "to the kernel"), results, (y, *gradients), strict=False):
                 if dtype == "bfloat16" and "max_pool" in one.kind and what != "value":
                     continue  # rounding may decide who wins
-                # Sums have up to a few thousand terms of size 1, whose rounding adds up like a random walk.
+                # Sums have up to a few thousand terms of size 1, whose rounding adds up like a random walk. Those of
+                # bfloat16 are mostly added up in float32.
                 expected = right.detach().numpy()
-                tolerance = 64 * ROUNDING[dtype] * max(1.0, np.abs(expected).max(initial=0.0))
+                tolerance = (
+                    (8 if dtype == "bfloat16" else 64) * ROUNDING[dtype] * max(1.0, np.abs(expected).max(initial=0.0))
+                )
                 worst = np.abs(np.asarray(result, np.float64) - expected).max(initial=0.0)
                 assert result.dtype == jnp.dtype(dtype), (dtype, one.kind)
                 assert worst <= tolerance, (
