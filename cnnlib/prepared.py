@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +82,9 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
     if found := re.match(r"([\w-]+):[a-zA-Z]", data.name):  # what follows the colon is no version
         raise UserError(f"data.name={data.name}: data sets of a namespace, such as {found[1]}, run their authors' code")
     tfds = import_tfds()
-    directory = None if data.data_dir is None else str(Path(data.data_dir).expanduser())
+    # TFDS reads the variable once, at its import. A notebook may set it later.
+    given = data.data_dir or os.environ.get("TFDS_DATA_DIR")
+    directory = None if given is None else str(Path(given).expanduser())
     try:
         builder = tfds.builder(data.name, data_dir=directory)
         if not builder.is_prepared():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 
@@ -38,27 +37,6 @@ def pytest_collection_finish() -> None:
     """Collect garbage rarely: tracing makes so many objects that looking for it takes a fifth of the time."""
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Keep a file's tests in one process of `-n` where they share what is made once: in two it would be made twice.
-
-    xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2, where the name of a test cannot be changed.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    @functools.cache
-    def shares(file: str) -> bool:
-        text = (config.rootpath / file).read_text()
-        return 'scope="module"' in text or "@functools.cache" in text
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file, _, _ = nodeid.partition("::")
-            return file if shares(file) else nodeid
-
-    return ByFile(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture

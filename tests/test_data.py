@@ -252,9 +252,8 @@ def test_tfds_data_dir_is_honoured_and_decoding_is_cached(tiny, monkeypatch):
     name, folder = tiny
     first = load(Data(name, data_dir=str(folder)))
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
-    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(folder))
     monkeypatch.setattr("tensorflow_datasets.core.DatasetBuilder.as_data_source", None)  # decoding again would fail
-    again = load(Data(name, data_dir=str(folder)))
+    again = load(Data(name))
     np.testing.assert_array_equal(first.test.x, again.test.x)
     np.testing.assert_array_equal(first.test.y, again.test.y)
 
