@@ -206,6 +206,7 @@ def test_tuning_curves_close_and_every_unit_is_a_point(nets):
     assert told in [text.get_text() for text in scatter.get_legend().get_texts()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_picture_is_opaque_and_its_words_are_large_enough(nets, tmp_path, name, monkeypatch):
     from matplotlib.figure import Figure

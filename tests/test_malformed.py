@@ -27,7 +27,7 @@ from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
 from experiments.__main__ import main
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 def told(arguments):
@@ -198,12 +198,7 @@ def malformed_data_sets(tmp_path, data):
     is_no_trace(["count", "fc_vs_conv", *asked, "data.validation=-1"])
 
 
-@pytest.fixture(params=["fast", pytest.param("slow", marks=pytest.mark.slow)])
-def many(request):
-    return 1 if request.param == "fast" else 10
-
-
-def sweep(body, strategy, fast, many):
+def sweep(body, strategy, examples):
     limits = [
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
@@ -211,31 +206,31 @@ def sweep(body, strategy, fast, many):
         HealthCheck.filter_too_much,
     ]
     settled = settings(
-        max_examples=fast * many, deadline=None, suppress_health_check=limits, phases=(Phase.generate,), database=None
+        max_examples=examples, deadline=None, suppress_health_check=limits, phases=(Phase.generate,), database=None
     )
     settled(given(strategy)(body))()
 
 
-def test_overrides(many):
-    sweep(lambda overrides: malformed_overrides(overrides), st.lists(OVERRIDES, min_size=1, max_size=3), 80, many)
+def test_overrides():
+    sweep(lambda overrides: malformed_overrides(overrides), st.lists(OVERRIDES, min_size=1, max_size=3), 800)
 
 
-def test_files_of_runs(many, finished, tmp_path):
-    sweep(lambda data: malformed_files_of_runs(finished, tmp_path, data), st.data(), 40, many)
+def test_files_of_runs(finished, tmp_path):
+    sweep(lambda data: malformed_files_of_runs(finished, tmp_path, data), st.data(), 400)
 
 
-def test_runs_to_resume(many, finished, tmp_path):
-    sweep(lambda data: malformed_runs_to_resume(finished, tmp_path, data), st.data(), 10, many)
+def test_runs_to_resume(finished, tmp_path):
+    sweep(lambda data: malformed_runs_to_resume(finished, tmp_path, data), st.data(), 100)
 
 
-def test_finished_arms(many, finished, tmp_path):
-    sweep(lambda data: malformed_arms(finished, tmp_path, data), st.data(), 30, many)
+def test_finished_arms(finished, tmp_path):
+    sweep(lambda data: malformed_arms(finished, tmp_path, data), st.data(), 300)
 
 
-def test_checkpoints(many, finished, tmp_path):
-    sweep(lambda data: malformed_checkpoints(finished, tmp_path, data), st.data(), 25, many)
+def test_checkpoints(finished, tmp_path):
+    sweep(lambda data: malformed_checkpoints(finished, tmp_path, data), st.data(), 250)
 
 
-def test_data_sets(many, tmp_path, monkeypatch):
+def test_data_sets(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(tmp_path))
-    sweep(lambda data: malformed_data_sets(tmp_path, data), st.data(), 15, many)
+    sweep(lambda data: malformed_data_sets(tmp_path, data), st.data(), 150)

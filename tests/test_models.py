@@ -76,8 +76,8 @@ def test_average_pooling_is_a_mean():
 
 
 def test_kernels_start_with_variance_one_over_fan_in():
-    _, parameters = initialised(parse_model("conv:64@5 dense:300"), (28, 28, 3))
-    for layer, fan_in in (("layer_0", 75), ("layer_1", 28 * 28 * 64)):
+    _, parameters = initialised(parse_model("conv:64@5 dense:300"), (8, 8, 3))
+    for layer, fan_in in (("layer_0", 75), ("layer_1", 8 * 8 * 64)):
         kernel = np.asarray(parameters[layer]["kernel"])
         assert abs(kernel.var() * fan_in - 1) < 0.1
         assert not np.any(parameters[layer]["bias"])

@@ -144,6 +144,7 @@ def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
     assert arms[1].own == ("data.train=400",)
 
 
+@pytest.mark.slow
 def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch):
     _, _, code, _ = blocks("python")
     # A reader's JAX promotes ranks; the test session's does not.

@@ -396,7 +396,7 @@ def test_nothing_is_unpickled_or_evaluated():
 # In processes of their own, by really doing it. The data are the packaged ones.
 
 # Nets that train for longer than the writer of checkpoints takes to start.
-TINY = ["epochs=4", "lanes.seed=0,1", "checkpoint.share=1"]
+TINY = ["arms=mlp_75_33,lenet5", "epochs=4", "lanes.seed=0,1", "checkpoint.share=1"]
 DIVERGING = ["optim.name=sgd", "optim.learning_rate=0.01,1e8"]
 
 

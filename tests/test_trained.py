@@ -48,7 +48,7 @@ def test_accuracies_are_those_of_a_run(models, tmp_path):
         assert len(set(of_run)) > 1 and min(of_run) > 0.34  # something has been learned, by each lane its own
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_lane_is_the_model_that_its_seed_trains_alone(models):
     alone, _ = train_models(replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], lanes=Lanes(seed=(4,))))
     of_two, (of_one,) = models[0]["conv"], alone["conv"]
@@ -60,6 +60,7 @@ def test_a_lane_is_the_model_that_its_seed_trains_alone(models):
     assert same < 1e-3 < 0.1 < other
 
 
+@pytest.mark.once
 def test_a_net_answers_to_stored_examples_as_it_was_tested(models):
     nets, data = models
     for name in ("full", "conv"):
