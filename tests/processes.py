@@ -9,13 +9,16 @@ from pathlib import Path
 
 import jax
 
-FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-"""Variables of the environment with which XLA compiles fast rather than well: compiling takes most of the time."""
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # each test process keeps a core busy
 if jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
     # Without its fusion emitters XLA compiles in half the time; later versions have nothing else. With AVX, 0.10.2
     # then computed wrong gradients: of a compiled function, a net with a norm, in float64.
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=SSE4_2"
-    FAST_COMPILATION["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=SSE4_2"]
+FAST_COMPILATION = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "XLA_FLAGS": " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags]),
+}
+"""Variables of the environment with which XLA compiles fast rather than well: compiling takes most of the time."""
 
 
 def stat(pid):

@@ -27,7 +27,7 @@ SMALL = {
     "abstraction": {"seeds": 2, "epochs": 4},
     "full_vs_conv": {"seeds": 2, "epochs": 2},
     "ablation_on_tpu": {"seeds": 3, "sizes": [3, 5], "epochs": 2},
-    "plan_for_tpu": {"seeds": 8, "sizes": [3]},
+    "plan_for_tpu": {"seeds": 8, "sizes": [1]},
     "your_own_data": {"seeds": 2, "epochs": 2},
 }
 """Parameters with which each is executed here: less of the same."""
