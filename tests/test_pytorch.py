@@ -1,4 +1,4 @@
-"""Random operations against PyTorch: values and gradients, 2,000 of them."""
+"""Against PyTorch: values and gradients of 2,000 random operations, and the counts of nets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from problems import using
 
 from cnnlib import kernels, ops
-from cnnlib.spec import MaxPool
+from cnnlib.architectures import ARCHITECTURES
+from cnnlib.cost import count
+from cnnlib.spec import Activation, AvgPool, Conv, Dense, MaxPool, Norm, Residual, parse_model
 
 SEEDS, PROGRAMS, TOGETHER = 8, 10, 25
 """Seeds, programs per seed, and operations per program."""
@@ -171,3 +173,72 @@ def test_random_operations_agree_with_pytorch(seed, float64):
                 assert worst <= tolerance, (
                     f"seed {seed}, program {program}: {form}, {dtype}, {one.kind}, {what}: {worst}"
                 )
+
+
+def their_net(torch, layers, shape):
+    """Build the layers in PyTorch. The shape of their input has the channels last."""
+    nn, made = torch.nn, []
+
+    class Sum(nn.Module):
+        def __init__(self, *branches):
+            super().__init__()
+            self.branches = nn.ModuleList(branches)
+
+        def forward(self, x):
+            return sum(branch(x) for branch in self.branches)
+
+    for layer in layers:
+        axes, channels = len(shape) - 1, shape[-1]
+        if isinstance(layer, Conv | MaxPool | AvgPool):
+            window = layer.window(shape)
+            sides = [side for pair in reversed(window.padding) for side in pair]
+            made.append({1: nn.ConstantPad1d, 2: nn.ConstantPad2d}[axes](sides, 0.0))
+        if isinstance(layer, Conv):
+            conv = {1: nn.Conv1d, 2: nn.Conv2d}[axes]
+            numbers = {"stride": window.strides, "dilation": window.dilation, "groups": layer.groups}
+            made.append(conv(channels, layer.features, window.size, **numbers, bias=layer.use_bias))
+        elif isinstance(layer, MaxPool):
+            made.append({1: nn.MaxPool1d, 2: nn.MaxPool2d}[axes](window.size, window.strides))
+        elif isinstance(layer, AvgPool):
+            made.append({1: nn.AvgPool1d, 2: nn.AvgPool2d}[axes](window.size, window.strides))
+        elif isinstance(layer, Dense):
+            made += [nn.Flatten(), nn.Linear(int(np.prod(shape)), layer.num_units, bias=layer.use_bias)]
+        elif isinstance(layer, Norm):
+            made.append({0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[axes](channels))
+        elif isinstance(layer, Activation):
+            made.append(nn.ReLU())
+        elif isinstance(layer, Residual):
+            made.append(Sum(*(their_net(torch, branch, shape) for branch in (layer.layers, layer.shortcut))))
+        shape = layer.output_shape(shape)
+    return nn.Sequential(*made)
+
+
+NETS = [
+    *((str(ARCHITECTURES.get(name).with_num_classes(10)), (28, 28, 1)) for name in ("lenet_300_100", "lenet5")),
+    *((str(ARCHITECTURES.get(name).with_num_classes(10)), (32, 32, 3)) for name in ("neyshabur_s", "neyshabur_d")),
+    *((str(ARCHITECTURES.get(name).with_num_classes(10)), (40, 1)) for name in ("mnist1d_mlp", "mnist1d_cnn")),
+    *((str(ARCHITECTURES.get(name).with_num_classes(1000)), (224, 224, 3)) for name in ("alexnet_v2", "vgg_16")),
+    ("conv:12@3:nobias norm relu conv:12@3/2:1+2x0+3:g12 relu conv:9@1:g3 avg:2/1 dense:5", (13, 11, 3)),
+    (
+        "conv:8@5:d2 relu residual(conv:6@3/2 norm relu|conv:6@1/2:nobias) max:3/2 dense:7 norm dense:3",
+        (17, 17, 2),
+    ),
+    ("conv:6@4/3:valid:g2 relu residual(conv:6@3:g6) max:2 dense:4:nobias", (50, 4)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "shape"), NETS)
+def test_parameters_and_multiply_adds_of_a_net_are_those_that_pytorch_counts(text, shape):
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = parse_model(text)
+    with torch.device("meta"):  # shapes alone
+        net = their_net(torch, model.layers, shape).eval()
+        with FlopCounterMode(display=False) as counter:
+            y = net(torch.zeros(1, shape[-1], *shape[:-1]))
+    own = count(model, shape)
+    assert tuple(y.shape[1:]) == model.shapes(shape)[-1]
+    assert sum(one.numel() for one in net.parameters()) == own.parameters
+    assert counter.get_total_flops() == 2 * own.macs
