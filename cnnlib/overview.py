@@ -202,7 +202,8 @@ def _is_arm(arm: dict[str, Any]) -> bool:
         and all(isinstance(arm.get(count), int) for count in ("parameters", "macs"))
         and is_number(arm.get("train_seconds_per_lane"))
         and isinstance(accuracy.get("n"), int)
-        and (accuracy.get("mean") is None or is_number(accuracy["mean"]))
+        and "mean" in accuracy
+        and (accuracy["mean"] is None or is_number(accuracy["mean"]))
         and isinstance(interval, list)
         and len(interval) == 2
         and (interval[0] is None) == (interval[1] is None)

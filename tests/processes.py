@@ -16,7 +16,7 @@ if jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
     flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=SSE4_2"]
 FAST_COMPILATION = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-    "XLA_FLAGS": " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags]),
+    "XLA_FLAGS": " ".join(dict.fromkeys([*os.environ.get("XLA_FLAGS", "").split(), *flags])),
 }
 """Variables of the environment with which XLA compiles fast rather than well: compiling takes most of the time."""
 

@@ -150,6 +150,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
         {"mean": 10**400, "ci95": [0.1, 0.2], "n": 2},
         {"mean": 0.9, "ci95": [0.1, "high"], "n": 2},
         {"mean": True, "ci95": [None, None], "n": 2},
+        {"ci95": [None, None], "n": 2},
     ],
 )
 def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):

@@ -531,7 +531,7 @@ def test_a_full_disk_and_one_that_is_only_read_are_clear_errors(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     script = f"""
-        mount -t tmpfs -o size=10m none {disk} || exit 77
+        mount -t tmpfs -o size=2m none {disk} || exit 77
         test $1 = rw || mount -o remount,ro {disk}
         shift; "$@"; status=$?
         ls {disk}/run/checkpoints/* >&2; exit $status
