@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 
-flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # each test process keeps a core busy
+# XLA compiles a program in one thread: each process of the tests has one core.
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
     # Without its fusion emitters XLA compiles in half the time; later versions have nothing else. With AVX, 0.10.2
     # then computed wrong gradients: of a compiled function, a net with a norm, in float64.
