@@ -84,7 +84,7 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
     tfds = import_tfds()
     # TFDS reads the variable once, at its import. A notebook may set it later.
     given = data.data_dir or os.environ.get("TFDS_DATA_DIR")
-    directory = None if given is None else str(Path(given).expanduser())
+    directory = str(Path(given).expanduser()) if given else None
     try:
         builder = tfds.builder(data.name, data_dir=directory)
         if not builder.is_prepared():

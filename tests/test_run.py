@@ -239,17 +239,17 @@ def test_every_line_of_metrics_is_of_its_epoch(finished):
     data = load(EXPERIMENT.data)
     feed = Resident(data, jax.devices()[:1])
     splits = feed.splits
-    arm = resolve(EXPERIMENT)[1]
-    numbers = numbers_of(arm)
-    made = compile_programs(arm, feed, jax.devices()[:1])
-    states, _ = made.initialize(numbers)
-    for epoch in (1, 2):
-        states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
-        validation = jax.device_get(made.validate(states.parameters, states.statistics, splits["validation"]))
-        told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
-        assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
-        assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)
-        assert [line["validation_accuracy"] for line in told] == list(validation.correct / validation.examples)
+    for arm in resolve(EXPERIMENT):
+        numbers = numbers_of(arm)
+        made = compile_programs(arm, feed, jax.devices()[:1])
+        states, _ = made.initialize(numbers)
+        for epoch in (1, 2):
+            states, sums = jax.block_until_ready(made.epoch(states, numbers, splits["train"]))
+            validation = jax.device_get(made.validate(states.parameters, states.statistics, splits["validation"]))
+            told = [line for line in lines if (line["arm"], line["epoch"]) == (arm.name, epoch)]
+            assert [line["train_loss"] for line in told] == list(sums.loss / sums.examples)
+            assert [line["validation_loss"] for line in told] == list(validation.loss / validation.examples)
+            assert [line["validation_accuracy"] for line in told] == list(validation.correct / validation.examples)
 
 
 @pytest.mark.once
