@@ -1,4 +1,4 @@
-"""Against PyTorch: values and gradients of 2,000 random operations, and the counts of nets."""
+"""Against PyTorch: values and gradients of 2,000 random operations and of its own tests' cases, and counts of nets."""
 
 from __future__ import annotations
 
@@ -128,6 +128,43 @@ def local(torch, x, kernel, arguments, sides):
     return y.reshape(x.shape[0], *positions, kernel.shape[-1])
 
 
+def compare(torch, chosen, dtype, form, random):
+    """Assert that the operations `chosen` have the values and gradients of PyTorch's, computed there in float64."""
+    rounded = [[operand.astype(jnp.dtype(dtype)) for operand in one.operands] for one in chosen]
+    tensors = [
+        [torch.tensor(np.asarray(operand, np.float64), requires_grad=True) for operand in operands]
+        for operands in rounded
+    ]
+    values = [theirs(torch, one, *own) for one, own in zip(chosen, tensors, strict=True)]
+    cotangents = [random.normal(size=tuple(y.shape)).astype(jnp.dtype(dtype)) for y in values]
+
+    @jax.jit
+    def everything(operands, cotangents):
+        found = []
+        for one, own, cotangent in zip(chosen, operands, cotangents, strict=True):
+            y, pull = jax.vjp(functools.partial(ours, one), *own)
+            found.append((y, *pull(cotangent)))
+        return found
+
+    with using(form):
+        found = everything(rounded, cotangents)
+    for one, own, y, cotangent, results in zip(chosen, tensors, values, cotangents, found, strict=True):
+        gradients = torch.autograd.grad(y, own, torch.tensor(np.asarray(cotangent, np.float64)))
+        for what, result, right in zip(("value", "to x", "to the kernel"), results, (y, *gradients), strict=False):
+            if dtype == "bfloat16" and "max_pool" in one.kind and what != "value":
+                continue  # rounding may decide which value is the largest
+            # Sums have up to a few thousand terms of size 1, whose rounding adds up like a random walk. Those of
+            # bfloat16 are mostly added up in float32.
+            expected = right.detach().numpy()
+            tolerance = (
+                (8 if dtype == "bfloat16" else 64) * ROUNDING[dtype] * max(1.0, np.abs(expected).max(initial=0.0))
+            )
+            assert result.dtype == jnp.dtype(dtype), (dtype, one.kind)
+            assert result.shape == expected.shape, (result.shape, expected.shape, one)
+            worst = np.abs(np.asarray(result, np.float64) - expected).max(initial=0.0)
+            assert worst <= tolerance, f"{form}, {dtype}, {one.kind} {one.arguments}, {what}: {worst} > {tolerance}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_operations_agree_with_pytorch(seed, float64):
@@ -136,43 +173,123 @@ def test_random_operations_agree_with_pytorch(seed, float64):
     random = np.random.RandomState(seed)
     dtypes = ["float32"] * 10 + ["bfloat16", "float64"]
     forms = ["xla", "gpu", "tpu"] + ["native"] * (0 if kernels.register() else 9)
-    for program in range(PROGRAMS):
+    for _ in range(PROGRAMS):
         dtype, form = random.choice(dtypes), random.choice(forms)
-        chosen = [drawn(random, random.choice(KINDS)) for _ in range(TOGETHER)]
-        rounded = [[operand.astype(jnp.dtype(dtype)) for operand in one.operands] for one in chosen]
-        tensors = [
-            [torch.tensor(np.asarray(operand, np.float64), requires_grad=True) for operand in operands]
-            for operands in rounded
-        ]
-        values = [theirs(torch, one, *own) for one, own in zip(chosen, tensors, strict=True)]
-        cotangents = [random.normal(size=tuple(y.shape)).astype(jnp.dtype(dtype)) for y in values]
+        compare(torch, [drawn(random, random.choice(KINDS)) for _ in range(TOGETHER)], dtype, form, random)
 
-        @jax.jit
-        def everything(operands, cotangents, chosen=chosen):
-            found = []
-            for one, own, cotangent in zip(chosen, operands, cotangents, strict=True):
-                y, pull = jax.vjp(functools.partial(ours, one), *own)
-                found.append((y, *pull(cotangent)))
-            return found
 
-        with using(form):
-            found = everything(rounded, cotangents)
-        for one, own, y, cotangent, results in zip(chosen, tensors, values, cotangents, found, strict=True):
-            gradients = torch.autograd.grad(y, own, torch.tensor(np.asarray(cotangent, np.float64)))
-            for what, result, right in zip(("value", "to x", "to the kernel"), results, (y, *gradients), strict=False):
-                if dtype == "bfloat16" and "max_pool" in one.kind and what != "value":
-                    continue  # rounding may decide who wins
-                # Sums have up to a few thousand terms of size 1, whose rounding adds up like a random walk. Those of
-                # bfloat16 are mostly added up in float32.
-                expected = right.detach().numpy()
-                tolerance = (
-                    (8 if dtype == "bfloat16" else 64) * ROUNDING[dtype] * max(1.0, np.abs(expected).max(initial=0.0))
-                )
-                worst = np.abs(np.asarray(result, np.float64) - expected).max(initial=0.0)
-                assert result.dtype == jnp.dtype(dtype), (dtype, one.kind)
-                assert worst <= tolerance, (
-                    f"seed {seed}, program {program}: {form}, {dtype}, {one.kind}, {what}: {worst}"
-                )
+# The shapes and arguments that PyTorch's own tests of these functions use (OpInfo, torch 2.13:
+# torch/testing/_internal/common_methods_invocations.py, `sample_inputs_*`), channels first, without three dimensions.
+# Not here: what cnnlib does not have (`ceil_mode`, dilated pooling, `divisor_override`, inputs without a batch). One
+# `output_padding` of PyTorch's is 3 at stride 2, which no convolution takes back: here it is 1.
+CONV = [
+    ((1, 3, 4), (3, 3, 3), {"strides": 2, "padding": 2}),
+    ((2, 4, 8), (2, 2, 3), {"strides": 3, "padding": 1, "groups": 2, "dilation": 2}),
+    ((1, 4, 5), (1, 4, 3), {"strides": 2}),
+    ((2, 2, 4), (2, 1, 4), {"padding": "same", "groups": 2, "dilation": 2}),
+    ((1, 4, 5), (3, 4, 3), {}),
+    ((1, 3, 4, 4), (3, 3, 3, 3), {"strides": 2, "padding": 2}),
+    ((2, 4, 8, 8), (2, 2, 3, 3), {"strides": (3, 2), "padding": (2, 1), "groups": 2, "dilation": 4}),
+    ((1, 4, 5, 5), (1, 4, 2, 3), {"strides": 2, "padding": 1, "dilation": (2, 3)}),
+    ((1, 2, 4, 3), (4, 2, 3, 4), {"strides": 2, "padding": 1}),
+    ((1, 4, 5, 5), (1, 4, 2, 3), {"strides": 2}),
+    ((1, 4, 5, 5), (1, 4, 2, 3), {"padding": "same", "dilation": 3}),
+    ((2, 4, 6, 6), (4, 1, 3, 3), {"groups": 4}),
+    ((2, 4, 6, 6), (8, 1, 3, 3), {"groups": 4}),
+    ((2, 4, 6, 6), (4, 1, 3, 3), {"groups": 4, "strides": (3, 2)}),
+    ((2, 4, 6, 6), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
+    ((2, 4, 5, 5), (4, 1, 2, 2), {"groups": 4, "dilation": 2}),
+    ((2, 4, 6, 5), (6, 2, 3, 2), {"groups": 2}),
+    ((1, 4, 5, 5), (3, 4, 3, 3), {}),
+]
+CONV_TRANSPOSE = [
+    ((1, 3, 4), (3, 3, 3), {"strides": 2, "padding": 2, "output_padding": 1}),
+    ((2, 2, 4), (2, 2, 4), {"strides": 3, "padding": 1, "output_padding": 2, "groups": 2, "dilation": 4}),
+    ((1, 1, 4), (1, 1, 4), {"strides": 2, "padding": 1, "output_padding": 1, "dilation": 2}),
+    ((1, 1, 4), (1, 2, 3), {"strides": 2, "padding": 1, "output_padding": 1}),
+    ((1, 4, 5), (4, 8, 3), {}),
+    ((1, 3, 4, 4), (3, 3, 3, 3), {"strides": 2, "padding": 2, "output_padding": 1}),
+    (
+        (2, 2, 4, 4),
+        (2, 2, 4, 5),
+        {"strides": (3, 2), "padding": (1, 2), "output_padding": (2, 1), "groups": 2, "dilation": 4},
+    ),
+    ((1, 1, 4, 5), (1, 1, 4, 3), {"strides": 2, "padding": 1, "output_padding": 1, "dilation": (2, 3)}),
+    ((1, 1, 4, 3), (1, 2, 3, 4), {"strides": 2, "padding": 1, "output_padding": 1}),
+    ((2, 4, 4, 4), (4, 1, 3, 3), {"groups": 4}),
+    ((1, 2, 5, 5), (2, 4, 3, 3), {}),
+]
+AVG_POOL = [
+    ((2, 3, 9), 3, {"strides": 3}),
+    ((1, 3, 9), 3, {"strides": 1, "padding": 1, "count_include_pad": False}),
+    ((1, 3, 9), 6, {"strides": 3, "padding": 2}),
+    ((2, 3, 9), 3, {"strides": 1, "padding": 1}),
+    ((0, 3, 9), 6, {"strides": 3, "padding": 2}),
+    ((1, 2, 9), 7, {"strides": 3, "padding": 2}),
+    ((1, 2, 9), 7, {"strides": 3, "padding": 3}),
+    ((1, 2, 9), 7, {"strides": 3}),
+    ((1, 3, 9, 9), 3, {"strides": 1, "padding": 1, "count_include_pad": False}),
+    ((1, 3, 9, 9), 4, {"strides": (2, 3), "padding": 1, "count_include_pad": False}),
+    ((1, 3, 9, 9), 6, {"strides": 3, "padding": (2, 3)}),
+    ((1, 1, 4, 4), 2, {"strides": 2}),
+    ((1, 2, 6, 6), 4, {"strides": 2, "padding": 2}),
+    ((1, 3, 9, 9), 3, {"strides": 3}),
+]
+MAX_POOL = [
+    (shape, window, {"strides": strides, "padding": padding})
+    for shape in ((1, 2, 3), (2, 2, 6), (1, 2, 3, 6), (2, 2, 6, 3))
+    for window in (3, (3, 2)[: len(shape) - 2])
+    for strides in (2, (2, 1)[: len(shape) - 2])
+    for padding in (0, 1)
+]
+
+
+def tabled(kind, shape, weights, arguments, random):
+    """Make an operation from an entry of a table of PyTorch's."""
+    size = shape[2:]
+    arguments = dict(arguments)
+    window, strides, dilation, padding, more = (
+        np.broadcast_to(value, len(size)) if value != "same" else value
+        for value in (
+            weights[2:] if "conv" in kind else weights,
+            arguments.get("strides", 1),
+            arguments.get("dilation", 1),
+            arguments.get("padding", 0),
+            arguments.get("output_padding", 0),
+        )
+    )
+    spans = (window - 1) * dilation + 1 if "conv" in kind else window
+    if isinstance(padding, str):
+        pairs = [(int((span - 1) // 2), int((span - 1) - (span - 1) // 2)) for span in spans]
+    else:
+        pairs = [(int(side), int(side)) for side in padding]
+    own = {"strides": tuple(strides.tolist()), "padding": tuple(pairs)}
+    x = random.normal(size=(shape[0], *size, shape[1]))
+    if "pool" in kind:
+        own |= {"window_shape": tuple(window.tolist())}
+        if kind == "avg_pool":
+            own["count_include_pad"] = arguments.get("count_include_pad", True)
+        return Drawn(kind, (x,), own, None)
+    own |= {"dilation": tuple(dilation.tolist()), "feature_group_count": arguments.get("groups", 1)}
+    if kind == "conv_transpose":
+        sides = [low + high for low, high in pairs]
+        own["output_size"] = tuple(((np.asarray(size) - 1) * strides - sides + spans + more).tolist())
+    kernel = random.normal(size=(*weights[2:], weights[1], weights[0]))
+    return Drawn(kind, (x, kernel), own, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["native", "xla", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [("conv", CONV), ("conv_transpose", CONV_TRANSPOSE), ("avg_pool", AVG_POOL), ("max_pool", MAX_POOL)],
+)
+def test_the_cases_of_pytorchs_own_tests_agree(kind, table, form, float64):
+    torch = pytest.importorskip("torch")
+    if form == "native" and kernels.register():
+        pytest.skip("no C++ compiler")
+    random = np.random.RandomState(0)
+    compare(torch, [tabled(kind, *case, random) for case in table], "float32", form, random)
 
 
 def their_net(torch, layers, shape):
