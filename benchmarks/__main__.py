@@ -12,7 +12,21 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import agreement, aot, gpu, lanes, memory, mesh, mnist1d, operations, peers, scale, step, tracking
+from benchmarks import (
+    agreement,
+    aot,
+    gpu,
+    kills,
+    lanes,
+    memory,
+    mesh,
+    mnist1d,
+    operations,
+    peers,
+    scale,
+    step,
+    tracking,
+)
 from benchmarks.timing import Table
 from cnnlib import kernels
 from cnnlib.aot.hardware import set_environment
@@ -20,7 +34,20 @@ from cnnlib.errors import UserError
 from cnnlib.mesh import use_cores
 from cnnlib.tracking import versions
 
-BENCHMARKS = ("step", "lanes", "mesh", "scale", "ops", "memory", "tracking", "mnist1d", "agreement", "aot", "gpu")
+BENCHMARKS = (
+    "step",
+    "lanes",
+    "mesh",
+    "scale",
+    "ops",
+    "memory",
+    "tracking",
+    "kills",
+    "mnist1d",
+    "agreement",
+    "aot",
+    "gpu",
+)
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
@@ -54,6 +81,8 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
             yield from aot.measure(nets, options.lanes or (8, 64), dtypes, hardware, rows)
         case "gpu":
             yield from gpu.measure(options.seconds, rows, gpu.TINY if options.tiny else gpu.Sizes())
+        case "kills":
+            yield from kills.measure(options.rounds)
         case "tracking":
             yield tracking.measure("fc_vs_conv", options.rounds)
 

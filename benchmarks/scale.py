@@ -26,7 +26,6 @@ from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.sources import Arrays, Split
 from cnnlib.spec import parse_model
 from cnnlib.stream import chunks, steps_a_chunk
-from cnnlib.writer import Job, Writer
 
 NET = "conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes"
 LANES = (1, 2, 8, 32)
@@ -110,21 +109,22 @@ def computed_again(rounds: int) -> Table:
 
 
 def checkpoints(rounds: int) -> Table:
-    """Megabytes a second that the writing process takes, from rows on the device to a checkpoint that is whole."""
+    """Megabytes per second from a snapshot on the device to a checkpoint that is whole, and what training waits for."""
     rows = []
     for size in (8, 64):
-        words = np.arange(size * MIB // 4, dtype=np.uint32).reshape(8, -1)
-        taken = checkpoint.Snapshot(jax.device_put(words), np.asarray(checkpoint.checksums_of(words)))  # type: ignore[arg-type]
-        times = []
-        with tempfile.TemporaryDirectory() as folder, contextlib.closing(Writer()) as writer:
+        taken = checkpoint.snapshot({"words": jax.numpy.arange(size * MIB // 4, dtype=np.uint32).reshape(8, -1)})
+        whole, waits = [], []
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpoints(Path(folder))) as kept:
             for number in range(rounds + 1):
                 start = time.perf_counter()
-                place = Path(folder)
-                writer.put(Job(place, place / "arm", number + 1, 1, None, {}, taken, 8, 1.0))
-                writer.wait()
-                times.append(time.perf_counter() - start)
-        rows.append({"MiB": str(size), "seconds": float(np.median(times[1:]))})  # the first one waits for imports
-        rows[-1]["MiB a second"] = size / float(rows[-1]["seconds"])
+                kept.save(number + 1, taken, {})
+                waits.append(time.perf_counter() - start)
+                kept.wait()
+                assert kept.seconds is not None
+                whole.append(kept.seconds)
+        # The first one waits for imports.
+        seconds, wait = (float(np.median(times[1:])) for times in (whole, waits))
+        rows.append({"MiB": str(size), "seconds": seconds, "training waits, s": wait, "MiB a second": size / seconds})
     return Table("checkpoints", rows)
 
 
@@ -142,46 +142,30 @@ def lines(rounds: int) -> Table:
     )
 
 
-GATHER = """
-import sys, time
-import numpy as np
-from cnnlib import meeting, mesh
+TELL = """
+import os, sys, time
+from cnnlib import mesh, multihost
 mesh.use_cores(1)
-joined = meeting.join("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
-for size in (1, 64):
-    array = np.zeros(size << 20, np.uint8)
-    for round in range(4):
-        joined.agreed(False)
-        start = time.perf_counter()
-        joined.gathered_by_first([array])
-        joined.agreed(False)
-        if joined.is_first and round:
-            print(size, time.perf_counter() - start, flush=True)
-start = time.perf_counter()
-for _ in range(200):
+joined = multihost.join(multihost.asked(True, "127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2])))
+with joined:
     joined.agreed(False)
-if joined.is_first:
-    print(0, (time.perf_counter() - start) / 200, flush=True)
-joined.close(None)
-import os
+    start = time.perf_counter()
+    for _ in range(200):
+        joined.agreed(False)
+    if joined.is_first:
+        print((time.perf_counter() - start) / 200, flush=True)
 os._exit(0)
 """
 
 
 def hosts() -> Table:
-    """What passes between two processes of this machine over the channel of `hosts.py`."""
+    """What it takes two processes of this machine to agree on something."""
     port = str(np.random.RandomState().randint(20_000, 30_000))
-    command = [sys.executable, "-c", GATHER, port]
+    command = [sys.executable, "-c", TELL, port]
     other = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL)
     told = subprocess.run([*command, "0"], capture_output=True, text=True, check=True).stdout
     other.wait()
-    found: dict[int, list[float]] = {}
-    for text in told.splitlines():
-        size, _, seconds = text.partition(" ")
-        if size.isdecimal():  # and no line of Gloo's
-            found.setdefault(int(size), []).append(float(seconds))
-    rows = [{"MiB from each": str(size), "ms": 1e3 * float(np.median(times))} for size, times in sorted(found.items())]
-    return Table("two processes: gathering rows on the first; 0: agreeing", rows)
+    return Table("two processes", [{"what": "agreeing", "ms": 1e3 * float(told.splitlines()[-1])}])
 
 
 def streams() -> Table:
@@ -304,42 +288,6 @@ def large() -> Table:
     return Table("streamed runs, one lane, batch 32", rows)
 
 
-COPIES = """
-import json, resource, sys, time
-from pathlib import Path
-from cnnlib.wandb_worker import Copy
-folder, count = sys.argv[1], int(sys.argv[2])
-copy = Copy()
-copy.rehearse(Path(folder))
-copy.begin("offline", {"dir": folder, "project": "scale"})
-seconds = []
-def timed(do, *arguments):
-    start = time.perf_counter()
-    do(*arguments)
-    seconds.append(time.perf_counter() - start)
-timed(copy.arm, "net", [{"id": f"lane-{lane}", "name": f"lane-{lane}"} for lane in range(count)], {"parameters": 1})
-row = dict.fromkeys(("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"), 0.123456789)
-timed(copy.log, "net", 1, [row] * count)
-timed(copy.arm_ends, "net", [row] * count)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps([*seconds, peak]), file=sys.__stdout__)
-"""
-
-
-def copies() -> Table:
-    """What W&B runs take, one a lane, offline: to begin, to tell an epoch, to end; and the memory of our process."""
-    rows = []
-    for count in (1, 16, 128):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", COPIES, folder, str(count)]
-            told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        begins, log, ends, peak = json.loads(told.splitlines()[-1])
-        rows.append(
-            {"lanes": str(count), "s to begin": begins, "ms an epoch": 1e3 * log, "s to end": ends, "peak MiB": peak}
-        )
-    return Table("W&B runs, one a lane, offline", rows)
-
-
 PIECES: dict[str, Callable[[int], Table]] = {
     "feeds": feeds,
     "lanes": lanes_and_devices,
@@ -347,7 +295,6 @@ PIECES: dict[str, Callable[[int], Table]] = {
     "remat": computed_again,
     "checkpoints": checkpoints,
     "lines": lines,
-    "copies": lambda rounds: copies(),
     "hosts": lambda rounds: hosts(),
     "streams": lambda rounds: streams(),
     "decoding": lambda rounds: decoding(),

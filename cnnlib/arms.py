@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +17,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnnlib import tracking
-from cnnlib.checkpoint import Snapshot, layout, restored, sha256
+from cnnlib.checkpoint import Checkpoints, Snapshot, sha256
 from cnnlib.config import SETTING_FIELDS, Data, Experiment, LaneNumbers
 from cnnlib.errors import Stopped, UserError
 from cnnlib.feeds import ArmFeed, Feed, Tested
-from cnnlib.folder import RunFolder
-from cnnlib.hosts import ALONE, Hosts
+from cnnlib.folder import FORMAT, RunFolder
+from cnnlib.multihost import ALONE, Hosts
 from cnnlib.optim import sparsity
 from cnnlib.predictions import answers_of, write_answers
-from cnnlib.programs import Programs, numbers_of, size_text
+from cnnlib.programs import Programs, numbers_of, size_text, state_shapes
 from cnnlib.resolve import TrainedArm
-from cnnlib.resume import FinishedArm, InFlight, Left, Progress, checkpoints_folder, write_arm
+from cnnlib.resume import FinishedArm, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.stats import mean_interval
 from cnnlib.train import Keys, State, Sums
 from cnnlib.watcher import EpochReport, Watcher
-from cnnlib.writer import Job, Writer
+
+
+class Pace:
+    """Keeps the writing of checkpoints to its share of the time."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._last: Checkpoints | None = None
+        self._ready_at = 0.0
+
+    def begins(self, checkpoints: Checkpoints) -> None:
+        """Note that a checkpoint is being written."""
+        self._last = checkpoints
+
+    def is_ready(self) -> bool:
+        """Whether the last checkpoint is written, and long enough ago for its share of the time."""
+        if self._share == 1.0:
+            return True
+        if self._last is not None:
+            if self._last.seconds is None:
+                return False
+            self._ready_at = self._last.written_at + self._last.seconds * (1.0 / self._share - 1.0)
+            self._last = None
+        return time.monotonic() >= self._ready_at
 
 
 class Training(NamedTuple):
@@ -44,21 +67,22 @@ class Training(NamedTuple):
     stop: Callable[[], bool]
     seconds: Callable[[], float]
     """That the run has taken so far, all sessions together."""
-    writer: Writer | None
-    """None where there are to be no checkpoints."""
-    unwritten: list[FinishedArm]
-    """Arms whose last checkpoint is still being written."""
+    out: Path
+    """The folder of the run, which all hosts see. `folder` is the same on process 0, and a temporary one on others."""
+    pace: Pace
+    """Of checkpoints."""
+    unwritten: list[tuple[FinishedArm, Checkpoints | None]]
+    """Arms whose last checkpoint may still be written in the background."""
     hosts: Hosts = ALONE
     profiles: Path | None = None
     """The folder for a trace of an epoch of each arm."""
 
     def is_due(self, epoch: int) -> bool:
-        """Whether there is to be a checkpoint after an epoch that is not the last: process 0, which writes it, says."""
-        every, share = self.experiment.checkpoint.every, self.experiment.checkpoint.share
+        """Whether there is to be a checkpoint after an epoch that is not the last; process 0 decides."""
+        every = self.experiment.checkpoint.every
         if every == 0 or epoch % every:
             return False
-        is_ready = self.writer is not None and (share == 1.0 or self.writer.is_ready())
-        return self.hosts.from_first(b"due" if is_ready else b"no") == b"due"
+        return self.hosts.from_first(b"due" if self.pace.is_ready() else b"no") == b"due"
 
     def is_to_stop(self) -> bool:
         """Whether somebody, on any host, wants the run to end."""
@@ -74,24 +98,26 @@ def train_arm(
         return before
     in_flight = left.in_flight.get(arm.name)
     assert programs is not None, "an arm that is not finished has programs"
-    with memory_errors(arm, programs):
-        finished = run_arm(training, arm, programs, in_flight, metrics)
-    if in_flight is not None and in_flight.progress.epoch == arm.experiment.epochs:
-        write_arm(training.folder, finished)  # its last checkpoint is there already
-    else:
-        training.unwritten.append(finished)
-    write_finished(training)
-    training.watcher.arm_ends(arm.name, finished.result, in_flight.progress.epoch if in_flight else 0)
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if arm.experiment.checkpoint.every:
+            checkpoints = Checkpoints(checkpoints_folder(training.out, arm.name), training.experiment.checkpoint.keep)
+            stack.callback(checkpoints.close)
+        with memory_errors(arm, programs):
+            finished = run_arm(training, arm, programs, checkpoints, in_flight, metrics)
+        stack.pop_all()
+    training.unwritten.append((finished, checkpoints))
+    training.watcher.arm_ends(arm.name, finished.result, in_flight.epoch if in_flight else 0)
     return finished
 
 
 def write_finished(training: Training) -> None:
-    """Keeps what arms came to whose last checkpoint is on the disk, so that one is never there without the other."""
-    for finished in list(training.unwritten):
-        name, epochs = finished.result["name"], finished.result["epochs"]
-        if training.writer is None or training.writer.has_written(checkpoints_folder(training.folder, name), epochs):
-            write_arm(training.folder, finished)
-            training.unwritten.remove(finished)
+    """Write what arms came to, each once its last checkpoint is on the disk."""
+    while training.unwritten:
+        finished, checkpoints = training.unwritten.pop(0)
+        if checkpoints is not None:
+            checkpoints.close()
+        write_arm(training.folder, finished)
 
 
 @contextlib.contextmanager
@@ -131,7 +157,8 @@ def run_arm(
     training: Training,
     arm: TrainedArm,
     programs: Programs,
-    in_flight: InFlight | None,
+    checkpoints: Checkpoints | None,
+    in_flight: Progress | None,
     metrics: tracking.JsonLines,
 ) -> FinishedArm:
     """Trains all lanes of one arm, from its start or its last checkpoint, and tests them; raises Stopped."""
@@ -140,24 +167,29 @@ def run_arm(
     so_far = SoFar()
     states, keys = programs.initialize(numbers)
     if in_flight is not None:
-        states = put_back(arm, programs, keys, in_flight)
-        known = in_flight.progress
-        best = None if known.best is None else [float(number) for number in known.best]
-        times = (float(known.train_seconds), float(known.waited_seconds))
-        so_far = SoFar(known.epoch, list(known.lines), best, *times, known.stream)
+        assert checkpoints is not None, "a run without checkpoints is not resumed from one"
+        states = put_back(arm, programs, keys, checkpoints, in_flight.epoch)
+        so_far = SoFar(
+            in_flight.epoch,
+            list(in_flight.lines),
+            in_flight.best,
+            in_flight.train_seconds,
+            in_flight.waited_seconds,
+            in_flight.stream,
+        )
     training.watcher.training_begins(arm.name, so_far.epoch)
     feed = training.fed[arm.data].to(arm, programs, so_far.stream, so_far.waited_seconds)
     with contextlib.closing(feed):
-        states, validation = train_epochs(training, arm, programs, feed, states, keys, so_far, metrics)
+        states, validation = train_epochs(training, arm, programs, checkpoints, feed, states, keys, so_far, metrics)
         if validation is None:
             validation = spread.fetched(feed.validate(states))
         tested = feed.test(states)
         known = spread.fetched(feed.fit(states, numbers))
         distances = programs.distance and spread.fetched(programs.distance(states.parameters))
-        states = spread.fetched(states)
         sums = {"test": sums_of(tested), "train": known, "validation": validation}
-        result = result_of(arm, programs, states, distances, sums, so_far)
-        diverged = np.asarray(states.diverged)
+        models = trained_models(training.hosts, arm, spread.own(states))
+        result = result_of(arm, programs, models, distances, sums, so_far)
+        diverged = np.array([model.diverged for model in models])
         predicted, loss = map(np.asarray, tested.answers)
         kept = answers_of(tested.labels, feed.test_examples, predicted, loss, diverged)
         write_answers(training.folder, arm.name, kept)
@@ -168,6 +200,7 @@ def train_epochs(
     training: Training,
     arm: TrainedArm,
     programs: Programs,
+    checkpoints: Checkpoints | None,
     feed: ArmFeed,
     states: State,
     keys: Keys,
@@ -225,16 +258,11 @@ def train_epochs(
         is_last = is_last or (wants_to_stop and not feed.runs_ahead)
         if is_last and taken is None and programs.snapshot is not None:
             taken = programs.snapshot((states, keys))
-        if taken is not None:
-            taken = spread.fetched_by_first(taken)
-        if taken is not None and training.writer is not None:
-            save(training, arm, programs, taken, so_far, report.means.get("validation_accuracy"))
+        if taken is not None and checkpoints is not None:
+            save(training, arm, programs, checkpoints, taken, so_far, report.means.get("validation_accuracy"))
         write_finished(training)
         is_kept = programs.snapshot is not None and (is_last or ended.snapshot is not None)
         if wants_to_stop and (is_last or is_kept):
-            if training.writer is not None:
-                training.writer.wait()
-                write_finished(training)
             how = "which is saved" if is_kept else "of which nothing is saved: checkpoint.every=0"
             raise Stopped(f"stopped after epoch {epoch} of {experiment.epochs} of {arm.name}, {how}")
         if not (feed.runs_ahead or is_last):
@@ -280,20 +308,21 @@ def save(
     training: Training,
     arm: TrainedArm,
     programs: Programs,
+    checkpoints: Checkpoints,
     taken: Snapshot,
     so_far: SoFar,
     accuracy: float | None,
 ) -> None:
-    """Begins to write a checkpoint of what the arm has come to; it may be the best one."""
-    experiment = training.experiment
+    """Begin to write a checkpoint of what the arm has come to; it may be the best one."""
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
         so_far.best = [float(so_far.epoch), accuracy]
+    checkpoints.best = None if so_far.best is None else int(so_far.best[0])
     progress = Progress(
+        format=FORMAT,
         run=training.folder.record["id"],
         arm=arm.name,
         epoch=so_far.epoch,
         lanes=[[float(number) for number in numbers] for numbers in arm.lanes],
-        layout=[list(leaf) for leaf in layout(programs.kept)],
         lanes_at_a_time=programs.at_a_time,
         lines=so_far.lines,
         best=so_far.best,
@@ -302,41 +331,52 @@ def save(
         stream=so_far.stream,
         wall_seconds=training.seconds(),
     )
-    assert training.writer is not None
-    training.writer.put(
-        Job(
-            run=training.folder.path.absolute(),
-            folder=checkpoints_folder(training.folder, arm.name),
-            epoch=so_far.epoch,
-            keep=experiment.checkpoint.keep,
-            best=None if so_far.best is None else int(so_far.best[0]),
-            progress=tracking.plain(progress._asdict()),
-            taken=taken,
-            rows=len(arm.lanes),
-            share=experiment.checkpoint.share,
+    checkpoints.save(so_far.epoch, taken, tracking.plain(progress._asdict()))
+    training.pace.begins(checkpoints)
+    if training.experiment.checkpoint.share == 1.0:
+        checkpoints.wait()
+
+
+class TrainedModel(NamedTuple):
+    """What is kept in the results of one lane's model."""
+
+    epochs: int
+    diverged: bool
+    fingerprint: str
+    sparsity: float | None
+    """None where no weight is pushed to zero."""
+
+
+def trained_models(hosts: Hosts, arm: TrainedArm, own: list[State]) -> list[TrainedModel]:
+    """Describe the models of all lanes, of which each host has its `own`: the models stay where they are."""
+    is_sparse = any(arm.experiment.optim.l1)
+    described = [
+        TrainedModel(
+            int(state.epochs),
+            bool(state.diverged),
+            sha256(state.parameters, state.statistics),
+            sparsity(state.parameters) if is_sparse else None,
         )
-    )
-    if experiment.checkpoint.share == 1.0:
-        training.writer.wait()
+        for state in own
+    ]
+    parts = hosts.gathered(json.dumps(described).encode())
+    return [TrainedModel(*entry) for part in parts for entry in json.loads(part)]
 
 
 def result_of(
     arm: TrainedArm,
     programs: Programs,
-    states: State,
+    models: list[TrainedModel],
     distances: np.ndarray | None,
     sums: dict[str, Sums | None],
     so_far: SoFar,
 ) -> dict[str, Any]:
-    """The arm's part of `results.json`; `states` and `distances` (from a convolution) are on the host."""
+    """Return the arm's part of `results.json`; `distances` (from a convolution) are on the host."""
     lanes = arm.lanes
-    lane_results = lane_results_of(lanes, sums, states)
+    lane_results = lane_results_of(lanes, sums, models)
     if distances is not None:
         for result, distance in zip(lane_results, distances, strict=True):
             result["distance_from_conv"] = float(distance)
-    if any(arm.experiment.optim.l1):
-        for lane, result in enumerate(lane_results):
-            result["sparsity"] = sparsity(jax.tree.map(itemgetter(lane), states.parameters))
     settings = settings_of(lane_results)
     return {
         **described_arm(arm),
@@ -361,14 +401,15 @@ def sums_of(tested: Tested) -> Sums:
     return Sums(loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), loss.shape[1]))  # type: ignore[arg-type]
 
 
-def put_back(arm: TrainedArm, programs: Programs, keys: Keys, in_flight: InFlight) -> State:
-    """The states of a checkpoint on the device; raises UserError where this JAX draws other keys from the seeds."""
+def put_back(arm: TrainedArm, programs: Programs, keys: Keys, checkpoints: Checkpoints, epoch: int) -> State:
+    """Return the states of a checkpoint; raises UserError where this JAX draws other keys from the seeds."""
+    spread = programs.spread
     states: State
-    states, kept_keys = restored(in_flight.words, programs.kept)
-    own_keys = programs.spread.fetched(keys)
+    states, kept_keys = checkpoints.state(epoch, state_shapes(arm, spread), len(arm.lanes))
+    own_keys, kept_keys = spread.fetched((keys, kept_keys))
     if not all(np.array_equal(own, kept) for own, kept in zip(own_keys, kept_keys, strict=True)):
         raise UserError(f"arm {arm.name}: from its seeds other keys are drawn here than in its checkpoint")
-    return programs.spread.put(states)  # type: ignore[no-any-return]
+    return states
 
 
 class EpochSums(NamedTuple):
@@ -396,15 +437,16 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
 
 
 def lane_results_of(
-    lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], states: State
+    lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], models: list[TrainedModel]
 ) -> list[dict[str, Any]]:
-    """What each lane came to, with the fingerprint of what it has learned."""
-    epochs, diverged, *model = states.epochs, states.diverged, states.parameters, states.statistics
+    """Return what each lane came to."""
     results = []
-    for lane, numbers in enumerate(lanes):
-        means = _metrics(sums, lane, bool(diverged[lane]))
-        fingerprint = sha256(*jax.tree.map(itemgetter(lane), model))
-        results.append({**numbers._asdict(), **means, "epochs": int(epochs[lane]), "parameters_sha256": fingerprint})
+    for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True)):
+        means = _metrics(sums, lane, model.diverged)
+        known = {"epochs": model.epochs, "parameters_sha256": model.fingerprint}
+        results.append({**numbers._asdict(), **means, **known})
+        if model.sparsity is not None:
+            results[-1]["sparsity"] = model.sparsity
     return results
 
 

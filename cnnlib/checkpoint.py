@@ -1,25 +1,21 @@
 """Checkpoints of an arm while it trains, and the fingerprint of what it has learned; the only file that knows Orbax.
 
-A checkpoint holds the state of all lanes as one matrix of 32-bit words, a row a lane, and a part in JSON that says what
-lies where in a row. One matrix, since Orbax takes as long for 30 small arrays as for 20 MB; by rows, since lanes are
-what may be spread over devices. It is data: nothing that is read is ever run.
+A checkpoint holds the state of all lanes as Orbax stores arrays: each host writes the lanes of its own devices, in the
+background. No format of Orbax notices a number that has changed on the disk, so a checksum per lane lies beside them.
+The rest, such as the epoch, is in JSON. Nothing that is read is ever run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import logging
-import math
-import os
 import re
-import signal
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,85 +26,50 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 from cnnlib.errors import UserError
-from cnnlib.folder import writing
 
-STATE, WORDS = "state", "words"
-PROGRESS = "progress"
+STATE, PROGRESS = "state", "progress"
+CHECKSUMS = "checksums"
+BESIDE = 2**18
+"""Bytes that a checkpoint takes at most beside its arrays."""
 
 
 class Snapshot(NamedTuple):
     """The state of all lanes, apart from the arrays that the next epoch overwrites."""
 
-    words: UInt32[Array, "lane word"]
+    state: Any
     checksums: UInt32[Array, " lane"]
-    """Of each row, since no format of Orbax notices a number that has changed on the disk."""
-
-
-class Leaf(NamedTuple):
-    """Where an array of one lane lies in its row."""
-
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    words: int
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every array of a tree with its path, such as `parameters/layer_0/kernel`, in JAX's order."""
+    """Yield every array of a tree with its path, such as `parameters/layer_0/kernel`, in JAX's order."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys), leaf
 
 
-def layout(tree: Any) -> list[Leaf]:
-    """Where each leaf of a tree of arrays (or of their shapes) with a leading lane axis lies in the rows."""
-    found: list[Leaf] = []
-    offset = 0
-    for path, leaf in leaves(tree):
-        dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape[1:])
-        words = math.prod(shape) * max(1, dtype.itemsize // 4)
-        found.append(Leaf(path, dtype.name, shape, offset, words))
-        offset += words
-    return found
-
-
 def snapshot(tree: Any) -> Snapshot:
-    """The rows of a tree of arrays with a leading lane axis, copied, with their checksums. To be compiled.
+    """Copy a tree of arrays with a leading lane axis, and add its checksums. To be compiled."""
+    return Snapshot(jax.tree.map(jnp.copy, tree), checksums(tree))
 
-    Numbers of 4 or 8 bytes are cut into words, a truth value is one.
+
+def checksums(tree: Any) -> UInt32[Array, " lane"]:
+    """Add up the words of each lane times 1, 3, 5 ..., modulo 2^32.
+
+    The factors are odd, so the change of one word always shows.
     """
-    rows = [words_of(leaf.reshape(leaf.shape[0], -1)) for _, leaf in leaves(tree)]
-    words = jnp.concatenate(rows, axis=1)
-    return Snapshot(words, checksum(words))
+    total, first = jnp.zeros((), jnp.uint32), 0
+    for _, leaf in leaves(tree):
+        words = words_of(leaf.reshape(leaf.shape[0], -1))
+        factors = 2 * (first + jnp.arange(words.shape[1], dtype=jnp.uint32)) + 1
+        total = total + (words * factors[None]).sum(axis=1, dtype=jnp.uint32)
+        first += words.shape[1]
+    return total
 
 
 def words_of(rows: Shaped[Array, "lane number"]) -> UInt32[Array, "lane word"]:
-    """The bits of the numbers."""
+    """Return the bits of numbers of 4 or 8 bytes as words; a truth value is one word."""
     if rows.dtype == bool:
         return rows.astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(rows, jnp.uint32).reshape(rows.shape[0], -1)
-
-
-def checksum(words: UInt32[Array, "lane word"]) -> UInt32[Array, " lane"]:
-    """The sum of a row's words times 1, 3, 5 ..., modulo 2^32: odd factors, so the change of a word always shows."""
-    factors = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1
-    return (words * factors[None]).sum(axis=1, dtype=jnp.uint32)
-
-
-def checksums_of(words: np.ndarray) -> list[int]:
-    """`checksum`, of rows on the host."""
-    factors = 2 * np.arange(words.shape[1], dtype=np.uint32) + np.uint32(1)
-    return [int((row * factors).sum(dtype=np.uint32)) for row in words]
-
-
-def restored(words: np.ndarray, like: Any) -> Any:
-    """The tree, shaped as `like` (arrays or their shapes, with a leading lane axis), that the rows were taken of."""
-    arrays = []
-    for leaf in layout(like):
-        row = np.ascontiguousarray(words[:, leaf.offset : leaf.offset + leaf.words])
-        numbers = row.astype(bool) if leaf.dtype == "bool" else row.view(leaf.dtype)
-        arrays.append(numbers.reshape(len(words), *leaf.shape))
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 def sha256(*trees: Any) -> str:
@@ -135,60 +96,85 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self._folder, self._keep = folder, keep
+        self._began = 0.0
         self.best: int | None = None
         """The epoch whose checkpoint stays whatever its age."""
+        self.seconds: float | None = None
+        """That the last checkpoint took to be written; None while it is being written."""
+        self.written_at = 0.0
+        """When it was, by `time.monotonic`."""
 
     @functools.cached_property
     def _orbax(self) -> Any:
-        import orbax.checkpoint as orbax
+        import orbax.checkpoint as orbax  # takes as long as several checkpoints
 
         # What Orbax tells of its own doings is no news for the user; what it raises is.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = functools.partial(_told_of, sys.unraisablehook)
         return orbax
 
     @functools.cached_property
     def _manager(self) -> Any:
         orbax = self._orbax
-        # Of a run on several hosts process 0 reads and writes alone, and waits for nobody.
-        alone = {"primary_host": 0, "active_processes": {0}}
         self._folder.mkdir(parents=True, exist_ok=True)
         return orbax.CheckpointManager(
             self._folder.absolute(),
             options=orbax.CheckpointManagerOptions(
                 create=False,
-                multiprocessing_options=orbax.options.MultiprocessingOptions(**alone),
                 preservation_policy=_LatestAndBest(self._keep, self),
                 cleanup_tmp_directories=True,
-                enable_async_checkpointing=False,
                 save_root_metadata=False,
+                async_options=orbax.options.AsyncOptions(post_finalization_callback=self._is_written),
             ),
             item_handlers={
-                # Weights do not compress, and one file is what is cheapest to write.
-                STATE: orbax.PyTreeCheckpointHandler(
-                    use_ocdbt=False,
-                    use_compression=False,
-                    multiprocessing_options=orbax.options.MultiprocessingOptions(**alone),
-                ),
+                STATE: orbax.PyTreeCheckpointHandler(use_compression=False),  # weights do not compress
                 PROGRESS: orbax.JsonCheckpointHandler(),
             },
         )
 
+    def _is_written(self) -> None:
+        self.written_at = time.monotonic()
+        self.seconds = self.written_at - self._began
+
     def epochs(self) -> list[int]:
-        """The epochs that have a checkpoint, as they grow; raises UserError for a folder that cannot be read."""
+        """Return the epochs that have a checkpoint, in order; raises UserError for a folder that cannot be read."""
         try:
             return sorted(self._manager.all_steps(read=True))
         except Exception as error:
             raise UserError(f"cannot read the checkpoints in {self._folder}: {_first_line(error)}") from error
 
-    def write(self, epoch: int, words: np.ndarray, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint, whole or not at all; older ones go when it is. Raises whatever Orbax does."""
-        args = self._orbax.args
-        items = {STATE: args.PyTreeSave({WORDS: words}), PROGRESS: args.JsonSave(progress)}
-        if not self._manager.save(epoch, args=args.Composite(**items), force=True):
-            raise FileExistsError(f"{self._folder} has one after epoch {epoch}")
+    def save(self, epoch: int, taken: Snapshot, progress: dict[str, Any]) -> None:
+        """Begin to write a checkpoint, whole or not at all, once the one before is written; older ones go then.
+
+        Raises UserError where this one cannot be begun, or the one before could not be written.
+        """
+        self._began, self.seconds = time.monotonic(), None
+        try:
+            self._check_space(taken)
+            args = self._orbax.args
+            items = {STATE: args.PyTreeSave(_flat(taken)), PROGRESS: args.JsonSave(progress)}
+            is_begun = self._manager.save(epoch, args=args.Composite(**items), force=True)
+        except Exception as error:
+            raise UserError(f"cannot write a checkpoint to {self._folder}: {_first_line(error)}") from error
+        if not is_begun:
+            raise UserError(f"cannot write a checkpoint to {self._folder}: there is one after epoch {epoch}")
+
+    def _check_space(self, taken: Snapshot) -> None:
+        """Raise OSError where the disk is too full: Orbax would say so as well, but among tracebacks."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(taken)) + BESIDE
+        if (free := shutil.disk_usage(self._folder).free) < need:
+            raise OSError(f"No space left on device, {need:,} bytes are needed and {free:,} are free")
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; raises UserError where it could not be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise UserError(f"cannot write a checkpoint to {self._folder}: {_first_line(error)}") from error
 
     def progress(self, epoch: int) -> dict[str, Any]:
-        """The JSON part of a checkpoint; raises Unreadable."""
+        """Return the JSON part of a checkpoint; raises Unreadable."""
         args = self._orbax.args
         try:
             found = self._manager.restore(epoch, args=args.Composite(**{PROGRESS: args.JsonRestore()}))[PROGRESS]
@@ -198,24 +184,53 @@ class Checkpoints:
             raise Unreadable(f"its {PROGRESS} is no object")
         return found
 
-    def words(self, epoch: int, shape: tuple[int, int]) -> np.ndarray:
-        """The rows of a checkpoint, which must be as many and as long; raises Unreadable."""
-        args = self._orbax.args
+    def state(self, epoch: int, like: Any, lanes: int) -> Any:
+        """Return the state of a checkpoint, on the devices of `like`.
+
+        Args:
+            epoch: Which checkpoint.
+            like: The tree of shapes (`jax.ShapeDtypeStruct`) with shardings. Its lane axis may be longer or shorter
+                than when the checkpoint was written, since copies of lanes fill up devices.
+            lanes: Lanes that must be there and have their checksums; what follows is filled with zeros.
+
+        Raises Unreadable.
+        """
+        orbax = self._orbax
+        wanted = _flat(Snapshot(like, jax.eval_shape(checksums, like)))
+        shape: Any = jax.ShapeDtypeStruct
+        by_lane = jax.tree.leaves(like)[0].sharding
+        wanted[CHECKSUMS] = shape(wanted[CHECKSUMS].shape, jnp.uint32, sharding=by_lane)
+        kinds = {name: (shape.shape[1:], np.dtype(shape.dtype).name) for name, shape in wanted.items()}
         try:
             # Looked at before anything is read: a damaged file may ask for any amount of memory.
             known = dict(self._manager.item_metadata(epoch)[STATE])
-            found = {name: (tuple(entry.shape), np.dtype(entry.dtype).name) for name, entry in known.items()}
-            if found == {WORDS: (shape, "uint32")}:
-                as_numpy = {WORDS: self._orbax.RestoreArgs(restore_type=np.ndarray)}
-                wanted = args.Composite(**{STATE: args.PyTreeRestore(restore_args=as_numpy)})
-                return np.asarray(self._manager.restore(epoch, args=wanted)[STATE][WORDS])
+            found = {name: (tuple(entry.shape[1:]), np.dtype(entry.dtype).name) for name, entry in known.items()}
+            if found != kinds or any(entry.shape[0] < lanes for entry in known.values()):
+                raise Unreadable("its arrays are not those of this arm")
+            how = {
+                name: orbax.ArrayRestoreArgs(
+                    sharding=shape.sharding, global_shape=shape.shape, dtype=shape.dtype, strict=False
+                )
+                for name, shape in wanted.items()
+            }
+            args = orbax.args.Composite(**{STATE: orbax.args.PyTreeRestore(wanted, restore_args=how)})
+            arrays = self._manager.restore(epoch, args=args)[STATE]
+        except Unreadable:
+            raise
         except Exception as error:
             raise Unreadable(_first_line(error)) from error
-        raise Unreadable(f"it holds {found}, expected {WORDS} {shape}")
+        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _flat(like)])
+        is_right: Any = jax.jit(lambda state, stored: checksums(state)[:lanes] == stored[:lanes])(
+            state, arrays[CHECKSUMS]
+        )
+        if not all(np.asarray(shard.data).all() for shard in is_right.addressable_shards):
+            raise Unreadable("its numbers are not those that were written")
+        return state
 
     def close(self) -> None:
-        """Ends what Orbax has begun in the background."""
+        """Wait until the last checkpoint is written, and end what Orbax has begun in the background."""
         if "_manager" in vars(self):
+            self.wait()
             self._manager.close()
 
 
@@ -230,47 +245,20 @@ class _LatestAndBest:
         return [c.step in newest or c.step == self._checkpoints.best for c in checkpoints]
 
 
+def _told_of(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Keep back what tensorstore says of reads and writes that end after another one has failed, which is raised."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a tree by names that Orbax can store."""
+    if isinstance(tree, Snapshot):
+        return {**_flat(tree.state), CHECKSUMS: tree.checksums}
+    return {path.replace("/", "."): leaf for path, leaf in leaves(tree)}
+
+
 def _first_line(error: BaseException) -> str:
     text = " ".join((str(error).strip() or type(error).__name__).split())
     system = re.search(r"([^:]*) \[os_error_code='\d+'", text)  # what tensorstore says behind two long paths
     return system[1].strip() if system else text[:300]
-
-
-def write_what_is_asked_for() -> None:
-    """What `writer.Writer` starts: a checkpoint for each message, a line when it is written, until the pipe ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which then closes the pipe
-    parent = int(sys.argv[1])
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    opened: dict[str, Checkpoints] = {}
-    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
-        import orbax.checkpoint  # noqa: F401  # before it is needed
-
-        while len(length := stdin.read(8)) == 8:
-            told = json.loads(stdin.read(int.from_bytes(length, "little")))
-            rows, columns = told["shape"]
-            numbers = stdin.read(4 * rows * columns)
-            if len(numbers) < 4 * rows * columns:
-                return  # whoever trained is gone
-            failure, began = None, time.process_time()
-            try:
-                if not opened:
-                    stack.enter_context(writing(Path(told["run"])))
-                # Whoever goes on with the run does not expect it any more. A dead run's folder is free only for one who
-                # has seen this lock free, so between this line and the end of writing nobody begins.
-                if os.getppid() != parent:
-                    return
-                folder = told["folder"]
-                opened.setdefault(folder, Checkpoints(Path(folder), told["keep"])).best = told["best"]
-                words = np.frombuffer(numbers, np.uint32).reshape(rows, columns)
-                opened[folder].write(told["epoch"], words, told["progress"])
-            except Exception as error:
-                failure = f"{told['folder']}: {_first_line(error)}"
-            answer = {"failure": failure, "seconds": time.process_time() - began}
-            stdout.write(json.dumps(answer).encode() + b"\n")
-            stdout.flush()
-
-
-if __name__ == "__main__":
-    write_what_is_asked_for()
-    os._exit(0)  # without the time that JAX takes to be torn down

@@ -164,11 +164,17 @@ class Checkpoint:
 class Wandb:
     """How a run is copied to Weights & Biases, where `--wandb` says that it is."""
 
-    per: Literal["lane", "arm"] = "lane"
-    """A W&B run for each lane, or one for each arm with means and intervals over its lanes."""
+    lanes: bool = True
+    """Whether each lane is a W&B run. The run of the group has the means and standard deviations over lanes anyway."""
+    entity: str | None = None
+    """The user or team that has the project; None is the user's default one."""
     project: str = "cnnlib"
+    tags: tuple[str, ...] = ()
+    """Beside the names of the data and the platform."""
+    notes: str = ""
 
     def __post_init__(self) -> None:
+        require(all(1 <= len(tag) <= 64 for tag in self.tags), "wandb.tags have 1 to 64 characters each")
         require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", self.project) is not None,
             f"wandb.project is made of letters, digits, '_', '-' and '.', 128 at most, not {self.project!r}",

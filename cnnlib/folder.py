@@ -9,8 +9,8 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import secrets
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,15 +25,14 @@ RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "res
 GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
 RECORD = "run.json"
 ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE = "arms", "checkpoints", "predictions", "unreadable"
-PROFILES = "profile"
+PROFILES, TENSORBOARD = "profile", "tensorboard"
 JOBS = "jobs"
-OURS = dict.fromkeys(
-    (*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", ARMS, CHECKPOINTS, PREDICTIONS, PROFILES, UNREADABLE, JOBS, "wandb")
-)
+FOLDERS = (ARMS, CHECKPOINTS, PREDICTIONS, PROFILES, TENSORBOARD, UNREADABLE, JOBS, "wandb")
+OURS = dict.fromkeys((*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", *FOLDERS))
 """Everything that a run may leave in its folder, beside its lock and `earlier`."""
-LOCK, WRITER_LOCK = ".lock", ".writer.lock"
-PATIENCE = 30.0
-"""Seconds that the checkpoint of a dead run may take to be written."""
+LOCK = ".lock"
+FORMAT = 2
+"""Of runs and their checkpoints. Format 1 was that of cnnlib 0.1."""
 STATES = ("running", "finished", "interrupted", "failed")
 
 
@@ -91,11 +90,6 @@ def arm_of_job(job: str) -> str:
     return job.rpartition("-")[0] if ".." in job else job
 
 
-def writing(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """For the process that writes checkpoints, which may outlive the run by its last one: nobody goes on before."""
-    return locked(folder / WRITER_LOCK, PATIENCE, f"an earlier run in {folder} still writes a checkpoint")
-
-
 def _last_session(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     sessions = record.get("sessions") if isinstance(record, dict) else None
@@ -139,8 +133,6 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
             # Somebody who only looks holds it for a moment.
             stack.enter_context(locked(path / LOCK, 1.0, _in_use(path)))
-            with writing(path):  # until what a dead run has begun to write is whole
-                pass
             self._locks = stack.pop_all()
 
     def __enter__(self) -> RunFolder:
@@ -177,7 +169,7 @@ class RunFolder:
 
     def begin_session(self, record: dict[str, Any]) -> None:
         """Writes down that this process trains the run; `record` is what is known of the run."""
-        began = {"began": tracking.now(), "host": socket.gethostname(), "pid": os.getpid(), "state": "running"}
+        began = {"began": tracking.now(), "host": platform.node(), "pid": os.getpid(), "state": "running"}
         sessions = [*self.record.get("sessions", []), began]
         self.record = {"id": secrets.token_hex(4), **self.record, **record, "sessions": sessions}
         self.write()
@@ -217,6 +209,16 @@ def is_record(found: dict[str, Any]) -> bool:
         and len(sessions) > 0
         and all(isinstance(session, dict) and session.get("state") in STATES for session in sessions)
     )
+
+
+def require_format(what: Path | str, found: Any) -> None:
+    """Raise UserError, saying which version reads it, for a record of a run that is none or has another format."""
+    if not isinstance(found, dict):
+        raise UserError(f"{what} is no folder of a run that can be read")
+    version = found.get("format", 1)
+    if version != FORMAT:
+        who = "a newer cnnlib" if isinstance(version, int) and version > FORMAT else "cnnlib 0.1"
+        raise UserError(f"{what} has format {version}, and this version reads format {FORMAT}: {who} reads it")
 
 
 def state(folder: Path) -> str:

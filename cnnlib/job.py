@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -203,14 +203,14 @@ class Teller(Watcher):
         found = differences(self._task.expected, read_json(beginning.folder / RECORD)["identity"])
         if found.refused and not self._task.force:
             changed = "; ".join(found.refused)
-            raise UserError(f"on {socket.gethostname()} a job would not compute what the run began with: {changed}")
+            raise UserError(f"on {platform.node()} a job would not compute what the run began with: {changed}")
         for text in (*found.refused, *found.told):
             if not text.startswith("devices "):  # as many as its part has lanes for
-                self.says(f"on {socket.gethostname()}: {text}")
+                self.says(f"on {platform.node()}: {text}")
 
     def training_begins(self, name: str, epoch: int) -> None:
         """From where."""
-        self.tell("training_begins", epoch=epoch, host=socket.gethostname())
+        self.tell("training_begins", epoch=epoch, host=platform.node())
 
     def epoch_ends(self, report: EpochReport) -> None:
         """All but the lines, which are in the job's folder."""
@@ -243,39 +243,32 @@ def part_of(task: Task) -> Part | None:
 def do(task: Task, teller: Teller, wish: stopping.Wish) -> Any:
     """Does what the job is for; raises UserError and Stopped."""
     folder, watchers = Path(task.folder), list[Watcher]((teller,))
-    with contextlib.ExitStack() as stack:
-        how: dict[str, Any] = {}
-        if task.does == "train" and task.experiment["checkpoint"]["every"]:
-            from cnnlib.writer import Writer
+    how: dict[str, Any] = {}
+    import experiments  # noqa: F401  # registers every experiment: a run's record has the command that repeats it
+    from cnnlib.config import Experiment
+    from cnnlib.fields import from_dict
+    from cnnlib.mesh import use_cores
+    from cnnlib.run import run
+    from cnnlib.watcher import Watchers
 
-            # A process that works beside this one: it starts first, and is ready when JAX is.
-            how["writer"] = stack.enter_context(contextlib.closing(Writer()))
+    if task.expected is not None:
+        how["streamed"] = task.expected["settings"]["streamed"]
+    if task.does == "identify":
+        how["identifies"] = True
+    elif task.does == "finish":
+        from cnnlib.plan import RateKeeper
+        from cnnlib.report import ReportWriter
 
-        import experiments  # noqa: F401  # registers every experiment: a run's record has the command that repeats it
-        from cnnlib.config import Experiment
-        from cnnlib.fields import from_dict
-        from cnnlib.mesh import use_cores
-        from cnnlib.run import run
-        from cnnlib.watcher import Watchers
-
-        if task.expected is not None:
-            how["streamed"] = task.expected["settings"]["streamed"]
-        if task.does == "identify":
-            how["identifies"] = True
-        elif task.does == "finish":
-            from cnnlib.plan import RateKeeper
-            from cnnlib.report import ReportWriter
-
-            watchers += [ReportWriter(folder), RateKeeper()]
-            how["resume"] = True
-        else:
-            wait_for(folder)
-            how |= {"resume": task.resume and os.path.lexists(folder / "run.json"), "part": part_of(task)}
-        experiment = from_dict(task.experiment, Experiment)
-        use_cores(task.cores)
-        how |= {"force": task.force, "check": task.check, "stop": wish.is_made}
-        found = run(experiment, task.name, folder, Watchers(watchers), **how)
-        return found if task.does == "identify" else None
+        watchers += [ReportWriter(folder), RateKeeper()]
+        how["resume"] = True
+    else:
+        wait_for(folder)
+        how |= {"resume": task.resume and os.path.lexists(folder / "run.json"), "part": part_of(task)}
+    experiment = from_dict(task.experiment, Experiment)
+    use_cores(task.cores)
+    how |= {"force": task.force, "check": task.check, "stop": wish.is_made}
+    found = run(experiment, task.name, folder, Watchers(watchers), **how)
+    return found if task.does == "identify" else None
 
 
 def main() -> int:
@@ -290,7 +283,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print is no event
     teller, status, text, value = Teller(stdout, task), 0, "", None
     with stopping.by_signal() as wish:
-        teller.tell("begins", host=socket.gethostname(), pid=os.getpid())
+        teller.tell("begins", host=platform.node(), pid=os.getpid())
         try:
             value = do(task, teller, wish)
         except Stopped as stopped:

@@ -20,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 
 from cnnlib import folder, tracking
-from cnnlib.arms import described_arm
 from cnnlib.config import Experiment
 from cnnlib.data import open_splits
 from cnnlib.errors import Stopped, UserError
@@ -33,7 +32,7 @@ from cnnlib.predictions import Answers, read_answers, write_answers
 from cnnlib.resolve import TrainedArm, resolve
 from cnnlib.resume import FinishedArm, Left, read_arm, write_arm
 from cnnlib.run import MERGED, begin, changes_since, earlier_run
-from cnnlib.watcher import Beginning, EpochReport, Watcher, Watchers
+from cnnlib.watcher import EpochReport, Watcher, Watchers
 
 TICK = 0.1
 """Seconds between two looks at what goes on."""
@@ -109,24 +108,6 @@ class Follower:
                 watcher.epoch_ends(report)
 
 
-class Told(Watcher):
-    """Tells a watcher of arms that are put together what it would have been told while they trained."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-
-    def arm(self, finished: FinishedArm) -> None:
-        """From the arm's beginning to its end."""
-        result = finished.result
-        name, epochs = result["name"], result["epochs"]
-        self._watcher.training_begins(name, 0)
-        for epoch in range(1, epochs + 1):
-            lines = [line for line in finished.lines if line["epoch"] == epoch]
-            gone = sum(line["status"] != "ok" for line in lines)
-            self._watcher.epoch_ends(EpochReport(name, epoch, epochs, len(lines), gone, {}, 0.0, lines))
-        self._watcher.arm_ends(name, result, 0)
-
-
 # The whole.
 
 
@@ -147,7 +128,7 @@ def run_jobs(
     """`run.run` of the experiment, trained as jobs; returns what `results.json` holds.
 
     `watcher` is told what concerns the run; `shown` makes, for the name of a job, who is told how it goes; `copy` is
-    told of each arm when it is put together. Raises UserError and Stopped as `run` does. Jobs that are finished are not
+    told once all arms are put together. Raises UserError and Stopped as `run` does. Jobs that are finished are not
     run again with `resume`; the others go on from their checkpoints.
     """
     began, out = time.perf_counter(), out.absolute()
@@ -183,12 +164,8 @@ def run_jobs(
                 watcher.says(f"the files of an earlier run moved to {earlier}")
         sweep = Sweep(held, arms, jobs, left, executor, wanted, began, watcher)
         try:
-            beginning = begin(held, name, experiment, this, left, changes, force, check)
-            beginning = described(beginning, arms)
+            beginning = begin(held, name, experiment, this, left, changes, force, check, arms)
             log.run_begins(beginning)
-            if copy is not None:
-                copy.run_begins(beginning)
-                sweep.copy = Told(copy)
             sweep.follower = Follower(shown, watcher.says, log)
             sweep.task = told
             sweep.expected = known["parts"]
@@ -199,8 +176,8 @@ def run_jobs(
             alone(executor, told._replace(does="finish", folder=str(out)), wanted.retries, lambda: False)
             shutil.rmtree(out / JOBS)
             results = folder.read_json(out / "results.json")
-            if copy is not None:
-                copy.run_ends(results)
+            if copy is not None:  # of everything, whatever was resumed
+                copy.run_begins(beginning._replace(is_resumed=False))
             return cast(dict[str, Any], results)
         except Exception as error:
             executor.close()  # before the folder is given back
@@ -210,15 +187,6 @@ def run_jobs(
             if MERGED not in held.record:
                 held.end_session(state, " ".join(str(error).split())[:500])
             raise
-
-
-def described(beginning: Beginning, arms: Sequence[TrainedArm]) -> Beginning:
-    """The beginning of a run of these arms, as its watchers are told."""
-    return beginning._replace(
-        data="+".join(dict.fromkeys(arm.description.name for arm in arms)),
-        arms={arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms},
-        lanes={arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms},
-    )
 
 
 def alone(executor: Executor, task: Task, retries: int, stop: Callable[[], bool]) -> Any:
@@ -273,7 +241,6 @@ class Sweep:
     expected: dict[str, dict[str, Any]]
     """The identity that a job of an arm has, by the name of the arm."""
     follower: Follower
-    copy: Told | None = None
 
     def __init__(
         self,
@@ -406,8 +373,6 @@ class Sweep:
         for job in jobs:
             self._remove(self._place(job))
         self._watcher.says(f"{arm.name} is finished")
-        if self.copy is not None:
-            self.copy.arm(finished)
         return True
 
     def _answers(self, job: PartOfArm) -> Answers:

@@ -12,15 +12,17 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from cnnlib.errors import UserError
-from cnnlib.hosts import ALONE, Hosts
 from cnnlib.machine import cores_here
+from cnnlib.multihost import ALONE, Hosts
 
 LANE, DATA = "lane", "data"
 ALIGNMENT = 64
@@ -110,7 +112,10 @@ class Spread(NamedTuple):
         return len(own) if self.devices[0].platform == "cpu" else 1
 
     @property
-    def _by_lane(self) -> NamedSharding:
+    def by_lane(self) -> Sharding:
+        """Of arrays with a leading lane axis."""
+        if len(self.devices) == 1:
+            return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self._mesh, PartitionSpec(LANE))
 
     @property
@@ -140,52 +145,33 @@ class Spread(NamedTuple):
         return jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], copies, axis=0)]), tree)
 
     def put(self, tree: Any) -> Any:
-        """Arrays of the host with a leading lane axis, on the devices."""
-        if len(self.devices) == 1:
-            return jax.device_put(tree)
+        """Put arrays of the host with a leading lane axis on the devices."""
         if self.hosts.count == 1:
-            return jax.device_put(self.filled(tree), self._by_lane)
+            return jax.device_put(self.filled(tree), self.by_lane)
         return jax.tree.map(
-            lambda rows: jax.make_array_from_callback(rows.shape, self._by_lane, lambda own: rows[own]),
+            lambda rows: jax.make_array_from_callback(rows.shape, self.by_lane, lambda own: rows[own]),
             self.filled(tree),
         )
 
     def fetched(self, tree: Any) -> Any:
-        """Arrays with a leading lane axis, on every host, without copies."""
-        if self.hosts.count == 1:
-            return jax.tree.map(lambda rows: rows[: self.lanes], jax.device_get(tree))
-        arrays, structure = jax.tree.flatten(tree)
-        found = self.hosts.gathered([self._own_rows(array) for array in arrays])
-        return jax.tree.unflatten(structure, self._joined(found, arrays))
+        """Return arrays with a leading lane axis on every host, without copies."""
+        arrays = jax.device_get(tree) if self.hosts.count == 1 else process_allgather(tree, tiled=True)
+        return jax.tree.map(lambda rows: rows[: self.lanes], arrays)
 
-    def fetched_by_first(self, tree: Any) -> Any:
-        """The same on process 0 of several; None on the others. Of one process, still on its devices and with copies:
-        whoever writes them fetches them, and nobody waits."""
-        if self.hosts.count == 1:
-            return tree
-        arrays, structure = jax.tree.flatten(tree)
-        found = self.hosts.gathered_by_first([self._own_rows(array) for array in arrays])
-        return None if found is None else jax.tree.unflatten(structure, self._joined(found, arrays))
+    def own(self, tree: Any) -> list[Any]:
+        """Return the trees of the lanes whose first device is one of this host's, lane by lane, without copies."""
+        of_hosts = [device.process_index for device in self.devices[:: self.shards]]
+        if self.hosts.process not in of_hosts:
+            return []
+        first = of_hosts.index(self.hosts.process) * self.lanes_a_device
+        count = min(of_hosts.count(self.hosts.process) * self.lanes_a_device, self.lanes - first)
+        own = jax.tree.map(self._own_rows, tree)
+        return [jax.tree.map(itemgetter(lane), own) for lane in range(count)]
 
     def _own_rows(self, array: jax.Array) -> np.ndarray:
-        """Of the lanes whose first device is one of this host's."""
         by_device = {shard.device: shard.data for shard in array.addressable_shards}
         own = [np.asarray(by_device[device]) for device in self.devices[:: self.shards] if device in by_device]
-        return np.concatenate(own) if own else np.zeros((0, *array.shape[1:]), array.dtype)
-
-    def _joined(self, parts: list[list[np.ndarray]], arrays: Sequence[jax.Array]) -> list[np.ndarray]:
-        """Concatenate the rows of all hosts, whose devices are in the order of their processes.
-
-        Raises UserError where they do not make up arrays of the dtypes and shapes of `arrays`.
-        """
-        of_hosts = [device.process_index for device in self.devices[:: self.shards]]
-        expected = [
-            [((of_hosts.count(host) * self.lanes_a_device, *array.shape[1:]), array.dtype) for array in arrays]
-            for host in range(self.hosts.count)
-        ]
-        if [[(rows.shape, rows.dtype) for rows in own] for own in parts] != expected:
-            raise UserError("another process sent arrays of other dtypes or shapes than expected")
-        return [np.concatenate(rows)[: self.lanes] for rows in zip(*parts, strict=True)]
+        return np.concatenate(own)
 
     def shared(self, tree: Any) -> Any:
         """Arrays that `replicated` has put on these devices and more, as they are on these."""

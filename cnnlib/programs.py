@@ -21,9 +21,9 @@ from cnnlib import checkpoint, evaluation, kernels, machine, mesh, train
 from cnnlib.cache import cache_folder, refusal
 from cnnlib.config import LaneNumbers
 from cnnlib.errors import UserError
-from cnnlib.hosts import ALONE, Hosts
 from cnnlib.mesh import Spread
 from cnnlib.models import network
+from cnnlib.multihost import ALONE, Hosts
 from cnnlib.resolve import TrainedArm
 from cnnlib.spec import Connectivity, Full, Local, Model, Shape, walk
 from cnnlib.train import Examples, Recipe, State
@@ -112,8 +112,6 @@ class Programs(NamedTuple):
     """From a convolution; None where no layer is a local or full reading of one."""
     snapshot: Any
     """Of the states and keys together, for a checkpoint; None where there are to be none."""
-    kept: Any
-    """The shapes of both."""
     spread: Spread
     """The devices that have the lanes."""
     at_a_time: int
@@ -245,7 +243,6 @@ def compiled_in_precision(
         compiled.get("validation"),
         compiled.get("distance"),
         keep,
-        (states, keys),
         spread,
         at_a_time,
         need,
@@ -260,10 +257,13 @@ def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, train.Keys]]:
     return lambda numbers: (initialize(numbers), train.Keys(*map(jax.random.key_data, train.keys_of(numbers))))
 
 
-def shapes_of(arm: TrainedArm) -> tuple[State, train.Keys]:
-    """The shapes of what a checkpoint of an arm keeps; compiles nothing."""
+def state_shapes(arm: TrainedArm, spread: Spread) -> tuple[State, train.Keys]:
+    """Return the shapes and shardings of what a checkpoint of an arm keeps; compiles nothing."""
+    numbers = spread.filled(numbers_of(arm))
     made: tuple[State, train.Keys]
-    made = jax.eval_shape(train.over_lanes(begin(recipe_of(arm)), at_a_time=1), numbers_of(arm))
+    made = jax.eval_shape(train.over_lanes(begin(recipe_of(arm)), at_a_time=1), numbers)
+    shape: Any = jax.ShapeDtypeStruct
+    made = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype, sharding=spread.by_lane), made)
     return made
 
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cnnlib import checkpoint, kernels, tracking
+from cnnlib import kernels, tracking
 from cnnlib.checkpoint import Checkpoints, Unreadable
 from cnnlib.config import Experiment, LaneNumbers
 from cnnlib.data import DataSet, StreamedSet, fingerprint_of_stream
 from cnnlib.errors import UserError
 from cnnlib.fields import flat, to_dict
-from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json
-from cnnlib.hosts import Hosts
+from cnnlib.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside, read_json, require_format
+from cnnlib.multihost import Hosts
 from cnnlib.resolve import TrainedArm
 
 Says = Callable[[str], None]
@@ -206,6 +206,8 @@ def _sum_of(finished: FinishedArm) -> str:
 class Progress(NamedTuple):
     """The JSON part of a checkpoint: what an arm has come to, beside its state."""
 
+    format: int
+    """`folder.FORMAT` of the version that wrote it."""
     run: str
     """The identity of the run."""
     arm: str
@@ -213,8 +215,6 @@ class Progress(NamedTuple):
     lanes: list[list[float]]
     """The numbers of each lane, in the order of `LaneNumbers`. Keys and the order of the data follow from a lane's seed
     and its number of finished epochs, which is part of its state; the keys are in the state as well, to be compared."""
-    layout: list[list[Any]]
-    """Path, type, shape, first word and number of words of each array in a row."""
     lanes_at_a_time: int
     lines: list[dict[str, Any]]
     """Of this arm, as `metrics.jsonl` has them."""
@@ -229,86 +229,79 @@ class Progress(NamedTuple):
     """Of the whole run, all sessions together. Arms that are finished are kept apart, in `arms/`."""
 
 
-class InFlight(NamedTuple):
-    """An arm's state as a checkpoint has it."""
-
-    progress: Progress
-    words: np.ndarray
-
-
 class Left(NamedTuple):
     """What earlier sessions left behind: by the name of the arm."""
 
     finished: dict[str, FinishedArm]
-    in_flight: dict[str, InFlight]
+    in_flight: dict[str, Progress]
 
     def lines(self, arms: tuple[TrainedArm, ...]) -> list[dict[str, Any]]:
         """Of `metrics.jsonl`, as far as they are not to be written again."""
         known = {name: arm.lines for name, arm in self.finished.items()}
-        known |= {name: arm.progress.lines for name, arm in self.in_flight.items()}
+        known |= {name: progress.lines for name, progress in self.in_flight.items()}
         return [line for arm in arms for line in known.get(arm.name, [])]
 
     @property
     def seconds(self) -> float:
         """That the sessions took, up to what is kept of them."""
         finished = [arm.wall_seconds for arm in self.finished.values()]
-        in_flight = [arm.progress.wall_seconds for arm in self.in_flight.values()]
+        in_flight = [progress.wall_seconds for progress in self.in_flight.values()]
         return float(max((*finished, *in_flight), default=0.0))
 
 
-def checkpoints_folder(folder: RunFolder, arm: str) -> Path:
-    """Where an arm's checkpoints are, `checkpoints/ARM/`; raises UserError where that leads out of the folder."""
-    return inside(folder.path, folder / CHECKPOINTS / arm).absolute()
+def checkpoints_folder(out: Path, arm: str) -> Path:
+    """Return `checkpoints/ARM/` of a run; raises UserError where that leads out of the folder."""
+    return inside(out, out / CHECKPOINTS / arm).absolute()
 
 
-def latest(folder: RunFolder, arm: TrainedArm, states: Any, says: Says) -> InFlight | None:
-    """The newest checkpoint of an arm that can be read, or None; the user is told of those that cannot.
+def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says: Says) -> Progress | None:
+    """Find the newest checkpoint of an arm that can be read; all hosts call this together.
 
-    Those are moved to `unreadable/`. `states` are the shapes of the arm's state, keys included.
+    Args:
+        out: The folder of the run, which all hosts see.
+        run: The identity of the run.
+        arm: The arm.
+        state: The shapes of its state, keys included, with shardings.
+        hosts: The processes of the run.
+        says: Is told of checkpoints that cannot be read. They are moved to `unreadable/`.
+
+    Returns its JSON part; None where there is no checkpoint. Raises UserError for one that an older version wrote.
     """
-    wanted = checkpoint.layout(states)
-    shape = (len(arm.lanes), sum(leaf.words for leaf in wanted))
-    place = checkpoints_folder(folder, arm.name)
+    place = checkpoints_folder(out, arm.name)
     for path in place.rglob("*"):  # nobody writes there by now
-        inside(folder.path, path)
+        inside(out, path)
     with contextlib.closing(Checkpoints(place)) as kept:
-        for epoch in reversed(kept.epochs()):
+        for epoch in reversed(json.loads(hosts.from_first(json.dumps(kept.epochs()).encode()))):
+            progress, reason = None, ""
             try:
-                of_run = {"run": folder.record.get("id"), "arm": arm.name, "epoch": epoch}
-                return read_checkpoint(arm, kept, of_run, [list(leaf) for leaf in wanted], shape)
+                progress = checked(kept.progress(epoch), run, arm, epoch)
+                kept.state(epoch, state, len(arm.lanes))  # read again once the programs are compiled
             except Unreadable as error:
-                aside = inside(folder.path, folder / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now()}"
-                says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({error}); it moved to {aside}")
+                reason = str(error)
+            if not hosts.agreed(bool(reason)):
+                return progress
+            if hosts.is_first:
+                aside = inside(out, out / UNREADABLE) / f"{arm.name}-{epoch}-{tracking.now()}"
+                says(f"the checkpoint of {arm.name} after epoch {epoch} cannot be read ({reason}); it moved to {aside}")
                 with tracking.cannot_write(aside):
                     aside.parent.mkdir(exist_ok=True)
                     (place / str(epoch)).rename(aside)
+            hosts.agreed(False)  # by now it is moved
     return None
 
 
-def read_checkpoint(
-    arm: TrainedArm,
-    kept: Checkpoints,
-    of_run: dict[str, Any],
-    wanted: list[list[Any]],
-    shape: tuple[int, int],
-) -> InFlight:
-    """One checkpoint, looked at before it is believed; raises Unreadable."""
-    epoch = of_run["epoch"]
-    found = kept.progress(epoch)
-    checksums = found.pop("checksums", None)
+def checked(found: dict[str, Any], run: str, arm: TrainedArm, epoch: int) -> Progress:
+    """Return the JSON part of a checkpoint once it is known to be whole and of this arm; raises Unreadable."""
+    require_format(f"the checkpoint of {arm.name} after epoch {epoch}", found)
     if found.keys() != set(Progress._fields):
         raise Unreadable(f"it has the fields {', '.join(map(str, found))}")
     progress = Progress(**found)
     lanes = [[float(number) for number in lane] for lane in arm.lanes]
-    # As JSON gives a layout back, tuples are lists.
-    wanted = json.loads(json.dumps(wanted))
-    expected = {**of_run, "lanes": lanes, "layout": wanted}
-    for name, value in expected.items():
+    for name, value in {"run": run, "arm": arm.name, "epoch": epoch, "lanes": lanes}.items():
         if found[name] != value:
             raise Unreadable(f"its {name} is not that of this run")
     is_whole = (
-        isinstance(checksums, list)
-        and isinstance(progress.lanes_at_a_time, int)
+        isinstance(progress.lanes_at_a_time, int)
         and 1 <= progress.lanes_at_a_time <= len(lanes)
         and isinstance(progress.lines, list)
         and all(isinstance(line, dict) for line in progress.lines)
@@ -320,10 +313,7 @@ def read_checkpoint(
     )
     if not is_whole:
         raise Unreadable("its progress is not whole")
-    words = kept.words(epoch, shape)
-    if checkpoint.checksums_of(words) != checksums:
-        raise Unreadable("its numbers are not those that were written")
-    return InFlight(progress, words)
+    return progress
 
 
 def refusal(folder: Path, found: Differences) -> UserError:
@@ -343,15 +333,10 @@ def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
 
 
 def passed_on(hosts: Hosts, left: Left) -> Left:
-    """What process 0 found of earlier sessions, on all hosts."""
-    if hosts.count == 1:
-        return left
-    finished = {name: list(arm) for name, arm in left.finished.items()}
-    in_flight = {name: [list(arm.progress), arm.words.shape] for name, arm in left.in_flight.items()}
-    told = json.loads(hosts.from_first(json.dumps(tracking.plain([finished, in_flight])).encode()))
-    known = Left({name: FinishedArm(*arm) for name, arm in told[0].items()}, {})
-    for name, (progress, shape) in told[1].items():
-        own = left.in_flight[name].words.tobytes() if hosts.is_first else None
-        words = np.frombuffer(hosts.from_first(own), np.uint32).reshape(shape)
-        known.in_flight[name] = InFlight(Progress(*progress), words)
-    return known
+    """Return on all hosts what process 0 found of earlier sessions."""
+    own = [{name: list(entry) for name, entry in part.items()} for part in left]
+    finished, in_flight = json.loads(hosts.from_first(json.dumps(tracking.plain(own)).encode()))
+    return Left(
+        {name: FinishedArm(*arm) for name, arm in finished.items()},
+        {name: Progress(*progress) for name, progress in in_flight.items()},
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,39 +16,38 @@ from typing import Any
 import jax
 
 from cnnlib import backend, feeds, folder, kernels, mesh, tracking
-from cnnlib.arms import Training, described_arm, train_arm, write_finished
+from cnnlib.arms import Pace, Training, described_arm, train_arm, write_finished
 from cnnlib.config import Data, Experiment
 from cnnlib.data import DataSet, StreamedSet, describe
 from cnnlib.errors import Stopped, UserError
 from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
-from cnnlib.folder import PROFILES, RunFolder
-from cnnlib.hosts import ALONE, Hosts
+from cnnlib.folder import FORMAT, PROFILES, RunFolder, require_format
+from cnnlib.multihost import ALONE, Hosts
 from cnnlib.programs import (
     Programs,
     check_parameters_fit,
     compile_cache,
     compile_programs,
     free_memory,
-    shapes_of,
     spread_of,
+    state_shapes,
 )
 from cnnlib.resolve import Part, TrainedArm, resolve
 from cnnlib.resume import (
+    FinishedArm,
     Left,
     check_alike,
     differences,
     fingerprint,
     identity,
     latest,
-    passed_on,
     read_arm,
     refusal,
     streamed_in,
 )
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.watcher import Beginning, Watcher, Watchers
-from cnnlib.writer import Writer
 
 
 def run(
@@ -59,7 +59,6 @@ def run(
     resume: bool = False,
     force: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    writer: Writer | None = None,
     part: Part | None = None,
     hosts: Hosts = ALONE,
     streamed: Collection[str] | None = None,
@@ -67,19 +66,29 @@ def run(
     check: bool = True,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Trains every lane of every arm and writes `folder.RUN_FILES`, but for the report, to `out`.
+    """Train every lane of every arm, and write `folder.RUN_FILES`, but for the report, to `out`.
 
-    Returns what `results.json` holds. With `resume` the run in `out` goes on, and a finished one is only read; where
-    going on would not give what the run would have given, `force` is needed. `stop` is asked whether to end early: then
-    what there is is saved, and Stopped raised. `writer` may be started before, to be ready when it is needed. With
-    `part` only that is trained, as one job of several, and the results are those of its arm. With `hosts` the processes
-    of a run on several call this together; `out` of all but process 0 is for nobody to read. `streamed` are the names
-    of the data sets that are streamed, where that is decided (as of a job's run). With `identifies` it ends
-    where training would begin: with the identity of the run, and of what each arm is as a part. Without `check` the
-    backend is not checked, and the results say so. With `profile` a trace of one epoch of each arm is written into the
-    folder `profile`; that epoch takes longer. Raises UserError, with nothing written, for whatever does not fit
-    together or does not fit in the memory, and for a backend that computes wrong numbers; and later for a disk that
-    takes no more: what was saved before stays.
+    Args:
+        experiment: What to train.
+        name: Of the experiment.
+        out: The folder of the run. With `hosts` all processes must see it.
+        watcher: Is told how it goes.
+        resume: Go on with the run in `out`; a finished one is only read.
+        force: Go on even where the results would be of two kinds of runs.
+        stop: Is asked after every epoch whether to end early. Then what there is is saved.
+        part: Train only this part, as one job of several. The results are those of its arm.
+        hosts: The processes of a run on several hosts, which all call this together.
+        streamed: The names of the data sets that are streamed, where that is decided already (as of a job's run).
+        identifies: End where training would begin. Return the identity of the run, and of each arm as a part.
+        check: Check the backend before training. The results say whether it was.
+        profile: Write a trace of one epoch of each arm into the folder `profile`; that epoch takes longer.
+
+    Returns what `results.json` holds.
+
+    Raises:
+        Stopped: `stop` asked for it.
+        UserError: With nothing written, for what does not fit together or does not fit in the memory, and for a backend
+            that computes wrong numbers; later for a disk that takes no more: what was saved before stays.
     """
     began = time.perf_counter()
     chosen = part.of if part else tuple
@@ -90,9 +99,13 @@ def run(
         log = tracking.Log()
         stack.callback(log.close)
         watcher = Watchers((watcher, log))
+        # Process 0 writes the files of the run; what the others write, but for checkpoints, is for nobody to read.
+        written = out
+        if not hosts.is_first:
+            written = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cnnlib-")))
         held = earlier_run(out, watcher) if resume and hosts.is_first else None
         if held is None:
-            folder.check(out)
+            folder.check(written)
         else:
             stack.enter_context(held)
         if held is not None:
@@ -130,42 +143,43 @@ def run(
         for data_set in data_sets.values():
             known, count = data_set.description, data_set.description.counts["train"]
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
-        left = passed_on(hosts, Left({}, {}) if held is None else what_is_left(held, arms, watcher))
+        left = what_is_left(out, held, arms, devices, hosts, watcher) if resume else Left({}, {})
         if check and len(left.finished) < len(arms):
             for precision in dict.fromkeys(arm.experiment.precision for arm in arms):
                 backend.require_right(device, precision, experiment.compile_cache, watcher.says)
         programs = Compiled(experiment.compile_cache, fed, devices, hosts, left, watcher)
         programs.compile(arms[:MOST_AHEAD])
         if held is None:
-            held = stack.enter_context(RunFolder(out))
+            held = stack.enter_context(RunFolder(written))
             if (earlier := held.make_room()) is not None:
                 watcher.says(f"the files of an earlier run moved to {earlier}")
         seconds = left.seconds - began
-        if not experiment.checkpoint.every or len(left.finished) == len(arms) or not hosts.is_first:
-            writer = None
-        elif writer is None:
-            writer = stack.enter_context(contextlib.closing(Writer()))
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
         training = Training(
-            experiment, fed, held, watcher, stop, clock, writer, [], hosts, out / PROFILES if profile else None
+            experiment=experiment,
+            fed=fed,
+            folder=held,
+            watcher=watcher,
+            stop=stop,
+            seconds=clock,
+            out=out,
+            pace=Pace(experiment.checkpoint.share),
+            unwritten=[],
+            hosts=hosts,
+            profiles=out / PROFILES if profile else None,
         )
         try:
-            beginning = begin(held, name, experiment, this, left, changes, force, check)
-            if hosts.count > 1:  # where this thread is stuck when a host is lost
-                hosts.last_words.append(partial(held.end_session, "failed"))
+            beginning = begin(held, name, experiment, this, left, changes, force, check, arms)
+            if hosts.count > 1:  # JAX ends all others when one dies, and they have no time to say it
+                watcher.says("if a host dies, the same commands with --resume, on all hosts, go on with what is saved")
             with tracking.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
-                known_arms = {arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms}
-                lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
-                names = "+".join(dict.fromkeys(arm.description.name for arm in arms))
-                watcher.run_begins(beginning._replace(data=names, arms=known_arms, lanes=lanes))
+                watcher.run_begins(beginning)
                 finished = []
                 for index, arm in enumerate(arms):
                     own = None if arm.name in left.finished else programs.of(arm)
                     finished.append(train_arm(training, arm, own, left, metrics))
                     programs.drop(arm, arms[index + 1 :])
-            if writer is not None:
-                writer.wait()
-                write_finished(training)
+            write_finished(training)
             results = {
                 "experiment": name,
                 "config": to_dict(experiment),
@@ -231,6 +245,11 @@ def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
     if not held.read_record():
         held.__exit__(None, None, None)
         raise UserError(f"{out / folder.RECORD} cannot be read; without --resume what is there is moved aside")
+    try:
+        require_format(f"the run in {out}", held.record)
+    except UserError:
+        held.__exit__(None, None, None)
+        raise
     return held
 
 
@@ -264,18 +283,25 @@ def finished_results(held: RunFolder, arms: tuple[TrainedArm, ...]) -> dict[str,
 
 
 def what_is_left(
-    held: RunFolder,
+    out: Path,
+    held: RunFolder | None,
     arms: tuple[TrainedArm, ...],
+    devices: tuple[jax.Device, ...],
+    hosts: Hosts,
     watcher: Watcher,
 ) -> Left:
-    """Reads what earlier sessions kept of each arm; the user is told from where it goes on.
+    """Read what earlier sessions kept of each arm, on all hosts; the user is told from where it goes on.
 
-    Raises UserError where jobs were left behind of an arm that is not finished: they would be trained again.
+    `held` is the folder `out` on process 0, where there is a run, and None on others. Raises UserError where jobs were
+    left behind of an arm that is not finished: they would be trained again.
     """
-    left = Left({}, {})
+    finished: dict[str, FinishedArm] = {}
+    begun: list[str] = []
     for arm in arms:
-        if (finished := read_arm(held, arm)) is not None:
-            left.finished[arm.name] = finished
+        if held is None:
+            break
+        if (before := read_arm(held, arm)) is not None:
+            finished[arm.name] = before
             continue
         for path in (held / folder.JOBS).glob("*/"):
             if folder.arm_of_job(path.name) == arm.name:
@@ -283,14 +309,25 @@ def what_is_left(
                     f"{path} is a job of {arm.name}: --resume with --executor, as before, goes on with it; without "
                     "--resume the run is moved aside and a new one begins"
                 )
-        if not (held / folder.CHECKPOINTS / arm.name).exists():
+        if (held / folder.CHECKPOINTS / arm.name).exists():
+            begun.append(arm.name)
+    known = [
+        {name: list(before) for name, before in finished.items()},
+        begun,
+        "" if held is None else held.record["id"],
+    ]
+    known, begun, run = json.loads(hosts.from_first(json.dumps(tracking.plain(known)).encode()))
+    left = Left({name: FinishedArm(*before) for name, before in known.items()}, {})
+    for arm in arms:
+        if arm.name not in begun:
             continue
-        found = latest(held, arm, shapes_of(arm), watcher.says)
+        state = state_shapes(arm, spread_of(arm, devices, hosts))
+        found = latest(out, run, arm, state, hosts, watcher.says)
         if found is None:
             watcher.says(f"{arm.name} has no checkpoint to go on from: it starts anew")
         else:
             left.in_flight[arm.name] = found
-            watcher.says(f"{arm.name} goes on after epoch {found.progress.epoch} of {arm.experiment.epochs}")
+            watcher.says(f"{arm.name} goes on after epoch {found.epoch} of {arm.experiment.epochs}")
     if left.finished:
         watcher.says(f"finished before: {', '.join(left.finished)}")
     return left
@@ -345,7 +382,7 @@ class Compiled:
     def _before(self, arm: TrainedArm) -> int | None:
         """How many of its lanes ran at a time in an earlier session."""
         found = self._left.in_flight.get(arm.name)
-        return None if found is None else found.progress.lanes_at_a_time
+        return None if found is None else found.lanes_at_a_time
 
     def _compile(self, arm: TrainedArm) -> None:
         key, before = self._key(arm), self._before(arm)
@@ -372,18 +409,22 @@ def begin(
     changes: list[str],
     force: bool,
     check: bool,
+    arms: Sequence[TrainedArm],
 ) -> Beginning:
     """Writes what a session writes before it trains: its configuration, where it runs, that it does."""
     # What jobs have trained is put together in a session of its own: nothing was interrupted.
     is_resumed = "sessions" in held.record and not held.record.pop(MERGED, False)
     resumed = list(held.record.get("resumed", []))
     if is_resumed:
-        in_flight = {arm: found.progress.epoch for arm, found in left.in_flight.items()}
+        in_flight = {arm: found.epoch for arm, found in left.in_flight.items()}
         kept = {"finished": list(left.finished), "in_flight": in_flight}
         resumed.append({"time": tracking.now(), **kept, "changes": changes, "forced": force})
     command = tracking.command_for(name, experiment)
     checked = check and bool(held.record.get("checked", True))  # in all sessions
-    known = {"experiment": name, "identity": this, "command": command, "resumed": resumed, "checked": checked}
+    described = {arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms}
+    data, platform = "+".join(dict.fromkeys(arm.description.name for arm in arms)), this["device"]["platform"]
+    known = {"format": FORMAT, "experiment": name, "identity": this, "command": command, "resumed": resumed}
+    known |= {"checked": checked, "arms": described, "tags": [data[:64], platform]}
     held.begin_session(known)
     config = to_dict(experiment)
     where = tracking.environment(command)
@@ -392,8 +433,8 @@ def begin(
         tracking.write_whole(held / file, partial(_write_json, values))
     if where["diff"]:
         tracking.write_whole(held / where["diff"], lambda path: path.write_text(tracking.diff(), encoding="utf-8"))
-    platform = this["device"]["platform"]
-    return Beginning(held.record["id"], name, held.path, config, "", platform, {}, {}, is_resumed, command)
+    lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
+    return Beginning(held.record["id"], name, held.path, config, data, platform, described, lanes, is_resumed, command)
 
 
 def _write_json(values: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import numpy as np
+
 import cnnlib
 from cnnlib.config import EXPERIMENTS, Experiment, Growth, assignments, kept_like, override
 from cnnlib.errors import UserError
@@ -111,6 +113,41 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             break
         found.append(value)
     return found
+
+
+def means_of(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Return the mean and the standard deviation of each metric over the lanes that have not diverged."""
+    fine = [line for line in lines if line["status"] == "ok"]
+    found: dict[str, Any] = {"lanes_ok": len(fine)}
+    for metric in metrics:
+        values = [line[metric] for line in fine if line.get(metric) is not None]
+        found[metric] = float(np.mean(values)) if values else None
+        found[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return found
+
+
+def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:
+    """Return `lenet5 seed 3`, with whatever else tells the lane from others: `lenet5 seed 3 learning_rate 0.01`."""
+    same = {"seed"} | ({"order_seed"} if all(other["order_seed"] == other["seed"] for other in lanes) else set())
+    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key not in same]
+    return " ".join([arm, f"seed {lane['seed']}", *(f"{key} {lane[key]:g}" for key in varied)])
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not known, such as the loss of a lane that has diverged."""
+    return {key: value for key, value in plain(row).items() if value is not None}
+
+
+def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the lines of a file as they are written, from byte `begin` on, until `is_over` and all are read."""
+    rest = b""
+    with path.open("rb") as file:
+        file.seek(begin)
+        ends = False
+        while not ends:
+            ends = is_over()  # asked first: what is written by then is read
+            *whole, rest = (rest + file.read()).split(b"\n")
+            yield [json.loads(line) for line in whole]
 
 
 @contextlib.contextmanager

@@ -12,11 +12,9 @@ import inspect
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,15 +34,15 @@ from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:
     from cnnlib.executors import Wanted
-    from cnnlib.hosts import Hosts
+    from cnnlib.multihost import Hosts
     from cnnlib.results_page import Asked
 
 COMMANDS = {
     "list": "list",
     "show": "show NAME [FIELD=VALUE ...] [--on HARDWARE [--json]]",
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
-    "[--no-check] [--profile] [--traceback]\n           "
-    "[--distributed [--coordinator HOST:PORT --processes N --process-id I]]\n           "
+    "[--tensorboard] [--no-check] [--profile] [--traceback]\n           "
+    "[--distributed [--coordinator HOST:PORT --processes N --process-id I] [--heartbeat SECONDS]]\n           "
     "[--executor local|ray [--seeds-a-job N] [--retries N] [--ray-address ADDRESS] [--gpus-a-job N] "
     "[--resources NAME=N]]",
     "runs": "runs [DIR]",
@@ -53,6 +51,7 @@ COMMANDS = {
     "report": "report DIR [DIR ...] [--out FILE]",
     "all": "all [--out DIR]",
     "results": "results [DIR]",
+    "wandb": "wandb DIR [--wandb auto|online|offline]",
     "demo": "demo NAME [--out DIR] [--show]",
     "count": "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv] "
     "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
@@ -84,6 +83,9 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
     elif command == "results":
         parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
+    elif command == "wandb":
+        parser.add_argument("folder", metavar="DIR", help="of a run, finished or not")
+        parser.add_argument("--wandb", choices=("auto", "online", "offline"), default="auto", help="where to (auto)")
     elif command == "report":
         parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
         parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (report.html)")
@@ -111,6 +113,7 @@ def parser_for(command: str) -> Parser:
     if command == "run":
         modes = ("auto", "online", "offline", "off")
         parser.add_argument("--wandb", choices=modes, default="auto", help="a copy of the run in Weights & Biases")
+        parser.add_argument("--tensorboard", action="store_true", help="write scalars for TensorBoard")
         parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
         parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
         parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
@@ -122,6 +125,7 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
         parser.add_argument("--processes", metavar="N", type=int, help="how many there are, one a host")
         parser.add_argument("--process-id", metavar="I", type=int, help="which this one is, from 0 on")
+        parser.add_argument("--heartbeat", metavar="SECONDS", type=int, help="after which a silent host is dead (20)")
         parser.add_argument("--executor", choices=("local", "ray"), help="train as jobs, beside one another")
         parser.add_argument("--seeds-a-job", metavar="N", type=int, help="of an arm (all: a job an arm)")
         parser.add_argument("--retries", metavar="N", type=int, help="times that a job goes on after it died (3)")
@@ -335,6 +339,20 @@ def command_results(folder: str) -> None:
     print(f"written: {write_page(Path(folder), asked)}")
 
 
+def command_wandb(folder: Path, asked: str) -> None:
+    """Send a run to W&B; without JAX."""
+    from cnnlib.folder import RECORD, inside, read_json, require_format, state
+    from cnnlib.tracking import read_json_lines
+    from cnnlib.wandb_copy import chosen_mode, send
+
+    require_format(folder, read_json(folder / RECORD))
+    inside(folder, folder / "wandb")
+    mode, hint = chosen_mode(asked)
+    if mode is None:
+        raise UserError(hint or "W&B is off: WANDB_MODE is disabled")
+    send(folder, mode, iter([read_json_lines(folder / "metrics.jsonl")]), lambda: int(state(folder) != "finished"))
+
+
 def asked(name: str) -> Asked:
     """What a registered experiment asks."""
     from cnnlib.results_page import Asked
@@ -369,48 +387,43 @@ def command_growth(name: str, growth: Growth, out: Path) -> None:
 
 def command_run(name: str, experiment: Experiment, out: Path, options: argparse.Namespace) -> int:
     """Trains; with `--distributed` as one of several processes, of which process 0 writes and tells."""
-    from cnnlib import meeting
-    from cnnlib.hosts import ALONE
+    from cnnlib import multihost
 
-    wanted = meeting.asked(options.distributed, options.coordinator, options.processes, options.process_id)
-    if wanted is None:
-        return trained(name, experiment, out, options, ALONE)
+    joins = [getattr(options, option) for option in JOIN_OPTIONS]
+    cluster = multihost.asked(options.distributed, *joins)
+    if cluster is None:
+        return trained(name, experiment, out, options, multihost.ALONE)
 
     from cnnlib.mesh import use_cores
 
     use_cores(experiment.devices)
-    with meeting.join(*wanted) as joined:
-        if joined.is_first:
-            status = trained(name, experiment, out, options, joined)
-        else:
-            with tempfile.TemporaryDirectory(prefix="cnnlib-") as scratch:
-                joined.last_words.append(lambda _: shutil.rmtree(scratch, ignore_errors=True))
-                status = followed(name, experiment, Path(scratch) / "run", options, joined)
-    return status
+    with multihost.join(cluster) as joined:
+        does = trained if joined.is_first else followed
+        return does(name, experiment, out, options, joined)
 
 
+JOIN_OPTIONS = ("coordinator", "processes", "process_id", "heartbeat")
 JOB_OPTIONS = ("seeds_a_job", "retries", "ray_address", "gpus_a_job", "resources")
 
 
 def jobs_asked(options: argparse.Namespace) -> Wanted | None:
     """How the experiment is to be divided into jobs; None: not at all. Raises UserError for what has no meaning."""
-    given = {name: getattr(options, name) for name in JOB_OPTIONS if getattr(options, name) is not None}
     if options.executor is None:
-        if given:
-            raise UserError(f"--{next(iter(given)).replace('_', '-')} has no meaning without --executor")
+        if asked := given(options, JOB_OPTIONS):
+            raise UserError(f"{asked[0]} has no meaning without --executor")
         return None
-    joins = (options.coordinator, options.processes, options.process_id) != (None, None, None)
-    if options.distributed or joins:
+    if options.distributed or given(options, JOIN_OPTIONS):
         raise UserError("--executor and --distributed are two ways to use several processes: choose one")
     from cnnlib.executors import Wanted
 
     resources = {}
-    for text in given.pop("resources", []):
+    for text in options.resources or []:
         key, _, number = text.partition("=")
         if not key or not number.isdecimal():
             raise UserError(f"--resources {text}: expected NAME=N, such as TPU=4")
         resources[key] = float(number)
-    return Wanted(options.executor, **given, resources=resources or None).checked()
+    numbers = {name: getattr(options, name) for name in JOB_OPTIONS[:-1] if getattr(options, name) is not None}
+    return Wanted(options.executor, **numbers, resources=resources or None).checked()
 
 
 def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
@@ -424,7 +437,7 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     ]
 
 
-def followed(name: str, experiment: Experiment, scratch: Path, options: argparse.Namespace, joined: Hosts) -> int:
+def followed(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, joined: Hosts) -> int:
     """What a process does that is not the first of a run on several hosts: it trains with the others, and says so."""
     from cnnlib.run import run
     from cnnlib.watcher import Watcher
@@ -434,7 +447,7 @@ def followed(name: str, experiment: Experiment, scratch: Path, options: argparse
         try:
             how = {"resume": options.resume, "force": options.force, "stop": wish.is_made}
             how["check"] = not options.no_check
-            run(experiment, name, scratch, Watcher(), **how, hosts=joined)
+            run(experiment, name, out, Watcher(), **how, hosts=joined)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 128 + (wish.signal or signal.SIGTERM)
@@ -444,22 +457,18 @@ def followed(name: str, experiment: Experiment, scratch: Path, options: argparse
 def trained(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, joined: Hosts) -> int:
     """Trains, writes and tells."""
     from cnnlib.watcher import Notice, Watcher, Watchers
-    from cnnlib.writer import Writer
 
     with contextlib.ExitStack() as stack:
-        # These are processes that work beside this one: they start first, and are ready when JAX is.
-        writer = stack.enter_context(contextlib.closing(Writer())) if experiment.checkpoint.every else None
-
         from cnnlib.wandb_copy import WandbCopy, chosen_mode
 
         mode, hint = chosen_mode(options.wandb)
-        copy = None if mode is None else WandbCopy(experiment, mode)
 
         from cnnlib.folder import RUN_FILES
         from cnnlib.mesh import use_cores
         from cnnlib.plan import RateKeeper
         from cnnlib.report import ReportWriter, print_results
         from cnnlib.run import run
+        from cnnlib.tensorboard import TensorBoard
         from cnnlib.terminal import RunConsole, watcher_for
 
         use_cores(experiment.devices)
@@ -470,11 +479,15 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
                 watchers: list[Watcher] = [shown, ReportWriter(out), RateKeeper()]
                 if hint is not None:
                     watchers.append(Notice(hint, shown.says))
-                if copy is not None:
-                    copy.tell_user = shown.says
+                if options.tensorboard:
+                    scalars = TensorBoard()
+                    ends.callback(scalars.close)
+                    watchers.append(scalars)
+                if mode is not None:
+                    copy = WandbCopy(mode, shown.says)
                     ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
-                how = {"resume": options.resume, "force": options.force, "stop": wish.is_made, "writer": writer}
+                how = {"resume": options.resume, "force": options.force, "stop": wish.is_made}
                 how |= {"hosts": joined, "check": not options.no_check, "profile": options.profile}
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
@@ -492,10 +505,11 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
     command += [] if options.wandb == "auto" else ["--wandb", options.wandb]
     command += ["--no-check"] if options.no_check else []
     command += ["--profile"] if options.profile else []
+    command += ["--tensorboard"] if options.tensorboard else []
     command += given(options, ("executor", *JOB_OPTIONS))
     where = ""
     if options.distributed:
-        command += ["--distributed", *given(options, ("coordinator", "processes", "process_id"))]
+        command += ["--distributed", *given(options, JOIN_OPTIONS)]
         where = ", each host with its own --process-id," if options.process_id is not None else ", on all hosts,"
     return f"{stopped}; go on{where} with: {shlex.join([*command, '--resume'])}"
 
@@ -513,18 +527,16 @@ def command_jobs(name: str, experiment: Experiment, out: Path, options: argparse
     from cnnlib.wandb_copy import WandbCopy, chosen_mode
 
     mode, hint = chosen_mode(options.wandb)
-    copy = None if mode is None else WandbCopy(experiment, mode)
     console = RunConsole()
-    with stopping.by_signal() as wish, contextlib.ExitStack() as ends:
-        if copy is not None:
-            ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
+    with stopping.by_signal() as wish:
         try:
-            with watcher_for(console) as shown:
+            with watcher_for(console) as shown, contextlib.ExitStack() as ends:
                 bars = iter([shown] * MOST_BARS if isinstance(shown, BarWatcher) else [])
                 if hint is not None:
                     shown.says(hint)
+                copy = None if mode is None else WandbCopy(mode, shown.says)
                 if copy is not None:
-                    copy.tell_user = shown.says
+                    ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                 how = {"copy": copy, "resume": options.resume, "force": options.force, "stop": wish.is_made}
                 how["check"] = not options.no_check
                 results = run_jobs(
@@ -570,6 +582,9 @@ def main(arguments: Sequence[str]) -> int:
         if command == "results":
             command_results(options.folder)
             return 0
+        if command == "wandb":
+            command_wandb(Path(options.folder), options.wandb)
+            return 0
         if command in ("runs", "compare"):
             command_look(options)
             return 0
@@ -586,11 +601,11 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(experiment, Growth) and (asked := given(options, ("executor", *JOB_OPTIONS))):
             raise UserError(f"{options.name} trains nothing: {asked[0]} has no meaning for it")
         wanted = jobs_asked(options)
-        if options.profile and (wanted is not None or isinstance(experiment, Growth)):
-            raise UserError("--profile is for a run that trains in this process: leave out --executor")
+        for option in ("profile", "tensorboard"):
+            if getattr(options, option) and (wanted is not None or isinstance(experiment, Growth)):
+                raise UserError(f"--{option} is for a run that trains in this process: leave out --executor")
         if isinstance(experiment, Growth):
-            joins = (options.coordinator, options.processes, options.process_id)
-            is_joined = options.distributed or any(value is not None for value in joins)
+            is_joined = options.distributed or bool(given(options, JOIN_OPTIONS))
             if options.resume or options.wandb in ("online", "offline") or is_joined:
                 raise UserError(f"{options.name} trains nothing: only FIELD=VALUE and --out have a meaning for it")
             command_growth(options.name, experiment, out)

@@ -106,7 +106,7 @@ print(
 # With W&B, each lane is a run of its own, in a group of this ablation. Where W&B fails or hangs, training goes on.
 
 # %%
-from contextlib import closing, nullcontext
+import contextlib
 from pathlib import Path
 
 from cnnlib.report import ReportWriter
@@ -115,10 +115,11 @@ from cnnlib.terminal import LineWatcher
 from cnnlib.wandb_copy import WandbCopy
 from cnnlib.watcher import Watchers
 
-with nullcontext() if wandb == "off" else closing(WandbCopy(experiment, wandb)) as copy:
-    if copy:
-        copy.tell_user = print
-    watchers = [LineWatcher(Console()), ReportWriter(Path(out)), *([copy] if copy else [])]
+watchers = [LineWatcher(Console()), ReportWriter(Path(out))]
+with contextlib.ExitStack() as ends:
+    if wandb != "off":
+        watchers.append(WandbCopy(wandb, print))
+        ends.push(lambda kind, *_: watchers[-1].close(0 if kind is None else 1))
     results = run(experiment, "ablation", Path(out), Watchers(watchers))
 
 # %%

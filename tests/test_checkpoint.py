@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlib.checkpoint import Checkpoints, Unreadable, checksums_of, layout, restored, sha256, snapshot
+from cnnlib.checkpoint import Checkpoints, Snapshot, Unreadable, checksums, sha256, snapshot
+from cnnlib.errors import UserError
 
 
 def tree_of_all_kinds(lanes=3):
@@ -20,7 +22,6 @@ def tree_of_all_kinds(lanes=3):
         "diverged": jnp.arange(lanes) % 2 == 1,
         "epochs": jnp.arange(lanes, dtype=jnp.int32) - 1,
         "keys": jnp.full((lanes, 2), 2**32 - 1, jnp.uint32),
-        "nothing": jnp.zeros((lanes, 0)),
     }
 
 
@@ -28,38 +29,64 @@ def bits(tree):
     return [(leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_snapshot_gives_back_every_bit():
+def like(tree):
+    """The shapes of a tree with shardings, as of a device."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def saved(folder, tree, epoch=1, keep=1):
+    kept = Checkpoints(folder, keep)
+    kept.save(epoch, jax.jit(snapshot)(tree), {"epoch": epoch})
+    kept.close()
+    return folder
+
+
+def read(folder, tree, epoch=1, lanes=3):
+    with contextlib.closing(Checkpoints(folder)) as kept:
+        assert kept.progress(epoch) == {"epoch": epoch}
+        return kept.state(epoch, like(tree), lanes)
+
+
+def test_a_checkpoint_gives_back_every_bit(tmp_path):
     tree = tree_of_all_kinds()
-    taken = jax.jit(snapshot)(tree)
-    assert taken.words.shape == (3, 1 + 1 + 2 + 4 + 35) and taken.words.dtype == jnp.uint32
-    assert bits(restored(np.asarray(taken.words), tree)) == bits(tree)
-    assert bits(restored(np.asarray(taken.words), jax.eval_shape(lambda: tree))) == bits(tree)
-    assert checksums_of(np.asarray(taken.words)) == np.asarray(taken.checksums).tolist()
+    assert bits(read(saved(tmp_path, tree), tree)) == bits(tree)
 
 
-def test_a_snapshot_of_double_precision_gives_back_every_bit(float64):
+def test_a_checkpoint_of_double_precision_gives_back_every_bit(tmp_path, float64):
     tree = {"a": jnp.linspace(0.0, 1.0, 6).reshape(2, 3), "n": jnp.arange(2)}
     assert tree["a"].dtype == jnp.float64
-    assert bits(restored(np.asarray(snapshot(tree).words), tree)) == bits(tree)
+    assert bits(read(saved(tmp_path, tree), tree, lanes=2)) == bits(tree)
 
 
-def test_the_layout_says_where_an_array_lies():
+def test_lanes_that_fill_up_devices_may_be_more_or_fewer_than_when_it_was_written(tmp_path):
+    written = tree_of_all_kinds(lanes=6)
+    saved(tmp_path, written)
+    for count in (4, 5, 9):
+        found = read(tmp_path, tree_of_all_kinds(lanes=count), lanes=4)
+        first = [jax.tree.map(lambda leaf: leaf[:4], tree) for tree in (found, written)]
+        assert bits(first[0]) == bits(first[1])
+        assert all(leaf.shape[0] == count for leaf in jax.tree.leaves(found))
+    with pytest.raises(Unreadable, match="are not those of this arm"):
+        read(tmp_path, tree_of_all_kinds(lanes=8), lanes=7)
+
+
+def test_a_snapshot_outlives_the_arrays_that_it_was_taken_of():
     tree = tree_of_all_kinds()
-    words = np.asarray(snapshot(tree).words)
-    (leaf,) = (leaf for leaf in layout(tree) if leaf.path == "layer/kernel")
-    row = words[1, leaf.offset : leaf.offset + leaf.words].view(np.float32).reshape(leaf.shape)
-    assert leaf.dtype == "float32" and np.array_equal(row, tree["layer"]["kernel"][1])
+    expected = bits(tree)
+    taken = jax.jit(snapshot)(tree)
+    jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)(tree)
+    assert bits(taken.state) == expected
 
 
-def test_the_change_of_any_bit_changes_the_checksum():
-    words = np.asarray(snapshot(tree_of_all_kinds()).words)[:1]
-    before = checksums_of(words)
-    for position in range(words.shape[1]):
+def test_the_change_of_any_bit_changes_the_checksum_of_its_lane_alone():
+    tree = {"a": jnp.arange(10, dtype=jnp.uint32).reshape(2, 5), "b": jnp.arange(2, dtype=jnp.uint32)}
+    before = np.asarray(checksums(tree))
+    for position in range(5):
         for bit in (0, 13, 31):
-            changed = words.copy()
-            changed[0, position] ^= np.uint32(1 << bit)
-            assert checksums_of(changed) != before
-    assert checksums_of(words[:, ::-1].copy()) != before
+            changed = {**tree, "a": tree["a"].at[1, position].set(tree["a"][1, position] ^ np.uint32(1 << bit))}
+            after = np.asarray(checksums(changed))
+            assert after[0] == before[0] and after[1] != before[1]
+    assert (np.asarray(checksums({**tree, "a": tree["a"][:, ::-1]})) != before).all()
 
 
 def test_the_fingerprint_is_that_of_the_stated_bytes():
@@ -74,7 +101,7 @@ def test_the_fingerprint_is_that_of_the_stated_bytes():
     assert sha256({"layer_0": {"kernel": kernel.reshape(3, 2), "bias": bias}}) != sha256(parameters)
 
 
-WORDS = np.arange(20, dtype=np.uint32).reshape(2, 10)
+TREE = {"a": jnp.arange(20, dtype=jnp.float32).reshape(2, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +111,7 @@ def six(tmp_path_factory):
     kept = Checkpoints(folder, keep=2)
     for epoch in range(1, 7):
         kept.best = min(epoch, 3)
-        kept.write(epoch, WORDS + np.uint32(epoch), {"epoch": epoch})
+        kept.save(epoch, snapshot({"a": TREE["a"] + epoch}), {"epoch": epoch})
     kept.close()
     return folder
 
@@ -92,22 +119,38 @@ def six(tmp_path_factory):
 def test_the_latest_stay_and_the_best(six):
     kept = Checkpoints(six)
     assert kept.epochs() == [3, 5, 6]
-    assert kept.progress(5) == {"epoch": 5} and np.array_equal(kept.words(3, (2, 10)), WORDS + 3)
     kept.close()
+    for epoch in (3, 5):
+        assert np.array_equal(read(six, TREE, epoch, lanes=2)["a"], TREE["a"] + epoch)
 
 
 def test_there_is_one_checkpoint_after_an_epoch(six):
     kept = Checkpoints(six)
-    with pytest.raises(Exception, match=r"one after epoch 6|already exists"):
-        kept.write(6, WORDS, {})
+    with pytest.raises(UserError, match=r"cannot write a checkpoint to .*(one after epoch 6|already exists)"):
+        kept.save(6, snapshot(TREE), {})
     kept.close()
 
 
-def test_a_shape_that_is_not_expected_is_not_read(six):
-    kept = Checkpoints(six)
-    with pytest.raises(Unreadable, match="expected words"):
-        kept.words(6, (2, 11))
+@pytest.mark.parametrize("other", [{"b": TREE["a"]}, {"a": TREE["a"][:, :9]}, {"a": TREE["a"].astype(jnp.int32)}, {}])
+def test_arrays_that_are_not_expected_are_not_read(six, other):
+    with pytest.raises(Unreadable, match="its arrays are not those of this arm"):
+        read(six, {"c": TREE["a"][:, 0], **other}, 6, lanes=2)
+
+
+def test_numbers_that_are_not_those_of_the_checksum_are_not_read(tmp_path):
+    kept = Checkpoints(tmp_path)
+    kept.save(1, Snapshot(TREE, checksums(TREE).at[1].add(1)), {"epoch": 1})
     kept.close()
+    with pytest.raises(Unreadable, match="its numbers are not those that were written"):
+        read(tmp_path, TREE, lanes=2)
+    assert bits(read(tmp_path, TREE, lanes=1)) == bits(TREE)  # the lane that is damaged is a copy
+
+
+def test_what_could_not_be_written_is_said_by_whoever_waits(tmp_path):
+    (tmp_path / "file").write_text("")
+    kept = Checkpoints(tmp_path / "file")
+    with pytest.raises(UserError, match=r"cannot write a checkpoint to .*file"):
+        kept.save(1, snapshot(TREE), {})
 
 
 def cut_off(path):
@@ -116,9 +159,7 @@ def cut_off(path):
 
 @pytest.mark.parametrize("damage", [cut_off, Path.unlink, lambda path: path.write_bytes(b"\x80\x04.")])
 def test_damage_to_any_file_of_a_checkpoint_is_noticed_or_harmless(damage, tmp_path):
-    kept = Checkpoints(tmp_path / "whole")
-    kept.write(1, WORDS, {"epoch": 1})
-    kept.close()
+    saved(tmp_path / "whole", TREE)
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "1").rglob("*") if path.is_file()]
     noticed = 0
     for number, file in enumerate(files):
@@ -127,12 +168,8 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed_or_harmless(damage, tmp_p
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             (copy / path).write_bytes((tmp_path / "whole" / path).read_bytes())
         damage(copy / file)
-        kept = Checkpoints(copy)
         try:
-            words, progress = kept.words(1, (2, 10)), kept.progress(1)
-            # A lost chunk reads as zeros, which is what the checksum is for.
-            noticed += checksums_of(words) != checksums_of(WORDS) or progress != {"epoch": 1}
+            assert bits(read(copy, TREE, lanes=2)) == bits(TREE)
         except Unreadable:
             noticed += 1
-        kept.close()
-    assert noticed >= 3  # the numbers, their shape, the progress
+    assert noticed >= 3  # the numbers, their shapes, the progress

@@ -247,7 +247,7 @@ def test_a_second_run_keeps_the_first_and_goes_on_when_its_reader_stops(tiny_run
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run, runs, check, compare, report, all, results, demo, count"),
+    (["train"], "there are: list, show, run, runs, check, compare, report, all, results, wandb, demo, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
     (["show", "nothing"], "no experiment 'nothing'; there are: augmentation, depth, dsd, explosion"),
@@ -275,7 +275,7 @@ WRONG = [
     (["run", "explosion", "--wandb", "online"], "trains nothing"),
     (["run", "explosion", "--distributed"], "trains nothing"),
     (["run", "explosion", "--process-id", "0"], "trains nothing"),
-    (["run", "fc_vs_conv", "--process-id", "0"], "--process-id have no meaning without --distributed"),
+    (["run", "fc_vs_conv", "--process-id", "0"], "--process-id and --heartbeat need --distributed"),
     (["run", "fc_vs_conv", "--distributed", "--coordinator", "nowhere"], "must be HOST:PORT"),
     (["run", "fc_vs_conv", "mesh=2"], "mesh must be two numbers"),
     (["run", "fc_vs_conv", "accumulate=3"], "accumulate=3 does not divide batch_size"),

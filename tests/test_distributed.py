@@ -46,7 +46,7 @@ def together(folder, *fields, others=(), devices=2):
             *fields,
             *own,
             "--out",
-            str(folder / str(number)),
+            str(folder / "run"),
             *joined,
             "--process-id",
             str(number),
@@ -77,7 +77,7 @@ def said(folder, number):
 
 def until_epoch(folder, epoch, processes):
     """Waits until that many epochs of the first arm are written down."""
-    metrics = folder / "0" / "metrics.jsonl"
+    metrics = folder / "run" / "metrics.jsonl"
     for _ in range(6000):
         assert all(process.poll() is None for process in processes), [said(folder, 0), said(folder, 1)]
         if metrics.exists() and f'"epoch": {epoch},' in metrics.read_text():
@@ -112,44 +112,43 @@ def assert_alike(arms, plain):
 def test_two_processes_train_one_population_and_the_first_writes(tmp_path, plain):
     processes = together(tmp_path, "epochs=3")
     assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
-    arms = arms_of(tmp_path / "0")
+    arms = arms_of(tmp_path / "run")
     assert [arm["mesh"] for arm in arms.values()] == [[3, 1], [3, 1]]  # on two devices of the first, one of the other
     assert_alike(arms, plain)
     # A convolution's lanes run one after another, wherever they do: to the last bit.
     fingerprints = [[lane["parameters_sha256"] for lane in found["lenet5"]["lanes"]] for found in (arms, plain)]
     assert fingerprints[0] == fingerprints[1]
-    assert not (tmp_path / "1").exists()
     assert said(tmp_path, 1) == ["process 1 of 2 trains fc_vs_conv; process 0 tells and writes"]
-    device = json.loads((tmp_path / "0" / "results.json").read_text())["device"]
+    device = json.loads((tmp_path / "run" / "results.json").read_text())["device"]
     assert (device["count"], device["hosts"]) == (3, 2)
 
 
 def test_batches_are_shared_by_devices_of_two_hosts(tmp_path, plain):
     processes = together(tmp_path, "epochs=3", "mesh=1,4")
     assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
-    arms = arms_of(tmp_path / "0")
+    arms = arms_of(tmp_path / "run")
     assert [arm["mesh"] for arm in arms.values()] == [[1, 4], [1, 4]]
     assert_alike(arms, plain)
 
 
-def test_a_killed_process_ends_the_run_with_one_line_and_resume_goes_on(tmp_path, long):
-    victim = 0  # test_hosts.py has others
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_resume_goes_on(tmp_path, long, victim):
     processes = together(tmp_path, LONG)
     until_epoch(tmp_path, 3, processes)
     processes[victim].kill()
     processes[victim].wait()
     killed = time.monotonic()
     survivor = processes[1 - victim]
-    assert survivor.wait(300) == 2
+    assert survivor.wait(300) != 0
     assert time.monotonic() - killed < 60
-    last = said(tmp_path, 1 - victim)[-1]
-    assert last.startswith(f"error: process {victim} of 2 (pid {processes[victim].pid} on ") and "--resume" in last
+    advice = "if a host dies, the same commands with --resume, on all hosts, go on with what is saved"
+    assert advice in said(tmp_path, 0) and advice in (tmp_path / "run" / "log.txt").read_text()
     # One process goes on with what two have begun.
-    arms = alone(tmp_path / "0", LONG, "--resume")
+    arms = alone(tmp_path / "run", LONG, "--resume")
     assert_alike(arms, long)
     fingerprints = [[lane["parameters_sha256"] for lane in found["lenet5"]["lanes"]] for found in (arms, long)]
     assert fingerprints[0] == fingerprints[1]
-    resumed = json.loads((tmp_path / "0" / "results.json").read_text())["resumed"]
+    resumed = json.loads((tmp_path / "run" / "results.json").read_text())["resumed"]
     assert (len(resumed) == 1 and resumed[0]["in_flight"].get("mlp_75_33", 0) >= 1) or resumed[0]["finished"]
 
 
@@ -165,7 +164,7 @@ def test_two_processes_go_on_with_what_a_signal_to_one_has_stopped(tmp_path, lon
     assert last.endswith("--processes 2 --process-id 0 --resume")
     processes = together(tmp_path, LONG, "--resume")
     assert [process.wait(600) for process in processes] == [0, 0], [said(tmp_path, 0), said(tmp_path, 1)]
-    assert_alike(arms_of(tmp_path / "0"), long)
+    assert_alike(arms_of(tmp_path / "run"), long)
 
 
 def test_processes_that_would_not_compute_the_same_are_told_apart(tmp_path):
@@ -173,9 +172,9 @@ def test_processes_that_would_not_compute_the_same_are_told_apart(tmp_path):
     assert [process.wait(120) for process in processes] == [2, 2]
     for number in (0, 1):
         last = said(tmp_path, number)[-1]
-        assert last.startswith("error: process 1 of 2 (pid ")
+        assert last.startswith("error: process 1 of 2: differences from process 0: ")
         assert "epochs was 2, is 3" in last and "checkpoint.every was 1, is 2" in last
-    assert not (tmp_path / "0").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_host_without_work_is_one_line(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from cnnlib import feeds, stream
 from cnnlib.config import Arm, Augment, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
-from cnnlib.hosts import Hosts
+from cnnlib.multihost import Hosts
 from cnnlib.predictions import read_answers
 from cnnlib.run import run
 from cnnlib.spec import parse_model

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.once
 
 FLOORS = [
     {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "markup", "priority", "machine"},
-    {"writer", "overlap", "hosts", "known_bad", "geometry", "aot.hlo", "aot.schedule", "aot.hardware"},
-    {"spec", "registry", "kernels", "meeting"},
+    {"overlap", "multihost", "known_bad", "geometry", "aot.hlo", "aot.schedule", "aot.hardware"},
+    {"spec", "registry", "kernels"},
     {"architectures", "cost", "lowerings", "windows"},
     {"primitives"},
     {"budget", "ops", "fields", "aot.compiling"},
@@ -27,11 +27,11 @@ FLOORS = [
     {"experiments.*", "data", "augment", "models", "optim", "stats"},
     {"equivalence", "fits", "own_data"},
     {"resolve", "train", "tracking", "counting"},
-    {"check", "folder", "report", "terminal", "demo", "wandb_worker", "plan", "evaluation", "comparisons"},
+    {"check", "folder", "report", "terminal", "demo", "plan", "evaluation", "comparisons"},
     {"checkpoint", "predictions"},
-    {"mesh"},
+    {"mesh", "wandb_copy", "tensorboard"},
     {"programs"},
-    {"aot.arms", "backend", "check_table", "resume", "feeds", "growth", "wandb_copy", "overview", "charts", "mistakes"},
+    {"aot.arms", "backend", "check_table", "resume", "feeds", "growth", "overview", "charts", "mistakes"},
     {"arms"},
     {"run", "results_page", "page", "parts"},
     {"trained", "job"},
@@ -65,8 +65,8 @@ WITHOUT_JAX = {
     "watcher",
     "stopping",
     "wandb_copy",
+    "tensorboard",
     "overview",
-    "wandb_worker",
     "counting",
     "growth",
     "plan",
@@ -138,7 +138,14 @@ def test_declarations_and_counts_do_without_jax():
 
 @pytest.mark.parametrize(
     ("library", "knows"),
-    [("flax", "models"), ("orbax", "checkpoint"), ("wandb", "wandb_worker"), ("ray", "ray_jobs"), ("grain", "stream")],
+    [
+        ("flax", "models"),
+        ("orbax", "checkpoint"),
+        ("wandb", "wandb_copy"),
+        ("tensorboardX", "tensorboard"),
+        ("ray", "ray_jobs"),
+        ("grain", "stream"),
+    ],
 )
 def test_only_one_file_knows(library, knows):
     assert {name for name, path in files() if any(m.split(".")[0] == library for m in imports(path))} == {knows}

@@ -49,15 +49,6 @@ def test_a_second_run_is_refused_while_the_first_lives_and_takes_over_when_it_is
         assert held.read_record() and held.record["sessions"][0]["pid"] == holder.pid
 
 
-def test_a_run_waits_for_the_last_checkpoint_of_a_dead_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "PATIENCE", 0.1)
-    with RunFolder(tmp_path):
-        pass
-    with folder.writing(tmp_path), pytest.raises(UserError, match="still writes a checkpoint"):
-        RunFolder(tmp_path)
-    RunFolder(tmp_path).__exit__(None, None, None)
-
-
 def test_sessions_say_how_they_ended(tmp_path):
     for ending in ("interrupted", "failed", "finished"):
         with RunFolder(tmp_path) as held:

@@ -12,7 +12,7 @@ import pytest
 
 from cnnlib import mesh
 from cnnlib.errors import UserError
-from cnnlib.hosts import Hosts
+from cnnlib.multihost import Hosts
 
 SCRIPT = """
 import json, re, sys
@@ -248,26 +248,3 @@ def test_aligned_arrays_hold_the_same_numbers(start):
     aligned = mesh.aligned(array)
     assert aligned.ctypes.data % mesh.ALIGNMENT == 0
     assert aligned.dtype == array.dtype and list(aligned) == list(array)
-
-
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        [np.zeros((1, 3), np.float64)],
-        [np.zeros((1, 4), np.float32)],
-        [np.zeros((1, 3, 1), np.float32)],
-        [np.zeros((2, 3), np.float32)],
-        [np.zeros((0, 3), np.float32)],
-        [np.float32(0)],
-        [],
-        [np.zeros((1, 3), np.float32)] * 2,
-    ],
-)
-def test_rows_of_another_process_are_like_one_s_own(theirs):
-    spread = mesh.Spread(2, on_hosts(1, 1), hosts=Hosts(0, 2))
-    arrays, own = [np.zeros((2, 3), np.float32)], [np.ones((1, 3), np.float32)]
-    (whole,) = spread._joined([own, own], arrays)
-    assert whole.tolist() == [[1, 1, 1]] * 2
-    for parts in ([own, theirs], [own], [own] * 3):
-        with pytest.raises(UserError, match="another process sent arrays of other dtypes or shapes"):
-            spread._joined(parts, arrays)

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from cnnlib import resume, writer
+from cnnlib import resume
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
-from cnnlib.hosts import Hosts
+from cnnlib.multihost import Hosts
 from cnnlib.run import run
 from cnnlib.spec import parse_model
 from cnnlib.watcher import Watcher
-from cnnlib.writer import Writer
 
 EXPERIMENT = Experiment(
     arms=(
@@ -222,29 +221,6 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(whole, stopped, tmp_pat
     run(EXPERIMENT, "tiny", out, watcher, resume=True)
     assert any("its run is not that of this run" in text for text in watcher.said)
     assert watcher.epochs[0] == ("full", 1) and comparable(out) == comparable(whole)
-
-
-@pytest.mark.once
-def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "PATIENCE", 0.5)
-    held = Writer()
-    os.kill(held._process.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match=r"has not answered for 0 s|has died"):
-        run(EXPERIMENT, "tiny", tmp_path, Listener(), writer=held)
-    held.close()
-    assert held._process.returncode in (-signal.SIGKILL, 0)  # 0: of one that took over
-
-
-@pytest.mark.slow
-def test_a_process_whose_run_is_dead_writes_nothing(tmp_path):
-    job = {"run": str(tmp_path), "folder": str(tmp_path / "a"), "epoch": 1, "keep": 1, "best": None, "shape": [1, 2]}
-    text = json.dumps({**job, "progress": {}}).encode()
-    message = len(text).to_bytes(8, "little") + text + bytes(8)
-    for parent, is_written in ((os.getpid(), True), (2**22 + 1, False)):
-        start = [sys.executable, "-m", "cnnlib.checkpoint", str(parent)]
-        ended = subprocess.run(start, input=message, capture_output=True, check=False)
-        assert (tmp_path / "a" / "1").exists() == is_written and bool(ended.stdout) == is_written
-        shutil.rmtree(tmp_path / "a", ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from cnnlib.errors import UserError
 from cnnlib.feeds import Resident
 from cnnlib.fields import from_dict
 from cnnlib.folder import RunFolder
-from cnnlib.hosts import Hosts
+from cnnlib.multihost import Hosts
 from cnnlib.programs import compile_programs, numbers_of
 from cnnlib.resolve import resolve
 from cnnlib.run import kernels_for, run

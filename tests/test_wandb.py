@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-import experiments  # noqa: F401  # registers every experiment
 from cnnlib import wandb_copy
-from cnnlib.config import EXPERIMENTS
 from cnnlib.errors import UserError
-from cnnlib.wandb_copy import WandbCopy, chosen_mode, flat_config, has_key, lane_name
+from cnnlib.tracking import follow_json_lines, lane_name, means_of
+from cnnlib.wandb_copy import WandbCopy, chosen_mode, has_key
 from cnnlib.watcher import Beginning
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -70,9 +70,16 @@ def read_back(run):
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     out = tmp_path_factory.mktemp("offline") / "run"
-    run = command(out, "--wandb", "offline", "arms.lenet5.data.train=900")
+    fields = ["arms.lenet5.data.train=900", "optim.learning_rate=0.02,0.05", "wandb.tags=mine", "wandb.notes=a note"]
+    run = command(out, "--wandb", "offline", *fields)
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(out.parent))
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "wandb sync" in line)
+    pattern = line.split("wandb sync ")[1]
+    listed = subprocess.run(
+        ["sh", "-c", f"ls -d {pattern}"], capture_output=True, text=True, check=True, cwd=out.parent
+    )
+    assert len(listed.stdout.splitlines()) == 9  # what the shell makes of the line: all W&B runs
     return out
 
 
@@ -83,28 +90,124 @@ def test_every_value_of_every_lane_is_in_its_own_run(offline):
     lines = [json.loads(line) for line in (offline / "metrics.jsonl").read_text().splitlines()]
     runs = {read_back(run)[0]["run_id"]: run for run in (offline / "wandb").glob("offline-run-*")}
     lanes = {(arm["name"], number): lane for arm in results["arms"] for number, lane in enumerate(arm["lanes"])}
-    assert set(runs) == {f"{identity}-{arm}-{number}" for arm, number in lanes} | {f"{identity}-report"}
+    assert set(runs) == {f"{identity}-{arm}-{number}" for arm, number in lanes} | {f"{identity}-group"}
     for (arm, number), lane in lanes.items():
         known, history, summary = read_back(runs[f"{identity}-{arm}-{number}"])
         told = [line for line in lines if (line["arm"], line["lane"]) == (arm, number)]
         assert [item["_step"] for item in history] == [item["epoch"] for item in history] == [1, 2, 3]
         for item, line in zip(history, told, strict=True):
             assert {name: item[name] for name in METRICS} == {name: line[name] for name in METRICS}
-        assert known["job_type"] == arm and known["display_name"] == f"{arm} seed {lane['seed']}"
-        assert known["run_group"] == f"fc_vs_conv run {identity}" and known["tags"] == ["lines", "cpu"]
+        assert (
+            known["job_type"] == arm
+            and known["display_name"] == f"{arm} seed {lane['seed']} learning_rate {lane['learning_rate']:g}"
+        )
+        assert known["run_group"] == f"fc_vs_conv run {identity}" and known["tags"] == ["lines", "cpu", "mine"]
+        assert known["notes"] == "a note"
         config = known["config"]["update"]
-        assert (config["arm"], config["seed"], config["epochs"], config["data_name"]) == (arm, lane["seed"], 3, "lines")
-        assert config["learning_rate"] == lane["learning_rate"] and config["optim_schedule"] == "one_cycle"
-        assert config["data_train"] == (900 if arm == "lenet5" else None)  # the arm's own
-        assert not any(isinstance(value, dict | list) for key, value in config.items() if key != "_wandb")
+        assert (config["arm"], config["seed"], config["epochs"]) == (arm, lane["seed"], 3)
+        assert config["learning_rate"] == lane["learning_rate"] and config["optim"]["schedule"] == "one_cycle"
+        assert config["data"]["name"] == "lines"
+        assert config["data"]["train"] == (900 if arm == "lenet5" else None)  # the arm's own
+        (result,) = (one for one in results["arms"] if one["name"] == arm)
+        chosen = result["settings"][result["chosen_setting"]]["learning_rate"]
+        assert chosen_of(runs[f"{identity}-{arm}-{number}"]) == (lane["learning_rate"] == chosen)
         assert summary["test_accuracy"] == lane["test_accuracy"] and summary["status"] == "ok"
         assert summary["parameters_sha256"] == lane["parameters_sha256"]
         counts = next(one for one in results["arms"] if one["name"] == arm)
         assert (summary["parameters"], summary["macs"]) == (counts["parameters"], counts["macs"])
         assert summary["validation_accuracy"]["max"] == max(line["validation_accuracy"] for line in told)
         assert summary["train_loss"]["min"] == min(line["train_loss"] for line in told)
-    _, (item,), _ = read_back(runs[f"{identity}-report"])
-    assert item["results.nrows"] == 2 and item["accuracy.format"] == "png"
+    _, history, summary = read_back(runs[f"{identity}-group"])
+    for arm in results["arms"]:
+        accuracies = [lane["test_accuracy"] for lane in arm["lanes"]]
+        assert summary[f"{arm['name']}/test_accuracy"] == pytest.approx(np.mean(accuracies), rel=1e-12)
+        assert summary[f"{arm['name']}/test_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1), rel=1e-9)
+        own = [item for item in history if f"{arm['name']}/epoch" in item]
+        assert [item[f"{arm['name']}/epoch"] for item in own] == [1, 2, 3]
+        for item in own:
+            losses = [
+                line["train_loss"]
+                for line in lines
+                if (line["arm"], line["epoch"]) == (arm["name"], item[f"{arm['name']}/epoch"])
+            ]
+            assert item[f"{arm['name']}/train_loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    (item,) = (item for item in history if "results.nrows" in item)
+    assert item["results.nrows"] == 4 and item["accuracy.format"] == "png"
+
+
+@pytest.mark.slow
+def test_a_copy_is_made_again_of_the_files_of_a_run(offline, tmp_path):
+    shutil.copytree(offline, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+    again = [sys.executable, "-m", "experiments", "wandb", str(tmp_path / "run"), "--wandb", "offline"]
+    subprocess.run(again, check=True, capture_output=True, env=environment(tmp_path))
+    found = [
+        {run["run_id"]: (run["config"], [comparable(item) for item in history], comparable(summary))}
+        for out in (offline, tmp_path / "run")
+        for run, history, summary in sorted(map(read_back, (out / "wandb").glob("offline-run-*")), key=str)
+    ]
+    half = len(found) // 2
+    assert {key for one in found[:half] for key in one} == {key for one in found[half:] for key in one}
+    for one in found[:half]:
+        ((key, (_, history, summary)),) = one.items()
+        (other,) = (other[key] for other in found[half:] if key in other)
+        assert (other[1], other[2]) == (history, summary)
+
+
+def comparable(row):
+    """What is the same in every copy: no times, and no places of files."""
+    return {key: value for key, value in row.items() if not key.startswith("_") and "results" not in key}
+
+
+def chosen_of(run):
+    """The last word of a W&B run on whether its lane has the chosen setting."""
+    updates = [record["config"]["update"] for record in records(run) if record["type"] == "config"]
+    return updates[-1]["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (None, "no folder of a run"),
+        ({}, "has format 1,"),
+        ({"format": 1}, "has format 1,"),
+        ({"format": 99}, "format 99,"),
+    ],
+)
+def test_a_folder_of_another_format_is_not_sent(what, said, tmp_path):
+    if what is not None:
+        (tmp_path / "run.json").write_text(json.dumps(what))
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "wandb", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
+def test_lines_are_followed_as_they_are_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 0}\n{"a": 1}\n')
+    steps = iter(['{"a": 2}\n{"a"', ": 3}\n", None])
+
+    def is_over():
+        if (text := next(steps)) is None:
+            return True
+        with path.open("a") as file:
+            file.write(text)
+        return False
+
+    assert list(follow_json_lines(path, 9, is_over)) == [[{"a": 1}, {"a": 2}], [{"a": 3}], []]
+
+
+def test_means_are_those_of_lanes_that_have_not_diverged():
+    lines = [{"loss": 1.0, "status": "ok"}, {"loss": 3.0, "status": "ok"}, {"loss": None, "status": "diverged"}]
+    assert means_of(lines, ["loss", "other"]) == {
+        "lanes_ok": 2,
+        "loss": 2.0,
+        "loss_std": pytest.approx(2**0.5),
+        "other": None,
+        "other_std": None,
+    }
+    assert means_of(lines[:1], ["loss"])["loss_std"] is None
 
 
 @pytest.mark.slow
@@ -117,7 +220,7 @@ def test_system_noise_is_off_and_the_key_is_nowhere(offline):
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_names_and_goes_on_after_its_last_epoch(tmp_path):
-    many = ("--wandb", "offline", "epochs=12", "arms=lenet5", "wandb.per=arm", "checkpoint.share=1")
+    many = ("--wandb", "offline", "epochs=12", "arms=lenet5", "lanes.seed=0", "checkpoint.share=1")
     with subprocess.Popen(
         command(tmp_path / "run", *many), stdout=subprocess.PIPE, text=True, env=environment(tmp_path)
     ) as process:
@@ -128,16 +231,11 @@ def test_a_resumed_run_keeps_its_names_and_goes_on_after_its_last_epoch(tmp_path
         assert process.wait() == 143
     again = command(tmp_path / "run", *many, "--resume")
     assert subprocess.run(again, check=False, capture_output=True, env=environment(tmp_path)).returncode == 0
-    (identity,) = {read_back(run)[0]["run_id"] for run in (tmp_path / "run" / "wandb").glob("*lenet5*")}
-    assert identity == json.loads((tmp_path / "run" / "run.json").read_text())["id"] + "-lenet5"
-    parts = sorted((tmp_path / "run" / "wandb").glob("*lenet5*"))
-    steps = [item["epoch"] for part in parts for item in read_back(part)[1]]
-    assert len(parts) == 2 and sorted(set(steps)) == list(range(1, 13))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for item in read_back(parts[1])[1]:
-        losses = [line["train_loss"] for line in lines if line["epoch"] == item["epoch"]]
-        assert item["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-12) and item["lanes_ok"] == 2
-        assert item["train_loss_low"] < min(losses) and item["train_loss_high"] > max(losses)  # t for n = 2 is wide
+    parts = sorted((tmp_path / "run" / "wandb").glob("*lenet5-0"))
+    first, second = map(read_back, parts)
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["id"]
+    assert first[0]["run_id"] == second[0]["run_id"] == f"{identity}-lenet5-0"
+    assert [item["epoch"] for item in first[1]] + [item["epoch"] for item in second[1]] == list(range(1, 13))
 
 
 class Failing(BaseHTTPRequestHandler):
@@ -174,7 +272,7 @@ def test_a_server_that_answers_with_errors_is_told_once_and_training_goes_on(tmp
         threading.Thread(target=server.serve_forever, daemon=True).start()
         said, _ = trains_on(tmp_path, f"http://127.0.0.1:{server.server_address[1]}")
         server.shutdown()
-    assert said.count("W&B") == 1
+    assert said.count("W&B failed") == 1 and said.count("python -m experiments wandb") == 1
 
 
 @pytest.mark.slow
@@ -183,7 +281,7 @@ def test_a_server_that_hangs_is_told_once_and_training_goes_on(tmp_path):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         _, alone = trains_on(tmp_path, address, mode="off")  # the first compiles, for both
         said, seconds = trains_on(tmp_path, address)
-    assert said.count("W&B") == 1 and "wandb sync" in said
+    assert said.count("W&B") == 1 and "python -m experiments wandb" in said
     # wandb itself waits for 90 s and more. What a busy machine takes longer, it takes longer without W&B too.
     assert seconds < 1.5 * alone + 40
 
@@ -221,18 +319,12 @@ def test_lanes_are_named_by_what_tells_them_apart():
     assert lane_name("lenet5", lanes[0], lanes[::2]) == "lenet5 seed 0"
     crossed = [{"seed": 0, "order_seed": order} for order in (0, 5)]
     assert lane_name("lenet5", crossed[1], crossed) == "lenet5 seed 0 order_seed 5"
-    assert flat_config({"comparisons": ["a:b", "c:d"]}) == {"comparisons": "a:b,c:d"}  # nothing but plain values
-    assert flat_config({"epochs": 3, "arms": [], "optim": {"name": "sgd", "learning_rate": [0.1]}}) == {
-        "epochs": 3,
-        "optim_name": "sgd",
-    }
 
 
 def test_a_copy_is_not_written_through_a_link_that_leads_out(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").symlink_to(tmp_path)
-    experiment = replace(EXPERIMENTS.get("fc_vs_conv"), epochs=1)
-    copy = WandbCopy(experiment, "offline")
+    copy = WandbCopy("offline", print)
     beginning = Beginning("id", "fc_vs_conv", tmp_path / "run", {}, "lines", "cpu", {}, {}, False, None)
     try:
         with pytest.raises(UserError, match="leads out of"):

@@ -1,0 +1,61 @@
+"""A run's scalars for TensorBoard, of the lines of `metrics.jsonl`; the only file that knows tensorboardX."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from cnnlib.config import LaneNumbers
+from cnnlib.errors import UserError
+from cnnlib.folder import TENSORBOARD, inside
+from cnnlib.tracking import finite, lane_name, means_of
+from cnnlib.watcher import Beginning, EpochReport, Watcher
+
+METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+
+
+class TensorBoard(Watcher):
+    """Writes `tensorboard/ARM/LANE` for each lane, and `tensorboard/ARM/mean` for means and deviations over lanes."""
+
+    def __init__(self) -> None:
+        """Raises UserError where tensorboardX is missing."""
+        if importlib.util.find_spec("tensorboardX") is None:
+            raise UserError("--tensorboard needs cnnlib's extra `tensorboard`: pip install -e '.[tensorboard]'")
+        self._folder = Path()
+        self._writers: dict[str, list[Any]] = {}
+
+    def run_begins(self, beginning: Beginning) -> None:
+        """Take the folder; raises UserError where it leads out of that of the run."""
+        self._folder = inside(beginning.folder, beginning.folder / TENSORBOARD)
+
+    def epoch_ends(self, report: EpochReport) -> None:
+        """Write what each lane came to, and their means."""
+        *lanes, mean = self._of(report.arm, report.lines)
+        for writer, line in zip(lanes, report.lines, strict=True):
+            self._write(writer, {key: line.get(key) for key in METRICS}, report.epoch)
+        self._write(mean, means_of(report.lines, METRICS), report.epoch)
+
+    def _of(self, arm: str, lines: list[dict[str, Any]]) -> list[Any]:
+        if arm not in self._writers:
+            from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+
+            lanes = [{key: line[key] for key in LaneNumbers._fields} for line in lines]
+            names = [*(lane_name(arm, lane, lanes) for lane in lanes), "mean"]
+            self._writers[arm] = [SummaryWriter(str(self._folder / arm / name)) for name in names]
+        return self._writers[arm]
+
+    def _write(self, writer: Any, row: dict[str, Any], epoch: int) -> None:
+        for key, value in finite(row).items():
+            writer.add_scalar(key, value, epoch)
+        writer.flush()
+
+    def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
+        """Close the arm's files."""
+        for writer in self._writers.pop(name, ()):
+            writer.close()
+
+    def close(self) -> None:
+        """Close the files of arms that have not ended."""
+        for name in list(self._writers):
+            self.arm_ends(name, {}, 0)
