@@ -164,8 +164,8 @@ class Checkpoint:
 class Wandb:
     """How a run is copied to Weights & Biases, where `--wandb` says that it is."""
 
-    lanes: bool = True
-    """Whether each lane is a W&B run. The run of the group has the means and standard deviations over lanes anyway."""
+    per: Literal["lane", "group"] = "lane"
+    """A W&B run per lane beside that of the group, or the group's alone, with means and standard deviations."""
     entity: str | None = None
     """The user or team that has the project; None is the user's default one."""
     project: str = "cnnlib"

@@ -13,7 +13,7 @@ import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,11 +85,6 @@ def locked(path: Path, patience: float, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def arm_of_job(job: str) -> str:
-    """The arm whose job it is: names of arms have no dots, ends of blocks of seeds have."""
-    return job.rpartition("-")[0] if ".." in job else job
-
-
 def _last_session(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     sessions = record.get("sessions") if isinstance(record, dict) else None
@@ -146,12 +141,15 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def make_room(self) -> str | None:
-        """Moves the files of an earlier run to `earlier/TIME/`, TIME being when it began; returns where that is."""
+    def make_room(self, keep: Sequence[str] = ()) -> str | None:
+        """Move the files of an earlier run, but for those to keep, to `earlier/TIME/`, TIME being when it began.
+
+        Returns where that is.
+        """
         folder = self.path
         with tracking.cannot_write(folder):
             # lexists and lstat: a link that leads nowhere is in the way as well
-            old = [folder / name for name in OURS if os.path.lexists(folder / name)]
+            old = [folder / name for name in OURS if name not in keep and os.path.lexists(folder / name)]
             if not old:
                 return None
             began = min(path.lstat().st_mtime for path in old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -85,23 +86,36 @@ class TrainedArm(ResolvedArm):
 
 
 class Part(NamedTuple):
-    """Of an experiment, what one job trains: an arm, and of its lanes those of some seeds."""
+    """What one job trains of an experiment: an arm, or of its lanes those of a block of seeds."""
 
     arm: str
-    seeds: tuple[int, ...] | None = None
-    """None: all of its lanes."""
+    block: tuple[int, int] | None = None
+    """The first and the last seed of the block, in the order of `lanes.seed`; None: all lanes of the arm."""
+
+    @classmethod
+    def named(cls, text: str) -> Part:
+        """Read `lenet5`, or `lenet5-0..4` for the seeds from 0 to 4; raises UserError for anything else."""
+        found = re.fullmatch(r"([^.]+?)(?:-(\d+)\.\.(\d+))?", text)
+        if found is None:
+            raise UserError(f"part {text!r} must be ARM or ARM-FIRST..LAST, such as lenet5-0..4")
+        arm, first, last = found.groups()
+        return cls(arm, None if first is None else (int(first), int(last)))
+
+    def __str__(self) -> str:
+        return self.arm if self.block is None else f"{self.arm}-{self.block[0]}..{self.block[1]}"
 
     def of(self, arms: Sequence[TrainedArm]) -> tuple[TrainedArm, ...]:
-        """That arm, with those of its lanes; raises UserError where there are none."""
+        """Return that arm, with those of its lanes; raises UserError where there are none."""
         for arm in arms:
             if arm.name == self.arm:
-                if self.seeds is None:
+                if self.block is None:
                     return (arm,)
                 lanes = arm.experiment.lanes
-                unknown = set(self.seeds) - set(lanes.seed)
-                if unknown:
+                if unknown := set(self.block) - set(lanes.seed):
                     raise UserError(f"arm {arm.name} has no lanes of seed {', '.join(map(str, sorted(unknown)))}")
-                return (replace(arm, experiment=replace(arm.experiment, lanes=replace(lanes, seed=self.seeds))),)
+                first, last = map(lanes.seed.index, self.block)
+                own = replace(lanes, seed=lanes.seed[first : last + 1])
+                return (replace(arm, experiment=replace(arm.experiment, lanes=own)),)
         raise UserError(f"no arm {self.arm!r}; there are: {', '.join(arm.name for arm in arms)}")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -22,8 +23,9 @@ from cnnlib.data import DataSet, StreamedSet, describe
 from cnnlib.errors import Stopped, UserError
 from cnnlib.feeds import Feed
 from cnnlib.fields import to_dict
-from cnnlib.folder import FORMAT, PROFILES, RunFolder, require_format
+from cnnlib.folder import FORMAT, JOBS, PROFILES, RunFolder, inside, require_format
 from cnnlib.multihost import ALONE, Hosts
+from cnnlib.predictions import write_answers
 from cnnlib.programs import (
     Programs,
     check_parameters_fit,
@@ -45,9 +47,13 @@ from cnnlib.resume import (
     read_arm,
     refusal,
     streamed_in,
+    write_arm,
 )
 from cnnlib.spec import Conv, Local, MaxPool, shape_text, walk
 from cnnlib.watcher import Beginning, Watcher, Watchers
+
+if TYPE_CHECKING:
+    from cnnlib.launch.merge import Merged
 
 
 def run(
@@ -61,10 +67,9 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     part: Part | None = None,
     hosts: Hosts = ALONE,
-    streamed: Collection[str] | None = None,
-    identifies: bool = False,
     check: bool = True,
     profile: bool = False,
+    merged: Merged | None = None,
 ) -> dict[str, Any]:
     """Train every lane of every arm, and write `folder.RUN_FILES`, but for the report, to `out`.
 
@@ -78,10 +83,9 @@ def run(
         stop: Is asked after every epoch whether to end early. Then what there is is saved.
         part: Train only this part, as one job of several. The results are those of its arm.
         hosts: The processes of a run on several hosts, which all call this together.
-        streamed: The names of the data sets that are streamed, where that is decided already (as of a job's run).
-        identifies: End where training would begin. Return the identity of the run, and of each arm as a part.
         check: Check the backend before training. The results say whether it was.
         profile: Write a trace of one epoch of each arm into the folder `profile`; that epoch takes longer.
+        merged: What jobs in `out` have come to. Nothing is trained: it becomes the results of the run.
 
     Returns what `results.json` holds.
 
@@ -108,8 +112,9 @@ def run(
             folder.check(written)
         else:
             stack.enter_context(held)
-        if held is not None:
-            streamed = streamed_in(held.record)
+        streamed = None if held is None else streamed_in(held.record)
+        if merged is not None:
+            streamed = merged.streamed
         # What is free changes from session to session and from host to host, and the examples' order with it.
         free = hosts.lowest(free_memory(device))
         streamed = json.loads(hosts.from_first(json.dumps(None if streamed is None else list(streamed)).encode()))
@@ -131,8 +136,8 @@ def run(
         changes: list[str] = []
         cpu_kernels = kernels_for(arms, device, watcher)
         this = identity_with_data(identity(name, experiment, device, len(devices), cpu_kernels), data_sets.values())
-        if identifies:
-            return {"identity": this, "parts": identities_of_parts(this, arms, data_sets, device)}
+        if merged is not None:
+            changes += changes_in_jobs(merged, identities_of_parts(this, arms, data_sets, device), force, watcher)
         check_alike(hosts, this)
         results = None
         if held is not None:
@@ -143,7 +148,10 @@ def run(
         for data_set in data_sets.values():
             known, count = data_set.description, data_set.description.counts["train"]
             watcher.says(f"{name} on {known.name}: {count:,} training examples of {shape_text(known.input_shape)}")
-        left = what_is_left(out, held, arms, devices, hosts, watcher) if resume else Left({}, {})
+        if merged is not None:
+            left = Left(merged.finished, {})
+        else:
+            left = what_is_left(out, held, arms, devices, hosts, watcher) if resume else Left({}, {})
         if check and len(left.finished) < len(arms):
             for precision in dict.fromkeys(arm.experiment.precision for arm in arms):
                 backend.require_right(device, precision, experiment.compile_cache, watcher.says)
@@ -151,8 +159,10 @@ def run(
         programs.compile(arms[:MOST_AHEAD])
         if held is None:
             held = stack.enter_context(RunFolder(written))
-            if (earlier := held.make_room()) is not None:
+            if (earlier := held.make_room(keep=[JOBS] if merged else [])) is not None:
                 watcher.says(f"the files of an earlier run moved to {earlier}")
+            if merged is not None:
+                keep_merged(held, merged)
         seconds = left.seconds - began
         clock = lambda: time.perf_counter() + seconds  # noqa: E731
         training = Training(
@@ -204,6 +214,8 @@ def run(
             }
             results = dict(tracking.plain(results))  # as the file says it: what is not finite is None
             tracking.write_whole(held / "results.json", lambda path: path.write_text(tracking.to_json(results)))
+            if merged is not None:
+                shutil.rmtree(inside(held.path, held / JOBS))
             watcher.run_ends(results)
             held.end_session("finished")
             return results
@@ -239,6 +251,8 @@ def identities_of_parts(
 def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
     """The run to go on with, held by this process; None, and the user is told, where there is none."""
     if not os.path.lexists(out / folder.RECORD):
+        if (out / JOBS).is_dir():
+            raise UserError(f"{out} has jobs: --resume with --executor, as before, goes on with them")
         watcher.says(f"there is no run in {out} to resume: a new one begins")
         return None
     held = RunFolder(out)
@@ -292,8 +306,7 @@ def what_is_left(
 ) -> Left:
     """Read what earlier sessions kept of each arm, on all hosts; the user is told from where it goes on.
 
-    `held` is the folder `out` on process 0, where there is a run, and None on others. Raises UserError where jobs were
-    left behind of an arm that is not finished: they would be trained again.
+    `held` is the folder `out` on process 0, where there is a run, and None on others.
     """
     finished: dict[str, FinishedArm] = {}
     begun: list[str] = []
@@ -303,12 +316,6 @@ def what_is_left(
         if (before := read_arm(held, arm)) is not None:
             finished[arm.name] = before
             continue
-        for path in (held / folder.JOBS).glob("*/"):
-            if folder.arm_of_job(path.name) == arm.name:
-                raise UserError(
-                    f"{path} is a job of {arm.name}: --resume with --executor, as before, goes on with it; without "
-                    "--resume the run is moved aside and a new one begins"
-                )
         if (held / folder.CHECKPOINTS / arm.name).exists():
             begun.append(arm.name)
     known = [
@@ -396,8 +403,31 @@ class Compiled:
             )
 
 
-MERGED = "is_merged"
-"""In the record of a run whose arms jobs have trained, until its results are written."""
+def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], force: bool, watcher: Watcher) -> list[str]:
+    """Return, in words, where jobs have computed something else than this process would; the user is told.
+
+    `expected` is the identity that a job of an arm must have, by the name of the arm. Raises UserError where the
+    results would be of two kinds of runs, without `force`.
+    """
+    changes: list[str] = []
+    for job, own in merged.identities.items():
+        found = differences(own, expected[Part.named(job).arm])
+        if found.refused and not force:
+            raise UserError(
+                f"job {job} has computed something else than this run: {'; '.join(found.refused)}; --force merges it"
+            )
+        changes += [f"{job}: {text}" for text in (*found.refused, *found.told) if not text.startswith("devices ")]
+    for text in changes:
+        watcher.says(text)
+    return changes
+
+
+def keep_merged(held: RunFolder, merged: Merged) -> None:
+    """Write what jobs have come to as finished arms of the run."""
+    for arm, finished in merged.finished.items():
+        write_answers(held, arm, merged.answers[arm])
+        write_arm(held, finished)
+    held.record[JOBS] = merged.sessions
 
 
 def begin(
@@ -412,8 +442,7 @@ def begin(
     arms: Sequence[TrainedArm],
 ) -> Beginning:
     """Writes what a session writes before it trains: its configuration, where it runs, that it does."""
-    # What jobs have trained is put together in a session of its own: nothing was interrupted.
-    is_resumed = "sessions" in held.record and not held.record.pop(MERGED, False)
+    is_resumed = "sessions" in held.record
     resumed = list(held.record.get("resumed", []))
     if is_resumed:
         in_flight = {arm: found.epoch for arm, found in left.in_flight.items()}

@@ -85,13 +85,13 @@ class WandbCopy(Watcher):
     def __init__(self, mode: str, tell_user: Callable[[str], None]) -> None:
         self._mode, self._tell = mode, tell_user
         self._process: subprocess.Popen[str] | None = None
-        self._scratch = tempfile.TemporaryDirectory(prefix="cnnlib-wandb-", ignore_cleanup_errors=True)
 
     def run_begins(self, beginning: Beginning) -> None:
         """Start it; of a run that is resumed it copies what is new."""
         inside(beginning.folder, beginning.folder / "wandb")
         self._again = f"to send the run again: python -m experiments wandb {shlex.quote(str(beginning.folder))}"
         begin = (beginning.folder / "metrics.jsonl").stat().st_size if beginning.is_resumed else 0
+        self._scratch = tempfile.TemporaryDirectory(prefix="cnnlib-wandb-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cnnlib.wandb_copy", str(beginning.folder), self._mode, str(begin)],
             stdin=subprocess.PIPE,
@@ -155,7 +155,7 @@ class _Copy:
         arm, epoch = lines[0]["arm"], lines[0]["epoch"]
         if arm not in self._runs:
             self._group.define_metric(f"{arm}/*", step_metric=f"{arm}/epoch")
-            self._runs[arm] = list(self._open_lanes(arm, lines)) if self._options.lanes else []
+            self._runs[arm] = list(self._open_lanes(arm, lines)) if self._options.per == "lane" else []
         for run, line in zip(self._runs[arm], lines, strict=False):
             row = {key: line.get(key) for key in SUMMARIES}
             run.log(finite({"epoch": epoch, **row, "diverged": int(line["status"] != "ok")}), step=epoch)

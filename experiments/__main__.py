@@ -33,7 +33,8 @@ from cnnlib.fields import to_dict
 from cnnlib.spec import FILTERS, Shape, shape_text
 
 if TYPE_CHECKING:
-    from cnnlib.executors import Wanted
+    from cnnlib.launch.jobs import Launch
+    from cnnlib.launch.merge import Merged
     from cnnlib.multihost import Hosts
     from cnnlib.results_page import Asked
 
@@ -43,8 +44,10 @@ COMMANDS = {
     "run": "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
     "[--tensorboard] [--no-check] [--profile] [--traceback]\n           "
     "[--distributed [--coordinator HOST:PORT --processes N --process-id I] [--heartbeat SECONDS]]\n           "
-    "[--executor local|ray [--seeds-a-job N] [--retries N] [--ray-address ADDRESS] [--gpus-a-job N] "
-    "[--resources NAME=N]]",
+    "[--part ARM[-FIRST..LAST]]\n           "
+    "[--executor local|slurm|ray [--seeds-per-job N] [--jobs-at-a-time N] [--retries N] [--gpus-per-job N]\n           "
+    "[--slurm OPTION=VALUE ...] [--ray-address ADDRESS] [--resources NAME=N ...]]",
+    "merge": "merge DIR [--force] [--wandb MODE]",
     "runs": "runs [DIR]",
     "check": "check [--precision default|high|highest] [--only TEXT]",
     "compare": "compare DIR DIR [DIR ...] [--mixed]",
@@ -83,6 +86,11 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
     elif command == "results":
         parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
+    elif command == "merge":
+        parser.add_argument("folder", metavar="DIR", help="of a run whose jobs are finished")
+        parser.add_argument("--force", action="store_true", help="merge jobs that have not computed the same")
+        modes = ("auto", "online", "offline", "off")
+        parser.add_argument("--wandb", choices=modes, default="auto", help="a copy of the run in Weights & Biases")
     elif command == "wandb":
         parser.add_argument("folder", metavar="DIR", help="of a run, finished or not")
         parser.add_argument("--wandb", choices=("auto", "online", "offline"), default="auto", help="where to (auto)")
@@ -126,14 +134,15 @@ def parser_for(command: str) -> Parser:
         parser.add_argument("--processes", metavar="N", type=int, help="how many there are, one a host")
         parser.add_argument("--process-id", metavar="I", type=int, help="which this one is, from 0 on")
         parser.add_argument("--heartbeat", metavar="SECONDS", type=int, help="after which a silent host is dead (20)")
-        parser.add_argument("--executor", choices=("local", "ray"), help="train as jobs, beside one another")
-        parser.add_argument("--seeds-a-job", metavar="N", type=int, help="of an arm (all: a job an arm)")
-        parser.add_argument("--retries", metavar="N", type=int, help="times that a job goes on after it died (3)")
+        parser.add_argument("--part", metavar="PART", help="train ARM alone, or ARM-FIRST..LAST: a block of its seeds")
+        parser.add_argument("--executor", choices=("local", "slurm", "ray"), help="train as jobs, beside one another")
+        parser.add_argument("--seeds-per-job", metavar="N", type=int, help="of an arm (all: a job per arm)")
+        parser.add_argument("--jobs-at-a-time", metavar="N", type=int, help="local, slurm (as many as fit)")
+        parser.add_argument("--retries", metavar="N", type=int, help="times that a killed job is started again (3)")
+        parser.add_argument("--gpus-per-job", metavar="N", type=int, help="slurm, ray")
+        parser.add_argument("--slurm", metavar="OPTION=VALUE", action="append", help="of sbatch, such as time=04:00:00")
         parser.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster (RAY_ADDRESS; else one of our own)")
-        parser.add_argument("--gpus-a-job", metavar="N", type=int, help="of a cluster")
-        parser.add_argument(
-            "--resources", metavar="NAME=N", action="append", help="of a cluster's nodes, such as TPU=4"
-        )
+        parser.add_argument("--resources", metavar="NAME=N", action="append", help="of a Ray node, such as TPU=4")
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
     return parser
 
@@ -392,7 +401,7 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
     joins = [getattr(options, option) for option in JOIN_OPTIONS]
     cluster = multihost.asked(options.distributed, *joins)
     if cluster is None:
-        return trained(name, experiment, out, options, multihost.ALONE)
+        return trained(name, experiment, out, options)
 
     from cnnlib.mesh import use_cores
 
@@ -403,27 +412,26 @@ def command_run(name: str, experiment: Experiment, out: Path, options: argparse.
 
 
 JOIN_OPTIONS = ("coordinator", "processes", "process_id", "heartbeat")
-JOB_OPTIONS = ("seeds_a_job", "retries", "ray_address", "gpus_a_job", "resources")
+JOB_OPTIONS = ("seeds_per_job", "jobs_at_a_time", "retries", "ray_address", "gpus_per_job", "resources", "slurm")
 
 
-def jobs_asked(options: argparse.Namespace) -> Wanted | None:
-    """How the experiment is to be divided into jobs; None: not at all. Raises UserError for what has no meaning."""
+def jobs_asked(options: argparse.Namespace) -> Launch | None:
+    """Return how the experiment is to be divided into jobs; None: not at all. Raises UserError for what cannot be."""
     if options.executor is None:
         if asked := given(options, JOB_OPTIONS):
             raise UserError(f"{asked[0]} has no meaning without --executor")
         return None
     if options.distributed or given(options, JOIN_OPTIONS):
         raise UserError("--executor and --distributed are two ways to use several processes: choose one")
-    from cnnlib.executors import Wanted
+    from cnnlib.launch.jobs import Launch
 
-    resources = {}
-    for text in options.resources or []:
+    found = {name: getattr(options, name) for name in JOB_OPTIONS if getattr(options, name) is not None}
+    for text in found.pop("resources", []):
         key, _, number = text.partition("=")
         if not key or not number.isdecimal():
             raise UserError(f"--resources {text}: expected NAME=N, such as TPU=4")
-        resources[key] = float(number)
-    numbers = {name: getattr(options, name) for name in JOB_OPTIONS[:-1] if getattr(options, name) is not None}
-    return Wanted(options.executor, **numbers, resources=resources or None).checked()
+        found.setdefault("resources", {})[key] = float(number)
+    return Launch(options.executor, **found).checked()
 
 
 def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
@@ -454,8 +462,17 @@ def followed(name: str, experiment: Experiment, out: Path, options: argparse.Nam
     return 0
 
 
-def trained(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, joined: Hosts) -> int:
-    """Trains, writes and tells."""
+def trained(
+    name: str,
+    experiment: Experiment,
+    out: Path,
+    options: argparse.Namespace,
+    joined: Hosts | None = None,
+    merged: Merged | None = None,
+) -> int:
+    """Train, or merge what jobs have trained; write and print."""
+    from cnnlib.multihost import ALONE
+    from cnnlib.resolve import Part
     from cnnlib.watcher import Notice, Watcher, Watchers
 
     with contextlib.ExitStack() as stack:
@@ -473,10 +490,13 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
 
         use_cores(experiment.devices)
         console = RunConsole()
+        part = None if merged is not None or options.part is None else Part.named(options.part)
         wish = stack.enter_context(stopping.by_signal())
         try:
             with watcher_for(console) as shown, contextlib.ExitStack() as ends:
-                watchers: list[Watcher] = [shown, ReportWriter(out), RateKeeper()]
+                watchers: list[Watcher] = [shown]
+                if part is None:  # of a part others make the report
+                    watchers += [ReportWriter(out), RateKeeper()]
                 if hint is not None:
                     watchers.append(Notice(hint, shown.says))
                 if options.tensorboard:
@@ -488,13 +508,20 @@ def trained(name: str, experiment: Experiment, out: Path, options: argparse.Name
                     ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
                     watchers.append(copy)
                 how = {"resume": options.resume, "force": options.force, "stop": wish.is_made}
-                how |= {"hosts": joined, "check": not options.no_check, "profile": options.profile}
+                how |= {
+                    "hosts": joined or ALONE,
+                    "part": part,
+                    "merged": merged,
+                    "check": not options.no_check,
+                    "profile": options.profile,
+                }
                 results = run(experiment, name, out, Watchers(watchers), **how)
         except Stopped as stopped:
             print(how_to_go_on(stopped, name, options), file=sys.stderr)
             return 128 + (wish.signal or signal.SIGTERM)
-    print_results(results, console)
-    console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
+    if part is None:
+        print_results(results, console)
+        console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -506,7 +533,7 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
     command += ["--no-check"] if options.no_check else []
     command += ["--profile"] if options.profile else []
     command += ["--tensorboard"] if options.tensorboard else []
-    command += given(options, ("executor", *JOB_OPTIONS))
+    command += given(options, ("part", "executor", *JOB_OPTIONS))
     where = ""
     if options.distributed:
         command += ["--distributed", *given(options, JOIN_OPTIONS)]
@@ -514,40 +541,42 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
     return f"{stopped}; go on{where} with: {shlex.join([*command, '--resume'])}"
 
 
-MOST_BARS = 30
-"""Jobs that have a bar of their own; the others tell their epochs in lines."""
+def command_jobs(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, launch: Launch) -> int:
+    """Train as jobs, and merge what they came to."""
+    from cnnlib.folder import state
+    from cnnlib.launch.merge import read_jobs
+    from cnnlib.launch.start import start
+    from cnnlib.terminal import RunConsole, watcher_for
+    from cnnlib.wandb_copy import chosen_mode
 
-
-def command_jobs(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, wanted: Wanted) -> int:
-    """Trains as jobs, beside one another."""
-    from cnnlib.folder import RUN_FILES
-    from cnnlib.jobs import run_jobs
-    from cnnlib.report import print_results
-    from cnnlib.terminal import BarWatcher, LineWatcher, RunConsole, watcher_for
-    from cnnlib.wandb_copy import WandbCopy, chosen_mode
-
-    mode, hint = chosen_mode(options.wandb)
-    console = RunConsole()
-    with stopping.by_signal() as wish:
+    chosen_mode(options.wandb)  # what cannot be had is said before anything trains
+    if options.resume and state(out) == "finished":
+        return trained(name, experiment, out, options)
+    merge = given(options, ["wandb"]) + (["--force"] if options.force else [])
+    run = [f"--{option.replace('_', '-')}" for option in ("no_check", "force") if getattr(options, option)]
+    with stopping.by_signal() as wish, watcher_for(RunConsole()) as shown:
+        how = {"resume": options.resume, "stop": wish.is_made, "says": shown.says}
         try:
-            with watcher_for(console) as shown, contextlib.ExitStack() as ends:
-                bars = iter([shown] * MOST_BARS if isinstance(shown, BarWatcher) else [])
-                if hint is not None:
-                    shown.says(hint)
-                copy = None if mode is None else WandbCopy(mode, shown.says)
-                if copy is not None:
-                    ends.push(lambda kind, *_: copy.close(0 if kind is None else 1))
-                how = {"copy": copy, "resume": options.resume, "force": options.force, "stop": wish.is_made}
-                how["check"] = not options.no_check
-                results = run_jobs(
-                    experiment, name, out, wanted, shown, lambda job: next(bars, LineWatcher(console)), **how
-                )
+            more = {"run": run, "merge": merge}
+            is_finished = start(experiment, name, options.overrides, out, launch, more, **how)
         except Stopped as stopped:
             print(how_to_go_on(stopped, name, options), file=sys.stderr)
             return 128 + (wish.signal or signal.SIGTERM)
-    print_results(results, console)
-    console.print(f"written to {out}: {', '.join(RUN_FILES)}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return merged(read_jobs(out), out, options) if is_finished else 0
+
+
+def command_merge(options: argparse.Namespace) -> int:
+    """Merge the finished jobs of a run."""
+    from cnnlib.launch.merge import read_jobs
+
+    out = Path(options.folder)
+    return merged(read_jobs(out), out, options)
+
+
+def merged(jobs: Merged, out: Path, options: argparse.Namespace) -> int:
+    """Write the results of a run of what its jobs came to."""
+    options.resume = options.no_check = options.profile = options.tensorboard = False
+    return trained(jobs.name, jobs.experiment, out, options, merged=jobs)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -582,6 +611,8 @@ def main(arguments: Sequence[str]) -> int:
         if command == "results":
             command_results(options.folder)
             return 0
+        if command == "merge":
+            return command_merge(options)
         if command == "wandb":
             command_wandb(Path(options.folder), options.wandb)
             return 0
@@ -600,17 +631,19 @@ def main(arguments: Sequence[str]) -> int:
         out = Path(options.out or Path("runs", options.name))
         if isinstance(experiment, Growth) and (asked := given(options, ("executor", *JOB_OPTIONS))):
             raise UserError(f"{options.name} trains nothing: {asked[0]} has no meaning for it")
-        wanted = jobs_asked(options)
+        launch = jobs_asked(options)
+        if options.part is not None and (launch is not None or options.distributed or isinstance(experiment, Growth)):
+            raise UserError("--part is for a job: it has no meaning with --executor or --distributed")
         for option in ("profile", "tensorboard"):
-            if getattr(options, option) and (wanted is not None or isinstance(experiment, Growth)):
+            if getattr(options, option) and (launch is not None or isinstance(experiment, Growth)):
                 raise UserError(f"--{option} is for a run that trains in this process: leave out --executor")
         if isinstance(experiment, Growth):
             is_joined = options.distributed or bool(given(options, JOIN_OPTIONS))
             if options.resume or options.wandb in ("online", "offline") or is_joined:
                 raise UserError(f"{options.name} trains nothing: only FIELD=VALUE and --out have a meaning for it")
             command_growth(options.name, experiment, out)
-        elif wanted is not None:
-            return command_jobs(options.name, experiment, out, options, wanted)
+        elif launch is not None:
+            return command_jobs(options.name, experiment, out, options, launch)
         else:
             return command_run(options.name, experiment, out, options)
         return 0

@@ -247,7 +247,7 @@ def test_a_second_run_keeps_the_first_and_goes_on_when_its_reader_stops(tiny_run
 
 WRONG = [
     ([], "no command"),
-    (["train"], "there are: list, show, run, runs, check, compare, report, all, results, wandb, demo, count"),
+    (["train"], "there are: list, show, run, merge, runs, check, compare, report, all, results, wandb, demo, count"),
     (["list", "fc_vs_conv"], "unrecognized arguments"),
     (["show"], "required: NAME"),
     (["show", "nothing"], "no experiment 'nothing'; there are: augmentation, depth, dsd, explosion"),

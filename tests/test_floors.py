@@ -33,11 +33,10 @@ FLOORS = [
     {"programs"},
     {"aot.arms", "backend", "check_table", "resume", "feeds", "growth", "overview", "charts", "mistakes"},
     {"arms"},
-    {"run", "results_page", "page", "parts"},
-    {"trained", "job"},
-    {"ray_jobs"},
-    {"executors"},
-    {"jobs"},
+    {"launch.merge"},
+    {"run", "results_page", "page"},
+    {"trained", "launch.jobs", "launch.local", "launch.slurm", "launch.ray_core"},
+    {"launch.start"},
     {"abstraction"},
     {"demos.*"},
     {"experiments.__main__"},
@@ -85,8 +84,9 @@ WITHOUT_JAX = {
     "tables",
     "stats",
     "fits",
-    "job",
-    "ray_jobs",
+    "launch.jobs",
+    "launch.local",
+    "launch.slurm",
     "machine",
 }
 
@@ -95,9 +95,10 @@ def files():
     for path in Path(cnnlib.__file__).parent.glob("*.py"):
         if path.stem != "__init__":
             yield path.stem, path
-    for path in Path(cnnlib.__file__).parent.glob("aot/*.py"):
-        if path.stem != "__init__":
-            yield f"aot.{path.stem}", path
+    for package in ("aot", "launch"):
+        for path in Path(cnnlib.__file__).parent.glob(f"{package}/*.py"):
+            if path.stem != "__init__":
+                yield f"{package}.{path.stem}", path
     for path in Path(cnnlib.__file__).parent.glob("demos/*.py"):
         yield "demos.*", path
     for path in Path(experiments.__file__).parent.glob("*.py"):
@@ -108,7 +109,7 @@ def files():
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            is_package = node.module in ("cnnlib", "cnnlib.aot")
+            is_package = node.module in ("cnnlib", "cnnlib.aot", "cnnlib.launch")
             yield from ([f"{node.module}.{alias.name}" for alias in node.names] if is_package else [node.module])
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -143,7 +144,7 @@ def test_declarations_and_counts_do_without_jax():
         ("orbax", "checkpoint"),
         ("wandb", "wandb_copy"),
         ("tensorboardX", "tensorboard"),
-        ("ray", "ray_jobs"),
+        ("ray", "launch.ray_core"),
         ("grain", "stream"),
     ],
 )

@@ -51,7 +51,7 @@ def test_every_command_names_what_exists(command):
         assert main(["count", *arguments]) == 0
     elif verb == "demo":
         assert parser_for(verb).parse_intermixed_args(arguments).name in DEMOS
-    elif verb in ("runs", "check", "compare", "report", "results", "all"):
+    elif verb in ("runs", "check", "compare", "report", "results", "all", "wandb"):
         parser_for(verb).parse_intermixed_args(arguments)
     elif verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
         options = parser_for(verb).parse_intermixed_args(arguments)

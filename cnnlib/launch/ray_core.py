@@ -1,0 +1,131 @@
+"""Run jobs on a cluster by Ray Core; the only file that knows Ray.
+
+A job is a Ray task in a worker process of its own. Ray starts it again elsewhere when it loses the worker or the node,
+and the job goes on from its checkpoint: its folder lies on a file system that all nodes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cnnlib.errors import Stopped, UserError
+
+PASSED_ON = ("CNNLIB_", "JAX_", "LIBTPU_", "MALLOC_", "TFDS_", "XLA_")
+"""Beginnings of the names of variables that a job has from whoever asked for it, and not from its node."""
+LOOK = 0.5
+"""Seconds from one look at whether somebody wants to stop to the next."""
+
+
+class RayJobs:
+    """Jobs on the nodes of a cluster: one that exists, or one of this machine that ends with this object."""
+
+    def __init__(self, address: str | None, needs: Mapping[str, Any], retries: int) -> None:
+        """Connect to a cluster, or begin one; `needs` are options of `ray.remote`, such as `num_cpus`.
+
+        Raises UserError where there is no cluster, no Ray, or no node that has what a job needs.
+        """
+        if find_spec("ray") is None:
+            raise UserError("--executor ray needs cnnlib's extra `ray`: pip install -e '.[ray]'")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        import ray
+
+        with _signals_kept():
+            try:
+                ours = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
+                ray.init(**ours, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"--executor ray: no cluster at {address or 'this machine'}: {reason}") from error
+        self._ray: Any = ray
+        wanted = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], **(needs["resources"] or {})}
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0.0) >= count for name, count in wanted.items()) for node in nodes):
+            self.close()
+            told = ", ".join(f"{count:g} {name}" for name, count in wanted.items() if count)
+            raise UserError(f"--executor ray: no node of the cluster has {told} for a job")
+        # A worker runs one job: JAX is imported and configured once per process.
+        how = {"max_calls": 1, "max_retries": retries, "retry_exceptions": False, **needs}
+        self._task = self._ray.remote(**how)(run_job)
+
+    def run(
+        self,
+        commands: Mapping[str, Sequence[str]],
+        place: Path,
+        stop: Callable[[], bool],
+        says: Callable[[str], None],
+    ) -> None:
+        """Run the commands of the jobs; their outputs go to `place/JOB.log`.
+
+        Raises UserError for a job that fails, and Stopped where `stop` asks for it.
+        """
+        ray, environment = self._ray, {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
+        waiting = {
+            self._task.options(name=f"cnnlib {job}").remote(command[3:], str(place / f"{job}.log"), environment): job
+            for job, command in commands.items()
+        }
+        error: Exception | None = None
+        finished, is_stopping = 0, False
+        while waiting:
+            for ref in ray.wait(list(waiting), num_returns=1, timeout=LOOK)[0]:
+                job = waiting.pop(ref)
+                try:
+                    status, text = ray.get(ref)
+                except ray.exceptions.TaskCancelledError:
+                    continue
+                except ray.exceptions.RayError as lost:  # the worker, its node or its memory, time and again
+                    status, text = 2, f"was lost by Ray: {' '.join(str(lost).split())[:200]}"
+                finished += status == 0
+                if status == 0:
+                    says(f"{job} is finished")
+                elif not is_stopping:
+                    error = error or (UserError if status == 2 else RuntimeError)(f"job {job}: {text}")
+            if (error is not None or stop()) and not is_stopping:
+                is_stopping = True
+                for ref in waiting:
+                    ray.cancel(ref)
+        if error is not None:
+            raise error
+        if is_stopping and finished < len(commands):
+            raise Stopped(f"stopped: {finished} of {len(commands)} jobs are finished, what the others have is saved")
+
+    def close(self) -> None:
+        """Leave the cluster, which ends what runs of ours; end the cluster where it is ours."""
+        with _signals_kept():
+            self._ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts handlers of its own; outside they are what they were before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_job(arguments: Sequence[str], log: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command of cnnlib in a worker of Ray; returns its exit status and the last line of its output."""
+    os.environ.update(environment)
+    try:
+        with Path(log).open("ab") as file:
+            for descriptor in (1, 2):
+                os.dup2(file.fileno(), descriptor)
+    except OSError as error:
+        return 2, f"{os.uname().nodename} cannot write {log} ({error.strerror}): all nodes must share the run's folder"
+    from experiments.__main__ import main
+
+    status = main(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    lines = Path(log).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    return status, f"{lines[-1].removeprefix('error: ')} (see {log})"

@@ -1,0 +1,132 @@
+"""Start the jobs of an experiment, and wait for them where they run under this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cnnlib.config import Experiment
+from cnnlib.errors import UserError
+from cnnlib.folder import JOBS, RECORD, RunFolder, check, inside, state
+from cnnlib.launch.jobs import Launch, command, devices_per_job, divided, slots
+from cnnlib.launch.local import LocalJobs
+from cnnlib.launch.slurm import array_script, merge_script, submit
+from cnnlib.resolve import resolve
+from cnnlib.tracking import write_whole
+
+
+def start(
+    experiment: Experiment,
+    name: str,
+    overrides: Sequence[str],
+    out: Path,
+    launch: Launch,
+    more: Mapping[str, Sequence[str]],
+    *,
+    resume: bool,
+    stop: Callable[[], bool],
+    says: Callable[[str], None],
+) -> bool:
+    """Start the jobs of an experiment, and wait until they are finished, unless Slurm has them.
+
+    Args:
+        experiment: What to train.
+        name: Of the experiment.
+        overrides: Its fields, as the command line has them.
+        out: The folder of the run; each job has a folder in `jobs/`.
+        launch: How it is divided, and where the jobs run.
+        more: Options of the commands `run` and `merge`.
+        resume: Go on with the jobs that are there.
+        stop: Is asked whether to end early. Then the jobs save what they have.
+        says: Is told how it goes.
+
+    Returns whether the jobs are finished. Raises UserError and Stopped.
+    """
+    out = out.absolute()
+    arms = resolve(experiment)
+    jobs = divided(arms, launch.seeds_per_job)
+    devices = devices_per_job(launch, experiment, len(jobs))
+    if devices is not None and experiment.devices is None and experiment.mesh is None:
+        overrides, experiment = [*overrides, f"devices={devices}"], replace(experiment, devices=devices)
+    room = slots(devices, launch.jobs_at_a_time) if launch.executor == "local" else []
+    check(out)
+    with RunFolder(out) as held:
+        if resume:
+            _check_same_division(out, jobs)
+        elif (earlier := held.make_room()) is not None:
+            says(f"the files of an earlier run moved to {earlier}")
+        place = inside(out, held / JOBS)
+        place.mkdir(exist_ok=True)
+        todo = {
+            job: command(name, overrides, job, out, more["run"])
+            for job in jobs
+            if not (place / job / RECORD).exists() or state(place / job) != "finished"
+        }
+        says(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them finished before; each prints to {place}/JOB.log")
+        if not todo:
+            return True
+        if launch.executor == "slurm":
+            _submit(todo, out, place, launch, devices or 1, more["merge"], says)
+            return False
+        if launch.executor == "ray":
+            _run_on_ray(todo, place, launch, devices, stop, says)
+        else:
+            LocalJobs(room, launch.retries, says).run(todo, place, stop)
+    return True
+
+
+def _check_same_division(out: Path, jobs: Sequence[str]) -> None:
+    """Raise UserError where something was left behind that these jobs would not go on with."""
+    if (out / RECORD).exists() and state(out) != "finished":
+        raise UserError(
+            f"{out} has a run of one process: --resume without --executor goes on with it; without --resume it is "
+            "moved aside and a new one begins"
+        )
+    for path in sorted((out / JOBS).glob("*/")):
+        if path.name not in jobs:
+            raise UserError(
+                f"{path} is a job of an earlier session, which divided the arms in another way: --seeds-per-job must "
+                "be what it was; without --resume the run is moved aside and a new one begins"
+            )
+
+
+def _submit(
+    commands: Mapping[str, Sequence[str]],
+    out: Path,
+    place: Path,
+    launch: Launch,
+    cores: int,
+    merge: Sequence[str],
+    says: Callable[[str], None],
+) -> None:
+    array, after = place / "array.sh", place / "merge.sh"
+    options = (launch.slurm, cores, launch.gpus_per_job, launch.jobs_at_a_time, launch.retries)
+    for path, text in (
+        (array, array_script(commands, place, *options)),
+        (after, merge_script(out, place, merge, launch.slurm)),
+    ):
+        write_whole(path, lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
+    first, second = submit(array, after)
+    says(f"submitted {array} as Slurm's job {first}, and {after} as {second}; `squeue` shows them")
+
+
+def _run_on_ray(
+    commands: Mapping[str, Sequence[str]],
+    place: Path,
+    launch: Launch,
+    devices: int | None,
+    stop: Callable[[], bool],
+    says: Callable[[str], None],
+) -> None:
+    from cnnlib.launch.ray_core import RayJobs
+
+    cores = 1 if launch.gpus_per_job or launch.resources else devices or 1
+    resources: dict[str, Any] | None = dict(launch.resources) if launch.resources else None
+    needs = {"num_cpus": cores, "num_gpus": launch.gpus_per_job, "resources": resources}
+    cluster = RayJobs(launch.ray_address, needs, launch.retries)
+    try:
+        cluster.run(commands, place, stop, says)
+    finally:
+        cluster.close()
