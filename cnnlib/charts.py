@@ -36,7 +36,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 
 def check_extra() -> None:
     """Raises UserError where the libraries that draw are not installed."""
-    for library in ("altair", "vl_convert"):
+    for library in ("altair", "jinja2", "vl_convert"):
         if importlib.util.find_spec(library) is None:
             raise UserError("report needs cnnlib's extra `report`: pip install -e '.[report]'")
 

@@ -17,7 +17,6 @@ from cnnlib.config import Experiment, assignments
 from cnnlib.errors import UserError
 from cnnlib.fields import from_dict
 from cnnlib.folder import read_json
-from cnnlib.markup import Cell, folded, number_cell, sortable, text_of
 from cnnlib.mistakes import confusions, mistakes
 from cnnlib.overview import is_results, labels
 from cnnlib.predictions import Answers, read_answers
@@ -28,10 +27,31 @@ MOST_ARMS = 24
 """Of a run whose curves, confusions and mistakes are shown."""
 MOST_BYTES = 5_000_000
 """Of a page."""
-NO_ANSWERS = "<h3>Confusions and mistakes</h3>\n<p>This run keeps no predictions, or has too many arms to show.</p>"
-EARLY = 'document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"'
-"""Runs before anything is drawn, so that no dark page begins white."""
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
+
+
+class Cell(NamedTuple):
+    """A cell of a table that sorts: what is shown, and the number or text that it is sorted by."""
+
+    shown: str
+    value: Any = None
+    """None where nothing is known: such rows stay below the others, whichever way a table is sorted."""
+
+
+class Table(NamedTuple):
+    """A table that sorts; a row is its name and its other cells."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+class Plot(NamedTuple):
+    """A plot by Vega-Lite; `label` is what a screen reader says of it."""
+
+    name: str
+    spec: dict[str, Any]
+    label: str
+    caption: str
 
 
 class Run(NamedTuple):
@@ -107,25 +127,19 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Detail = DETAILS[0]) -> str:
-    """The whole page; `note_of` is that of `write_report`."""
+    """Return the whole page; `note_of` is that of `write_report`."""
+    import jinja2
+
     read = resources.files("cnnlib").joinpath
-    style, script = (read(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    links = "".join(f'<li><a href="#run-{i}">{text_of(run.label)}</a></li>' for i, run in enumerate(runs))
-    body = "".join(section(f"run-{i}", run, note_of(run.results["experiment"]), detail) for i, run in enumerate(runs))
-    shorter = "" if detail == DETAILS[0] else f" To keep the page below 5 MB it shows {detail_text(detail)}."
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>cnnlib: {text_of(', '.join(run.label for run in runs))}</title>\n<style>\n{style}</style>\n"
-        f"<script>{EARLY}</script>\n</head>\n"
-        '<body>\n<a class="skip" href="#content">Skip to the results</a>\n<header><h1>cnnlib report</h1>\n'
-        f'<nav aria-label="Runs"><ul>{links}</ul></nav>\n<button type="button" id="theme">Dark</button></header>\n'
-        "<noscript><p>Without JavaScript there are no plots; their numbers are in the tables.</p></noscript>\n"
-        f'<main id="content">\n{body}</main>\n'
-        "<footer><p class='quiet'>Intervals are Student's t over the lanes of an arm, 95 %: they speak of other seeds, "
-        f"not of other test sets. Points of lanes that diverged are not drawn.{shorter}</p></footer>\n"
-        f"<script>{charts.library()}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    template, style, script = (read(f"page.{end}").read_text(encoding="utf-8") for end in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.from_string(template).render(
+        sections=[section(f"run-{i}", run, note_of(run.results["experiment"]), detail) for i, run in enumerate(runs)],
+        shorter="" if detail == DETAILS[0] else f" To keep the page below 5 MB it shows {detail_text(detail)}.",
+        style=style,
+        script=script,
+        library=charts.library(),
     )
 
 
@@ -135,52 +149,61 @@ def detail_text(detail: Detail) -> str:
     return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
 
 
-def section(name: str, run: Run, note: str | None, detail: Detail) -> str:
-    """All about one run."""
-    results = run.results
-    question = note.splitlines()[0] if note else f"What do the arms of {results['experiment']} reach?"
-    parts = [
-        f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{text_of(run.label)}</h2>',
-        f'<p class="question">{text_of(question)}</p>',
-        f"<h3>Answer</h3>\n{answer(results)}",
-        f"<h3>Arms</h3>\n{table(results)}",
-        f"<h3>Accuracy against cost</h3>\n{cost_plots(name, results)}{lane_table(results) if detail.lanes else ''}",
-        curves(name, run, detail),
-        confusions(run.answers, results["data"]) if run.answers else NO_ANSWERS,
-        mistakes(run.answers, results["data"], detail.mistakes),
-        f"<h3>How to repeat it</h3>\n{provenance(results)}",
-    ]
-    if note:
-        parts.append(folded("The lab note", f'<pre tabindex="0" role="region" aria-label="Note">{text_of(note)}</pre>'))
-    return "\n".join(part for part in parts if part) + "\n</section>\n"
+def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, Any]:
+    """Return what `page.html` shows of one run."""
+    results, data = run.results, run.results["data"]
+    return {
+        "name": name,
+        "label": run.label,
+        "question": note.splitlines()[0] if note else f"What do the arms of {results['experiment']} reach?",
+        "answer": answer(results),
+        "arms": table(results),
+        "cost_plots": cost_plots(name, results),
+        "lanes": lane_table(results) if detail.lanes else None,
+        "curves": curves(name, run, detail),
+        "confusions": confusions(run.answers, data) if run.answers else None,
+        "mistakes": mistakes(run.answers, data, detail.mistakes),
+        "provenance": provenance(results),
+        "note": note,
+    }
 
 
-def answer(results: dict[str, Any]) -> str:
-    """What came out, in words, from the numbers alone."""
+class Answer(NamedTuple):
+    """What came out, in words: paragraphs, and between them a list of differences."""
+
+    before: list[str]
+    differences: list[str]
+    after: list[str]
+
+
+def answer(results: dict[str, Any]) -> Answer:
+    """Say what came out, from the numbers alone."""
     rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
     if not rated:
-        return "<p>No arm has a test accuracy: nothing was chosen without validation data, or every lane diverged.</p>"
+        told = "No arm has a test accuracy: nothing was chosen without validation data, or every lane diverged."
+        return Answer([told], [], [])
     best = max(rated, key=lambda arm: float(arm["test_accuracy"]["mean"]))
-    lanes = best["test_accuracy"]["n"]
-    told = [
-        f"<p>Of {len(results['arms'])} arms on {text_of(results['data']['name'])}, {text_of(best['name'])} has the "
-        f"highest mean test accuracy: {accuracy_text(best['test_accuracy'])} %, n = {lanes}.</p>"
+    before = [
+        f"Of {len(results['arms'])} arms on {results['data']['name']}, {best['name']} has the highest mean test "
+        f"accuracy: {accuracy_text(best['test_accuracy'])} %, n = {best['test_accuracy']['n']}."
     ]
     found = differences(results)
     settled = [difference for difference in found if difference.verdict != "undecided"]
     if found:
-        told.append(
-            f"<p>Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the others are "
-            "undecided, which is no proof that there is no difference.</p>"
+        before.append(
+            f"Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the others are undecided, "
+            "which is no proof that there is no difference."
         )
-        sentences = "".join(f"<li>{text_of(difference.sentence())}</li>" for difference in found)
-        told.append(folded("Differences", f"<ul>{sentences}</ul>", is_open=len(found) <= 10))
-    for arm, parts in spreads(results).items():
-        told.append(f"<p>Spread of {text_of(spread_sentence(arm, parts))}.</p>")
+    after = [f"Spread of {spread_sentence(arm, parts)}." for arm, parts in spreads(results).items()]
     gone = sum(setting["diverged"] for arm in results["arms"] for setting in arm["settings"])
     if gone:
-        told.append(f"<p>{gone} lanes diverged; means are over the others.</p>")
-    return "\n".join(told)
+        after.append(f"{gone} lanes diverged; means are over the others.")
+    return Answer(before, [difference.sentence() for difference in found], after)
+
+
+def number_cell(value: int | float | None, form: str, scale: int = 1) -> Cell:
+    """Show a number in a format such as `.2f`, multiplied for the eye by `scale`; a dash for None."""
+    return Cell("-") if value is None else Cell(format(scale * value, form), value)
 
 
 COLUMNS = (
@@ -197,8 +220,8 @@ COLUMNS = (
 )
 
 
-def table(results: dict[str, Any]) -> str:
-    """A row a setting of an arm; every column sorts."""
+def table(results: dict[str, Any]) -> Table:
+    """Return a row per setting of an arm."""
     rows = []
     for arm in results["arms"]:
         for index, setting in enumerate(arm["settings"]):
@@ -214,15 +237,11 @@ def table(results: dict[str, Any]) -> str:
                 number_cell(arm["train_seconds_per_lane"], ".2f"),
             ]
             rows.append((arm["name"] + setting_text(results, arm, index), cells))
-    told = (
-        "Counts are for one example, taps on padding counted; training % is the final models' accuracy on what they "
-        "were trained on; n is the number of lanes that have not diverged. Headings sort."
-    )
-    return f'<p class="quiet">{told}</p>{sortable("Arms, with counts and accuracies", COLUMNS, rows)}'
+    return Table("Arms, with counts and accuracies", COLUMNS, rows)
 
 
-def lane_table(results: dict[str, Any]) -> str:
-    """A row a lane: what the small points of the plots are, for those who do not see them."""
+def lane_table(results: dict[str, Any]) -> Table:
+    """Return a row per lane: what the small points of the plots are, for those who do not see them."""
     rows = [
         (
             arm["name"] + setting_text(results, arm, index),
@@ -237,36 +256,34 @@ def lane_table(results: dict[str, Any]) -> str:
         for lane in charts.lanes_of(arm, setting)
     ]
     columns = ("arm", "seed", "training %", "validation %", "test %", "status")
-    return folded("Every lane, as a table", sortable("Lanes", columns, rows))
+    return Table("Lanes", columns, rows)
 
 
-def plot(name: str, spec: dict[str, Any], label: str, caption: str) -> str:
-    """A place for a plot and its specification; `label` is what a screen reader says of it."""
-    data = json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<figure><div class="plot" role="img" aria-label="{text_of(label)}" data-spec="{name}"></div>'
-        f"<figcaption>{text_of(caption)}</figcaption>"
-        f'<script type="application/json" id="{name}">{data}</script></figure>'
-    )
-
-
-def cost_plots(name: str, results: dict[str, Any]) -> str:
-    """Accuracy against parameters, multiply-adds and seconds."""
-    figures = []
+def cost_plots(name: str, results: dict[str, Any]) -> list[Plot]:
+    """Plot accuracy against parameters, multiply-adds and seconds."""
+    found = []
     for cost, words in charts.COSTS.items():
         if all(arm[cost] > 0 for arm in results["arms"]):
             label = f"Test accuracy against {words}, on a log axis; the numbers are in the table of arms"
             caption = f"Against {words}: small points are lanes, large ones means with 95 % intervals."
-            figures.append(plot(f"{name}-{cost}", charts.accuracy_chart(results, cost), label, caption))
-    return f'<div class="plots">{"".join(figures)}</div>'
+            found.append(Plot(f"{name}-{cost}", charts.accuracy_chart(results, cost), label, caption))
+    return found
 
 
-def curves(name: str, run: Run, detail: Detail) -> str:
-    """Learning curves with bands, training and validation, and the means as tables."""
+class Curves(NamedTuple):
+    """Learning curves, and their means as tables with titles; or why there are none."""
+
+    plots: list[Plot]
+    tables: list[tuple[str, Table]]
+    missing: str = "No metrics.jsonl with accuracies is in the folder."
+
+
+def curves(name: str, run: Run, detail: Detail) -> Curves:
+    """Plot learning curves with bands, training and validation."""
     arms = [arm["name"] for arm in run.results["arms"]]
     if len(arms) > MOST_ARMS:
-        return f"<h3>Learning curves</h3>\n<p>Left out: {len(arms)} arms are more than a plot can tell apart.</p>"
-    figures, tables = [], []
+        return Curves([], [], f"Left out: {len(arms)} arms are more than a plot can tell apart.")
+    plots, tables = [], []
     for metric in ("train_accuracy", "validation_accuracy"):
         found = charts.curve_points(run.lines, arms, metric, detail.epochs)
         if not found.means:
@@ -276,23 +293,29 @@ def curves(name: str, run: Run, detail: Detail) -> str:
         caption = f"{words.capitalize()}: means with 95 % bands{every}. An arm clicked in the legend stands out."
         if metric == "train_accuracy":
             caption += " Measured while the parameters change, on augmented examples."
-        label = f"{words} against the epoch, a line an arm; the means are in a table below the plots"
+        label = f"{words} against the epoch, a line per arm; the means are in a table below the plots"
         spec = charts.curves_chart(found if detail.lanes else found._replace(lanes=[]), words)
-        figures.append(plot(f"{name}-{metric}", spec, label, caption))
+        plots.append(Plot(f"{name}-{metric}", spec, label, caption))
         means = {(mean["arm"], mean["epoch"]): mean["value"] for mean in found.means}
         rows = [
             (str(epoch), [number_cell(means.get((arm, epoch)), ".2f") for arm in arms])
             for epoch in sorted({epoch for _, epoch in means})
         ]
         title = f"{words.capitalize()} by epoch, %, as a table"
-        tables.append(folded(title, sortable(title, ("epoch", *arms), rows)))
-    if not figures:
-        return "<h3>Learning curves</h3>\n<p>No metrics.jsonl with accuracies is in the folder.</p>"
-    return f'<h3>Learning curves</h3>\n<div class="plots">{"".join(figures)}</div>{"".join(tables)}'
+        tables.append((title, Table(title, ("epoch", *arms), rows)))
+    return Curves(plots, tables)
 
 
-def provenance(results: dict[str, Any]) -> str:
-    """The command, the machine and versions, the whole configuration."""
+class Provenance(NamedTuple):
+    """How to repeat a run, and where its numbers come from."""
+
+    command: str
+    facts: list[tuple[str, str]]
+    fields: str
+
+
+def provenance(results: dict[str, Any]) -> Provenance:
+    """Return the command, the machine and versions, the whole configuration."""
     try:
         command = command_to_repeat(results) or "not a registered experiment"
         fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
@@ -310,10 +333,4 @@ def provenance(results: dict[str, Any]) -> str:
         "seconds": f"{results['wall_seconds']:.0f}",
         "resumed": f"{len(results.get('resumed', []))} times",
     }
-    rows = "".join(
-        f'<tr><th scope="row">{text_of(key)}</th><td>{text_of(value)}</td></tr>' for key, value in where.items()
-    )
-    facts = f'<table class="facts"><caption>Where the numbers come from</caption><tbody>{rows}</tbody></table>'
-    return f'<pre tabindex="0" role="region" aria-label="Command">{text_of(command)}</pre>\n{facts}\n' + folded(
-        "The configuration", f'<pre tabindex="0" role="region" aria-label="Fields">{text_of(fields)}</pre>'
-    )
+    return Provenance(command, list(where.items()), fields)

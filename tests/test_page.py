@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import html
+import io
 import json
 import re
 import shutil
@@ -13,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnnlib import charts, page
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
 from cnnlib.errors import UserError
-from cnnlib.mistakes import drawing
+from cnnlib.mistakes import lines, png
 from cnnlib.page import write_report
 from cnnlib.predictions import read_answers
 from cnnlib.run import run
@@ -65,9 +69,9 @@ class Cells(HTMLParser):
 def rows_of(text, label):
     """The texts of the rows of the tables that have this caption."""
     cells = Cells()
-    for table in re.findall(rf'<table><caption class="unseen">{label}</caption>.*?</table>', text):
+    for table in re.findall(rf'<table><caption class="unseen">{label}</caption>.*?</table>', text, re.DOTALL):
         cells.feed(table)
-    return [row for row in cells.rows if row]
+    return [[cell.strip() for cell in row] for row in cells.rows if row]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def test_confusions_and_mistakes_are_those_of_the_answers(report):
     with np.load(folder / "one" / "predictions" / "conv.npz") as found:
         labels, predicted, worst = found["labels"], found["predicted"], found["worst"]
     share = np.mean([(lane[labels == 1] == 1).mean() for lane in predicted])
-    (matrix,) = re.findall(r"<caption>conv: percent of a true class.*?</table>", text)[:1]
+    (matrix,) = re.findall(r"<caption>conv: percent of a true class.*?</table>", text, re.DOTALL)[:1]
     assert f">{100 * share:.1f}</td>" in matrix
     assert all(f"Test example {index}:" in text for index in worst)
     assert "This run keeps no predictions" in text  # the second one was copied without them
@@ -200,7 +204,7 @@ def test_classes_have_their_names_where_the_data_have_some(report, tmp_path):
 def test_a_configuration_of_another_version_is_shown_as_it_stands(report, tmp_path):
     text = altered(report, tmp_path / "run", lambda results: results["config"].update(colour="green"))
     assert "not known to this version of cnnlib: no field config.colour" in text
-    assert "&quot;colour&quot;: &quot;green&quot;" in text
+    assert '"colour": "green"' in html.unescape(text)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "a" + "/.." * 9 + "/etc/passwd"])
@@ -295,10 +299,11 @@ def test_the_missing_extra_is_named(monkeypatch, tmp_path):
 
 
 def test_signals_and_colours_are_drawn():
-    long = drawing(np.linspace(0, 1, 4000, dtype=np.float32)[:, None], "a ramp")
-    assert "0 0 60 60" in long and ' 59.0,1.0"' in long  # as high as wide, from the lower left to the upper right
-    assert drawing(np.linspace(0, 1, 40, dtype=np.float32)[:, None], "a ramp").count("<polyline") == 1
-    assert 'alt="a &quot;photo&quot;"' in drawing(np.zeros((4, 4, 3), np.uint8), 'a "photo"')
+    (long,) = lines(np.linspace(0, 1, 4000, dtype=np.float32)[:, None])
+    assert long.startswith("1.0,59.0 ") and long.endswith(" 59.0,1.0")  # from the lower left to the upper right
+    assert len(lines(np.zeros((40, 2), np.float32))) == 2
+    image = Image.open(io.BytesIO(base64.b64decode(png(np.full((4, 5, 3), 7, np.uint8)))))
+    assert (image.size, image.mode, image.getpixel((0, 0))) == ((5, 4), "RGB", (7, 7, 7))
 
 
 @pytest.mark.slow
