@@ -246,8 +246,9 @@ class _LatestAndBest:
 
 
 def _told_of(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    """Keep back what tensorstore says of reads and writes that end after another one has failed, which is raised."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Keep back what is said of reads and writes that end after another one has failed, which is raised."""
+    error = unraisable.exc_value
+    if str(error) != "Event loop is closed" and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
         hook(unraisable)
 
 

@@ -143,9 +143,9 @@ class _Copy:
     def __init__(self, folder: Path, mode: str) -> None:
         import wandb
 
-        self._wandb, self._folder, self._mode = wandb, folder, mode
+        self._library, self._folder, self._mode = wandb, folder, mode
         self._record, config = read_json(folder / RECORD), read_json(folder / "config.json")
-        self._options, self._runs = from_dict(config["wandb"], Wandb), dict[str, list[Any]]()
+        self._fields, self._runs = from_dict(config["wandb"], Wandb), dict[str, list[Any]]()
         self._group = self._open(
             "group", f"{self._record['experiment']} group", "group", plain({**config, "arms": len(config["arms"])})
         )
@@ -155,7 +155,8 @@ class _Copy:
         arm, epoch = lines[0]["arm"], lines[0]["epoch"]
         if arm not in self._runs:
             self._group.define_metric(f"{arm}/*", step_metric=f"{arm}/epoch")
-            self._runs[arm] = list(self._open_lanes(arm, lines)) if self._options.per == "lane" else []
+            wandb = self._fields
+            self._runs[arm] = list(self._open_lanes(arm, lines)) if wandb.per == "lane" else []
         for run, line in zip(self._runs[arm], lines, strict=False):
             row = {key: line.get(key) for key in SUMMARIES}
             run.log(finite({"epoch": epoch, **row, "diverged": int(line["status"] != "ok")}), step=epoch)
@@ -197,9 +198,9 @@ class _Copy:
         for run in itertools.chain(*self._runs.values()):
             run.finish(exit_code=status)
         if status == 0 and isinstance(results := read_json(self._folder / "results.json"), dict):
-            table = self._wandb.Table(columns=[*COLUMNS], data=[[*row] for row in rows(results)])
+            table = self._library.Table(columns=[*COLUMNS], data=[[*row] for row in rows(results)])
             figure = self._folder / "accuracy.png"
-            figures = {"accuracy": self._wandb.Image(str(figure))} if figure.exists() else {}
+            figures = {"accuracy": self._library.Image(str(figure))} if figure.exists() else {}
             self._group.log({"results": table, **figures})
         self._group.finish(exit_code=status)
         if self._mode == "offline":
@@ -207,13 +208,13 @@ class _Copy:
             sys.stdout.write(f"W&B: the copy is on the disk; to upload it: wandb sync {where}\n")
 
     def _open(self, part: str, name: str, job_type: str, config: dict[str, Any]) -> Any:
-        options, identity = self._options, self._record["id"]
-        known = {name: value for name, value in SETTINGS.items() if name in self._wandb.Settings.model_fields}
-        return self._wandb.init(
-            entity=options.entity,
-            project=options.project,
-            notes=options.notes or None,
-            tags=[*self._record["tags"], *options.tags],
+        wandb, identity = self._fields, self._record["id"]
+        known = {name: value for name, value in SETTINGS.items() if name in self._library.Settings.model_fields}
+        return self._library.init(
+            entity=wandb.entity,
+            project=wandb.project,
+            notes=wandb.notes or None,
+            tags=[*self._record["tags"], *wandb.tags],
             group=f"{self._record['experiment']} {self._folder.name} {identity}",
             job_type=job_type,
             id=f"{identity}-{part}",
@@ -223,7 +224,7 @@ class _Copy:
             mode=self._mode,  # type: ignore[arg-type]
             reinit="create_new",
             resume="allow",
-            settings=self._wandb.Settings(**known),
+            settings=self._library.Settings(**known),
         )
 
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from cnnlib.executors import accelerators
+from cnnlib.launch.jobs import gpus
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not any(accelerators() or []), reason="there is no GPU here"),
+    pytest.mark.skipif(not any(gpus() or []), reason="there is no GPU here"),
 ]
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"

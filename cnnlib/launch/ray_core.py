@@ -33,7 +33,10 @@ class RayJobs:
         """
         if find_spec("ray") is None:
             raise UserError("--executor ray needs cnnlib's extra `ray`: pip install -e '.[ray]'")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would warn of a cluster that is not there for five minutes, line by line, before it gives up.
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_BACKEND_LOG_LEVEL": "error"}
+        for variable, value in quiet.items():
+            os.environ.setdefault(variable, value)
         address = address or os.environ.get("RAY_ADDRESS") or None
         import ray
 
