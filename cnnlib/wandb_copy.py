@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cnnlib.config import SETTING_FIELDS, LaneNumbers, Wandb
+from cnnlib.config import SETTING_FIELDS, Experiment, LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.fields import from_dict
 from cnnlib.folder import ARMS, RECORD, inside, read_json
@@ -145,7 +145,8 @@ class _Copy:
 
         self._library, self._folder, self._mode = wandb, folder, mode
         self._record, config = read_json(folder / RECORD), read_json(folder / "config.json")
-        self._fields, self._runs = from_dict(config["wandb"], Wandb), dict[str, list[Any]]()
+        experiment = from_dict({key: value for key, value in config.items() if key != "experiment"}, Experiment)
+        self._fields, self._runs = experiment.wandb, dict[str, list[Any]]()
         self._group = self._open(
             "group", f"{self._record['experiment']} group", "group", plain({**config, "arms": len(config["arms"])})
         )

@@ -171,7 +171,7 @@ OWNERS = {
 
 def fields_read():
     """(owner, field) of every `owner.field` and `....owner.field` in the code, such as ("optim", "name")."""
-    for path in Path(cnnlib.__file__).parent.glob("*.py"):
+    for path in Path(cnnlib.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 owner = node.value
