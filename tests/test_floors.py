@@ -15,7 +15,7 @@ import experiments
 pytestmark = pytest.mark.once
 
 FLOORS = [
-    {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "priority", "machine"},
+    {"defects", "errors", "cache", "style", "tables", "watcher", "stopping", "machine"},
     {"overlap", "multihost", "known_bad", "geometry", "aot.hlo", "aot.schedule", "aot.hardware"},
     {"spec", "registry", "kernels"},
     {"architectures", "cost", "lowerings", "windows"},
