@@ -1,4 +1,4 @@
-"""What of this machine a process may use: cores and memory, where its control groups leave less than there is."""
+"""What of this machine a process may use: cores and memory, as its control groups leave them, and GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import resource
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -72,3 +73,19 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
     """The whole number that follows the start of a line, as the kernel's accounts have it."""
     found = re.search(pattern + r"\s+(\d+)", text, re.MULTILINE)
     return int(found[1]) if found else otherwise
+
+
+def gpus() -> list[dict[str, str]] | None:
+    """Return what tells a process to take one of this machine's GPUs, for each; one entry for all of a TPU."""
+    asked = os.environ.get("JAX_PLATFORMS", "").split(",")
+    if asked != [""] and not {"cuda", "gpu", "tpu"} & set(asked):
+        return None
+    if find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        place = Path("/proc/driver/nvidia/gpus")
+        names = [str(number) for number in range(len(list(place.iterdir())))] if place.is_dir() else []
+        names = names if visible is None else [name for name in visible.split(",") if name and name != "-1"]
+        if names:
+            return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    is_tpu = find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
+    return [{}] if is_tpu else None

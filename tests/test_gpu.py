@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cnnlib.launch.jobs import gpus
+from cnnlib.machine import gpus
 
 pytestmark = [
     pytest.mark.slow,

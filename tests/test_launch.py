@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cnnlib import machine
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
 from cnnlib.launch import jobs, merge, ray_core
@@ -241,7 +242,7 @@ def test_jobs_take_cores_or_gpus(monkeypatch):
     assert room(one, 5) == ([{}] * 2, 1)
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(jobs, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
     assert room(one, 5) == ([{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}], None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert room(one, 5) == ([{}] * 2, 1)

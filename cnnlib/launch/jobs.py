@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from cnnlib.config import Experiment
 from cnnlib.errors import UserError
 from cnnlib.folder import JOBS
-from cnnlib.machine import cores_here, free_memory
+from cnnlib.machine import cores_here, free_memory, gpus
 from cnnlib.resolve import Part, TrainedArm
 
 BYTES_PER_JOB = 2**31
@@ -99,19 +97,3 @@ def slots(devices: int | None, at_a_time: int | None) -> list[dict[str, str]]:
         found = [{}] * (cores // (devices or cores))
     most = at_a_time or max(1, free_memory() // BYTES_PER_JOB)
     return found[:most] if len(found) >= most or at_a_time is None else found + [{}] * (at_a_time - len(found))
-
-
-def gpus() -> list[dict[str, str]] | None:
-    """Return what tells a process to take one of this machine's GPUs, for each; one entry for all of a TPU."""
-    asked = os.environ.get("JAX_PLATFORMS", "").split(",")
-    if asked != [""] and not {"cuda", "gpu", "tpu"} & set(asked):
-        return None
-    if find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        place = Path("/proc/driver/nvidia/gpus")
-        names = [str(number) for number in range(len(list(place.iterdir())))] if place.is_dir() else []
-        names = names if visible is None else [name for name in visible.split(",") if name and name != "-1"]
-        if names:
-            return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
-    is_tpu = find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
-    return [{}] if is_tpu else None
