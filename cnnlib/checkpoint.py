@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import os
 import re
 import shutil
 import sys
@@ -109,7 +110,8 @@ class Checkpoints:
         import orbax.checkpoint as orbax  # takes as long as several checkpoints
 
         # What Orbax tells of its own doings is no news for the user; what it raises is.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         sys.unraisablehook = functools.partial(_told_of, sys.unraisablehook)
         return orbax
 
@@ -261,5 +263,5 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     text = " ".join((str(error).strip() or type(error).__name__).split())
-    system = re.search(r"([^:]*) \[os_error_code='\d+'", text)  # what tensorstore says behind two long paths
-    return system[1].strip() if system else text[:300]
+    system = re.search(r"os_error_code='(\d+)'", text)  # what tensorstore says behind long paths
+    return os.strerror(int(system[1])) if system else text[:300]

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 
+import jax
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from cnnlib.checkpoint import Checkpoints, Unreadable
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes
 from cnnlib.errors import UserError
 from cnnlib.folder import RunFolder
+from cnnlib.mesh import spread
+from cnnlib.programs import state_shapes
 from cnnlib.resolve import resolve
 from cnnlib.resume import read_arm
 from cnnlib.run import run
@@ -176,14 +179,13 @@ def malformed_checkpoints(finished, tmp_path, data):
         victim.write_bytes(data.draw(st.binary(max_size=60)))
     elif kind == "folder":
         victim.mkdir()
+    (arm,) = resolve(EXPERIMENT)
+    like = state_shapes(arm, spread(len(arm.lanes), jax.devices()[:1], EXPERIMENT.batch_size))
     kept = Checkpoints(tmp_path / "kept")
     with contextlib.closing(kept), contextlib.suppress(Unreadable, UserError):
         for epoch in kept.epochs():
             assert isinstance(kept.progress(epoch), dict)
-            words = json.loads((finished / "checkpoints" / "full" / "1" / "progress" / "metadata").read_text())[
-                "layout"
-            ]
-            kept.words(epoch, (2, sum(leaf[-1] for leaf in words)))
+            kept.state(epoch, like, len(arm.lanes))
 
 
 def malformed_data_sets(tmp_path, data):
