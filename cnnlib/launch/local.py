@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -24,7 +25,7 @@ class LocalJobs:
         self._slots, self._retries, self._says = slots, retries, says
         self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._is_stopping = False
+        self._asking, self._is_stopping = threading.Lock(), False
 
     def run(self, commands: Mapping[str, Sequence[str]], place: Path, stop: Callable[[], bool]) -> None:
         """Run the commands of the jobs; their outputs go to `place/JOB.log`.
@@ -49,11 +50,12 @@ class LocalJobs:
                     elif not self._is_stopping:
                         error = error or failure(job, status, place / f"{job}.log")
                 if (error is not None or stop()) and not self._is_stopping:
-                    self._is_stopping = True
                     for future in waiting:
                         future.cancel()
-                    for process in list(self._running.values()):
-                        process.terminate()
+                    with self._asking:
+                        self._is_stopping = True
+                        for process in self._running.values():
+                            process.terminate()
         if error is not None:
             raise error
         if self._is_stopping and finished < len(commands):
@@ -69,9 +71,13 @@ class LocalJobs:
                 with log.open("ab") as file:  # Ctrl-C is for this process, which then asks the jobs to stop
                     output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
                     process = subprocess.Popen(command, env={**os.environ, **slot}, **output)  # type: ignore[call-overload]
-                    self._running[job] = process
+                    with self._asking:  # each is asked once: a job that is asked twice saves nothing
+                        self._running[job] = process
+                        if self._is_stopping:
+                            process.terminate()
                     status = process.wait()
-                    del self._running[job]
+                    with self._asking:
+                        del self._running[job]
                 if status >= 0 or self._is_stopping:
                     break
                 again = (
