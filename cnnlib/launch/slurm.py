@@ -15,9 +15,10 @@ SIGNAL_SECONDS = 120
 """Seconds before its time limit at which Slurm asks a job to save its epoch and end."""
 REQUEUED = """\
 # The job saves its epoch and ends when Slurm asks it to, ahead of the time limit.
-trap 'kill -TERM "$run"' TERM
+trap 'asked=yes; kill -TERM "$run"' TERM
 eval "exec ${commands[$SLURM_ARRAY_TASK_ID]}" &
 run=$!
+[ -z "$asked" ] || kill -TERM "$run" # asked between these two lines
 wait "$run"
 status=$?
 while kill -0 "$run" 2> /dev/null; do # the first wait ends when the signal comes
