@@ -112,7 +112,7 @@ def train_arm(
 
 
 def write_finished(training: Training) -> None:
-    """Write what arms came to, each once its last checkpoint is on the disk."""
+    """Write the results of finished arms, each after its last checkpoint is on the disk."""
     while training.unwritten:
         finished, checkpoints = training.unwritten.pop(0)
         if checkpoints is not None:
@@ -313,7 +313,7 @@ def save(
     so_far: SoFar,
     accuracy: float | None,
 ) -> None:
-    """Begin to write a checkpoint of what the arm has come to; it may be the best one."""
+    """Begin to write a checkpoint of the arm; it may be the best one."""
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
         so_far.best = [float(so_far.epoch), accuracy]
     checkpoints.best = None if so_far.best is None else int(so_far.best[0])
@@ -348,7 +348,7 @@ class TrainedModel(NamedTuple):
 
 
 def trained_models(hosts: Hosts, arm: TrainedArm, own: list[State]) -> list[TrainedModel]:
-    """Describe the models of all lanes, of which each host has its `own`: the models stay where they are."""
+    """Describe the models of all lanes. Each host describes its `own` ones; no weights are sent."""
     is_sparse = any(arm.experiment.optim.l1)
     described = [
         TrainedModel(
@@ -439,7 +439,7 @@ def _metrics(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[st
 def lane_results_of(
     lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], models: list[TrainedModel]
 ) -> list[dict[str, Any]]:
-    """Return what each lane came to."""
+    """Return the results of each lane."""
     results = []
     for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True)):
         means = _metrics(sums, lane, model.diverged)

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,15 +105,9 @@ class Checkpoints:
         self.written_at = 0.0
         """When it was, by `time.monotonic`."""
 
-    @functools.cached_property
+    @property
     def _orbax(self) -> Any:
-        import orbax.checkpoint as orbax  # takes as long as several checkpoints
-
-        # What Orbax tells of its own doings is no news for the user; what it raises is.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        sys.unraisablehook = functools.partial(_told_of, sys.unraisablehook)
-        return orbax
+        return _quiet_orbax()
 
     @functools.cached_property
     def _manager(self) -> Any:
@@ -247,11 +241,27 @@ class _LatestAndBest:
         return [c.step in newest or c.step == self._checkpoints.best for c in checkpoints]
 
 
-def _told_of(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    """Keep back what is said of reads and writes that end after another one has failed, which is raised."""
-    error = unraisable.exc_value
-    if str(error) != "Event loop is closed" and not isinstance(getattr(error, "__cause__", None), GeneratorExit):
-        hook(unraisable)
+@functools.cache
+def _quiet_orbax() -> Any:
+    """Import Orbax once, which takes as long as several checkpoints, and keep back its reports: what it raises counts.
+
+    After one read or write has failed, which is raised, others end with tracebacks of their own. Those of other
+    libraries still appear.
+    """
+    import orbax.checkpoint as orbax
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        text = str(unraisable.exc_value)
+        is_of_a_callback = unraisable.object is None and text == "Event loop is closed"
+        if not (is_of_a_callback or text.startswith("Encountered error while reading array index")):
+            hook(unraisable)
+
+    sys.unraisablehook = report
+    return orbax
 
 
 def _flat(tree: Any) -> dict[str, Any]:

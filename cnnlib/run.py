@@ -85,7 +85,7 @@ def run(
         hosts: The processes of a run on several hosts, which all call this together.
         check: Check the backend before training. The results say whether it was.
         profile: Write a trace of one epoch of each arm into the folder `profile`; that epoch takes longer.
-        merged: What jobs in `out` have come to. Nothing is trained: it becomes the results of the run.
+        merged: The results of the jobs in `out`. Nothing is trained; they become the results of the run.
 
     Returns what `results.json` holds.
 
@@ -404,7 +404,7 @@ class Compiled:
 
 
 def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], force: bool, watcher: Watcher) -> list[str]:
-    """Return, in words, where jobs have computed something else than this process would; the user is told.
+    """Return, in words, how jobs differ from what this process would compute, and tell the user.
 
     `expected` is the identity that a job of an arm must have, by the name of the arm. Raises UserError where the
     results would be of two kinds of runs, without `force`.
@@ -423,7 +423,7 @@ def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], forc
 
 
 def keep_merged(held: RunFolder, merged: Merged) -> None:
-    """Write what jobs have come to as finished arms of the run."""
+    """Write the results of jobs as finished arms of the run."""
     for arm, finished in merged.finished.items():
         write_answers(held, arm, merged.answers[arm])
         write_arm(held, finished)

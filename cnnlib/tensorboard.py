@@ -30,7 +30,7 @@ class TensorBoard(Watcher):
         self._folder = inside(beginning.folder, beginning.folder / TENSORBOARD)
 
     def epoch_ends(self, report: EpochReport) -> None:
-        """Write what each lane came to, and their means."""
+        """Write the metrics of each lane, and their means."""
         *lanes, mean = self._of(report.arm, report.lines)
         for writer, line in zip(lanes, report.lines, strict=True):
             self._write(writer, {key: line.get(key) for key in METRICS}, report.epoch)

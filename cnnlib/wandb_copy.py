@@ -152,7 +152,7 @@ class _Copy:
         )
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Log what the lanes of an arm came to in one epoch, and their means."""
+        """Log the metrics of an arm's lanes for one epoch, and their means."""
         arm, epoch = lines[0]["arm"], lines[0]["epoch"]
         if arm not in self._runs:
             self._group.define_metric(f"{arm}/*", step_metric=f"{arm}/epoch")

@@ -18,6 +18,7 @@ import pytest
 from cnnlib import machine
 from cnnlib.config import Arm, Checkpoint, Data, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
+from cnnlib.folder import RunFolder
 from cnnlib.launch import jobs, merge, ray_core
 from cnnlib.launch.jobs import Launch, divided
 from cnnlib.launch.local import LocalJobs
@@ -298,6 +299,14 @@ def test_jobs_that_are_asked_to_stop_save_and_no_other_begins(tmp_path):
     with pytest.raises(Stopped, match="stopped: 0 of 2 jobs are finished, what the others have is saved"):
         started.run({"a": shell(waits), "b": shell("exit 0")}, tmp_path, (tmp_path / "ready").exists)
     assert (tmp_path / "a.log").read_text() == "saved\n" and not (tmp_path / "b.log").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_jobs_that_still_run_are_left_alone(more, capsys, tmp_path):
+    with RunFolder(tmp_path / "jobs" / "mlp"):
+        assert main(["run", "mnist1d", "--executor", "local", "--wandb", "off", "--out", str(tmp_path), *more]) == 2
+    assert f"job mlp in {tmp_path} is running: wait for its end" in capsys.readouterr().err
+    assert (tmp_path / "jobs" / "mlp").is_dir()
 
 
 def test_what_has_no_meaning_is_said_in_one_line(capsys, tmp_path, monkeypatch):

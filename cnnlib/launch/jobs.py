@@ -70,7 +70,7 @@ def divided(arms: Sequence[TrainedArm], seeds_per_job: int | None) -> list[str]:
 
 
 def command(name: str, overrides: Sequence[str], job: str, out: Path, more: Sequence[str]) -> list[str]:
-    """Return the command of a job of the experiment `name`, which goes on with what it has done before."""
+    """Return the command that trains `job` of the experiment `name`; it resumes from the job's checkpoint."""
     run = [sys.executable, "-m", "experiments", "run", name, *overrides, "--part", job]
     return [*run, "--out", str(out / JOBS / job), "--resume", "--wandb", "off", *more]
 

@@ -90,7 +90,7 @@ class LocalJobs:
 
 
 def failure(job: str, status: int, log: Path) -> Exception:
-    """Return what a job's failure is for the run: a mistake of the user, or an error that nobody expected."""
+    """Return the error of the run for a failed job: UserError for a user's mistake, otherwise RuntimeError."""
     if status < 0:
         return UserError(f"job {job} was killed by {signal.Signals(-status).name} each time")
     lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]

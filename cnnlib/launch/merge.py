@@ -21,7 +21,7 @@ from cnnlib.resume import FinishedArm, read_arm
 
 
 class Merged(NamedTuple):
-    """What the jobs of a run came to."""
+    """The results of the jobs of a run."""
 
     name: str
     """Of the experiment."""

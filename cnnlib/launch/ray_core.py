@@ -18,7 +18,7 @@ from typing import Any
 from cnnlib.errors import Stopped, UserError
 
 PASSED_ON = ("CNNLIB_", "JAX_", "LIBTPU_", "MALLOC_", "TFDS_", "XLA_")
-"""Beginnings of the names of variables that a job has from whoever asked for it, and not from its node."""
+"""Prefixes of the environment variables that a job takes from the launching process instead of its node."""
 LOOK = 0.5
 """Seconds from one look at whether somebody wants to stop to the next."""
 

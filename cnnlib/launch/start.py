@@ -9,7 +9,7 @@ from typing import Any
 
 from cnnlib.config import Experiment
 from cnnlib.errors import UserError
-from cnnlib.folder import JOBS, RECORD, RunFolder, check, inside, state
+from cnnlib.folder import JOBS, RECORD, RunFolder, check, inside, is_locked, state
 from cnnlib.launch.jobs import Launch, command, devices_per_job, divided, slots
 from cnnlib.launch.local import LocalJobs
 from cnnlib.launch.slurm import array_script, merge_script, submit
@@ -53,6 +53,10 @@ def start(
     room = slots(devices, launch.jobs_at_a_time) if launch.executor == "local" else []
     check(out)
     with RunFolder(out) as held:
+        if running := [job.name for job in (out / JOBS).glob("*/") if is_locked(job)]:
+            raise UserError(
+                f"job {running[0]} in {out} is running: wait for its end, or give another folder with --out"
+            )
         if resume:
             _check_same_division(out, jobs)
         elif (earlier := held.make_room()) is not None:
