@@ -38,7 +38,7 @@ class TensorBoard(Watcher):
 
     def _of(self, arm: str, lines: list[dict[str, Any]]) -> list[Any]:
         if arm not in self._writers:
-            from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+            from tensorboardX import SummaryWriter
 
             lanes = [{key: line[key] for key in LaneNumbers._fields} for line in lines]
             names = [*(lane_name(arm, lane, lanes) for lane in lanes), "mean"]

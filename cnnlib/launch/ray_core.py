@@ -7,6 +7,7 @@ and the job goes on from its checkpoint: its folder lies on a file system that a
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -42,8 +43,10 @@ class RayJobs:
 
         with _signals_kept():
             try:
-                ours = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
-                ray.init(**ours, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
+                ours: dict[str, Any] = {"address": address or "local"}
+                if address is None:
+                    ours["include_dashboard"] = False
+                ray.init(**ours, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"--executor ray: no cluster at {address or 'this machine'}: {reason}") from error
