@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +39,8 @@ TPU_SIGNAL_GROUP = 8
 """Lanes of a net with windows on signals that are vectorised on a TPU (docs/accelerators.md)."""
 EVALUATION_BYTES = 2**26
 """500 examples of 105x105x3 as float32."""
+COMPILERS = 2
+"""Programs that are compiled side by side. Each takes memory, and XLA gives each several threads."""
 KEPT_FROM = 0.05
 """Seconds that a program took to compile, to be worth its place on the disk."""
 LITTLE_OPTIMISED = {"xla_backend_optimization_level": 1}
@@ -142,15 +145,21 @@ def compile_programs(
     arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
 ) -> Programs:
     """`compiled_in_precision` in the precision that the arm asks for, whatever JAX's own setting is."""
-    with jax.default_matmul_precision(arm.experiment.precision):
-        return compiled_in_precision(arm, feed, devices, before, hosts)
+    with jax.default_matmul_precision(arm.experiment.precision), ThreadPoolExecutor(COMPILERS) as pool:
+        return compiled_in_precision(arm, feed, devices, before, hosts, pool)
 
 
 def compiled_in_precision(
-    arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None, hosts: Hosts
+    arm: TrainedArm,
+    feed: ExamplesOf,
+    devices: Sequence[jax.Device],
+    before: int | None,
+    hosts: Hosts,
+    pool: ThreadPoolExecutor,
 ) -> Programs:
     """Compiles every program of an arm ahead of its first call, with as many lanes at a time as fit in the memory.
 
+    While one program is compiled, or loaded from the cache, by a thread of `pool`, the next one is traced.
     The lanes are spread over the devices, each of which has the examples, or a chunk of them.
     `before` is how many there were in the session that this one goes on with. Raises UserError where one lane at a time
     does not fit, or not as many as `lanes.at_a_time` asks for, with the number that would.
@@ -166,14 +175,18 @@ def compiled_in_precision(
     )
     too_many: str | None = None
     start = time.perf_counter()
+
+    def in_background(program: Any, *arguments: Any, options: Any = None) -> Future[Any]:
+        return pool.submit(program.lower(*arguments).compile, options)
+
     # Initialising runs once, so it is neither vectorised nor much optimised: it compiles in a fraction of the time,
     # to the same bits.
     initialize = spread.compiled_for(train.over_lanes(begin(recipe), at_a_time=1))
     states, keys = jax.eval_shape(initialize, numbers)
-    initial = initialize.lower(numbers).compile(LITTLE_OPTIMISED if device.platform == "cpu" else None)
+    initial = in_background(initialize, numbers, options=LITTLE_OPTIMISED if device.platform == "cpu" else None)
     keep = None
     if arm.experiment.checkpoint.every:
-        keep = spread.compiled_for(checkpoint.snapshot).lower((states, keys)).compile()
+        keep = in_background(spread.compiled_for(checkpoint.snapshot), (states, keys))
     model = (states.parameters, states.statistics)
     while True:
 
@@ -188,23 +201,24 @@ def compiled_in_precision(
             return spread.compiled_for(own, lane_arguments, shared_arguments, **options)
 
         predict = mapped(evaluation.predict(recipe, tested_at_once), 2)
-        compiled = {"test": predict.lower(*model, splits["test"]).compile()}
+        compiling = {"test": in_background(predict, *model, splits["test"])}
         if feed.is_streamed:
             chunk = mapped(train.chunk(recipe, arm.steps), 2, shared_arguments=2, donate_argnums=0)
-            compiled["train"] = chunk.lower(states, numbers, splits["train"], place).compile()
+            compiling["train"] = in_background(chunk, states, numbers, splits["train"], place)
             first = mapped(evaluation.evaluate_first(recipe, tested_at_once), 2, shared_arguments=2)
-            compiled["fit"] = first.lower(*model, splits["train"], place.steps).compile()
+            compiling["fit"] = in_background(first, *model, splits["train"], place.steps)
         else:
             epoch = mapped(train.epoch(recipe), 2, donate_argnums=0)
-            compiled["train"] = epoch.lower(states, numbers, splits["train"]).compile()
+            compiling["train"] = in_background(epoch, states, numbers, splits["train"])
             fit = mapped(evaluation.fit(recipe, tested_at_once), 3)
-            compiled["fit"] = fit.lower(*model, numbers, splits["train"]).compile()
+            compiling["fit"] = in_background(fit, *model, numbers, splits["train"])
         if "validation" in splits:
             if feed.is_streamed:  # chunks of all parts are alike
-                compiled["validation"] = compiled["fit"]
+                compiling["validation"] = compiling["fit"]
             else:
                 evaluate = mapped(evaluation.evaluate(recipe, tested_at_once), 2)
-                compiled["validation"] = evaluate.lower(*model, splits["validation"]).compile()
+                compiling["validation"] = in_background(evaluate, *model, splits["validation"])
+        compiled = {name: program.result() for name, program in compiling.items()}
         # The examples are on the device already: what a program takes includes them, what is free does not. Of a stream
         # there are three chunks, which devices of one memory share.
         own = max(
@@ -236,13 +250,13 @@ def compiled_in_precision(
     if wanted and too_many:
         raise UserError(f"{too_many}; {at_a_time} at a time would fit: lanes.at_a_time={at_a_time}")
     return Programs(
-        initial,
+        initial.result(),
         compiled["train"],
         compiled["test"],
         compiled["fit"],
         compiled.get("validation"),
         compiled.get("distance"),
-        keep,
+        keep and keep.result(),
         spread,
         at_a_time,
         need,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from cnnlib.config import SETTING_FIELDS
-from cnnlib.style import STYLE, pyplot_for_files
+from cnnlib.style import STYLE
 from cnnlib.tables import markdown_table, print_table
 from cnnlib.tracking import write_whole
 from cnnlib.watcher import Watcher
+
+if TYPE_CHECKING:  # imported when it is used, which takes half a second
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "arm",
@@ -122,33 +125,32 @@ class ReportWriter(Watcher):
     def run_ends(self, results: dict[str, Any]) -> None:
         """Draws and tabulates what the run came to."""
         write_whole(self._folder / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
-        write_whole(self._folder / "accuracy.png", lambda path: accuracy_figure(results, path))
+        write_whole(self._folder / "accuracy.png", accuracy_figure(results).savefig)
 
 
 MOST_NAMED = 8
 """Arms whose names find room beside their points."""
 
 
-def accuracy_figure(results: dict[str, Any], path: Path) -> None:
-    """Test accuracy: every lane a dot, the mean of each setting with its interval.
+def accuracy_figure(results: dict[str, Any]) -> Figure:
+    """Draw test accuracy: one dot per lane, and the mean of each setting with its interval.
 
-    Against parameters on a log axis; of more than `MOST_NAMED` arms, a row an arm.
+    The other axis is the number of parameters, logarithmic. More than `MOST_NAMED` arms get one row per setting.
     """
-    if len(results["arms"]) <= MOST_NAMED:
-        parameters_figure(results, path)
-    else:
-        rows_figure(results, path)
+    return parameters_figure(results) if len(results["arms"]) <= MOST_NAMED else rows_figure(results)
 
 
-def rows_figure(results: dict[str, Any], path: Path) -> None:
-    """A row for each setting of each arm, in their order from the top."""
-    pyplot, _ = pyplot_for_files()
+def rows_figure(results: dict[str, Any]) -> Figure:
+    """Draw one row per setting of each arm, in their order from the top."""
+    from matplotlib.figure import Figure
+
     points = [
         (arm, setting, arm["name"] + setting_text(results, arm, index))
         for arm in results["arms"]
         for index, setting in enumerate(arm["settings"])
     ]
-    figure, axes = pyplot.subplots(figsize=(7.0, 1.2 + 0.3 * len(points)), layout="constrained")
+    figure = Figure(figsize=(7.0, 1.2 + 0.3 * len(points)), dpi=110, layout="constrained")
+    axes = figure.subplots()
     labelled: set[str] = set()
     for row, (arm, setting, _) in enumerate(points):
         color, marker = STYLE[arm["connectivity"]]
@@ -168,8 +170,7 @@ def rows_figure(results: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %")
     _finish(axes, results)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
 def _finish(axes: Any, results: dict[str, Any]) -> None:
@@ -181,13 +182,16 @@ def _finish(axes: Any, results: dict[str, Any]) -> None:
         axes.legend(title="connectivity", loc="best")
 
 
-def parameters_figure(results: dict[str, Any], path: Path) -> None:
-    """Test accuracy against parameters on a log axis: every lane a dot, the mean of each setting with its interval.
+def parameters_figure(results: dict[str, Any]) -> Figure:
+    """Draw test accuracy against parameters: one dot per lane, and the mean of each setting with its interval.
 
     Of several settings of an arm, the one that validation chose is filled, the others are hollow.
     """
-    pyplot, ticker = pyplot_for_files()
-    figure, axes = pyplot.subplots(figsize=(7.0, 4.4), layout="constrained")
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
     labelled: set[str] = set()
     names: list[tuple[float, float, str]] = []
     for arm in results["arms"]:
@@ -236,8 +240,7 @@ def parameters_figure(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("test accuracy, %")
     _finish(axes, results)
     place_names(axes, names)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def place_names(axes: Any, names: list[tuple[float, float, str]]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +16,12 @@ from cnnlib.folder import read_json
 from cnnlib.overview import is_results
 from cnnlib.report import accuracy_figure, accuracy_text, match_text, setting_text
 from cnnlib.stats import mean_interval
-from cnnlib.style import STYLE, pyplot_for_files
+from cnnlib.style import STYLE
 from cnnlib.tables import markdown_table
 from cnnlib.tracking import command_to_repeat, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
 MOST_ROWS = 40
@@ -137,9 +139,9 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
         if not is_results(results):
             continue
         if results["experiment"] in ANALYSES:
-            write_whole(run / "curves.png", partial(curves_figure, results))
+            write_whole(run / "curves.png", curves_figure(results).savefig)
         else:
-            write_whole(run / "accuracy.png", partial(accuracy_figure, results))
+            write_whole(run / "accuracy.png", accuracy_figure(results).savefig)
     text = page(runs, asked_of, figures)
     write_whole(folder / "RESULTS.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "RESULTS.md"
@@ -193,15 +195,18 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
     )
 
 
-def curves_figure(results: dict[str, Any], path: Path) -> None:
-    """Test accuracy against the size of the training set: a line a reading, with intervals; a panel a task."""
-    pyplot, ticker = pyplot_for_files()
+def curves_figure(results: dict[str, Any]) -> Figure:
+    """Draw test accuracy against the size of the training set: one panel per task, one line per connectivity."""
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
+
     names = list(by_seed(results))
     tasks = list(dict.fromkeys(name.partition("_")[2] for name in names))
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     size = (max(6.0, 3.0 * columns), 4.2 if lines == 1 else 2.6 * lines)
-    figure, panels = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for panel in panels.flat[len(tasks) :]:
         panel.set_visible(False)
     for task, panel in zip(tasks, panels.flat, strict=False):
@@ -224,8 +229,7 @@ def curves_figure(results: dict[str, Any], path: Path) -> None:
     figure.supxlabel("training examples", fontsize=10)
     figure.supylabel("test accuracy, %", fontsize=10)
     panels.flat[0].legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
 def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:

@@ -4,7 +4,6 @@ import copy
 import io
 
 import pytest
-from matplotlib import pyplot
 from rich.console import Console
 
 from cnnlib import report
@@ -95,22 +94,16 @@ def test_settings_have_a_row_each_and_the_chosen_one_is_marked():
     assert report.rows(several())[1][5] == "-"
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """The axes of the figure, kept open, by drawing through the real function."""
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-
-    def draw(results):
-        report.accuracy_figure(results, tmp_path / "figure.png")
-        assert (tmp_path / "figure.png").stat().st_size > 10_000
-        return pyplot.gcf().axes[0]
-
-    yield draw
-    monkeypatch.undo()
-    pyplot.close("all")
+def drawn(results):
+    """The axes of the figure, which can be written."""
+    figure = report.accuracy_figure(results)
+    written = io.BytesIO()
+    figure.savefig(written)
+    assert len(written.getvalue()) > 10_000
+    return figure.axes[0]
 
 
-def test_the_figure_shows_every_lane_and_the_means_with_their_intervals(drawn):
+def test_the_figure_shows_every_lane_and_the_means_with_their_intervals():
     axes = drawn(RESULTS)
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "parameters" and "test accuracy" in axes.get_ylabel()
@@ -126,7 +119,7 @@ def test_the_figure_shows_every_lane_and_the_means_with_their_intervals(drawn):
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"full", "conv"}
 
 
-def test_many_settings_stay_at_the_size_that_the_arm_has(drawn):
+def test_many_settings_stay_at_the_size_that_the_arm_has():
     results = several()
     rates = [round(0.001 * n, 3) for n in range(1, 31)]
     results["arms"] = results["arms"][:1]
@@ -135,7 +128,7 @@ def test_many_settings_stay_at_the_size_that_the_arm_has(drawn):
     assert len(bars) == 30 and all(abs(x / 266_610 - 1) < 0.09 for x in bars)
 
 
-def test_a_figure_of_nothing_but_diverged_lanes_is_still_a_figure(drawn):
+def test_a_figure_of_nothing_but_diverged_lanes_is_still_a_figure():
     results = copy.deepcopy(RESULTS)
     for each in results["arms"]:
         each["settings"] = [setting(None, None, None, 0, diverged=2)]
