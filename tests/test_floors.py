@@ -33,7 +33,7 @@ FLOORS = [
     {"programs"},
     {"aot.arms", "backend", "check_table", "resume", "feeds", "growth", "overview", "charts", "mistakes"},
     {"arms"},
-    {"launch.merge"},
+    {"launch.merge", "launch.supervise"},
     {"run", "results_page", "page"},
     {"trained", "launch.jobs", "launch.local", "launch.slurm", "launch.ray_core"},
     {"launch.start"},
@@ -86,6 +86,7 @@ WITHOUT_JAX = {
     "launch.jobs",
     "launch.local",
     "launch.slurm",
+    "launch.supervise",
     "machine",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ from cnnlib.launch import jobs, merge, ray_core
 from cnnlib.launch.jobs import Launch, divided
 from cnnlib.launch.local import LocalJobs
 from cnnlib.launch.merge import merged, merged_answers, read_jobs
+from cnnlib.launch.supervise import supervise
 from cnnlib.predictions import Answers, answers_of, read_answers
 from cnnlib.resolve import Part, resolve
 from cnnlib.resume import FinishedArm
@@ -253,15 +255,18 @@ def shell(text):
     return ["sh", "-c", text]
 
 
-def local(retries=3, slots=2):
-    said = []
-    return LocalJobs([{"SLOT": str(number)} for number in range(slots)], retries, said.append), said
+def supervised(commands, place, stop=lambda: False, retries=3, slots=2, said=None):
+    """Run commands on this machine; returns what was said, which goes to `said` as well."""
+    said = [] if said is None else said
+    room = [{"SLOT": str(number)} for number in range(slots)]
+    with contextlib.closing(LocalJobs(room, retries, said.append)) as executor:
+        supervise(executor, commands, place, stop, said.append)
+    return said
 
 
 def test_a_job_that_is_killed_is_started_again(tmp_path):
     again = f"test -e {tmp_path}/once && exit 0; touch {tmp_path}/once; echo begun; kill -9 $$"
-    started, said = local()
-    started.run({"a": shell("echo slot $SLOT"), "b": shell(again)}, tmp_path, lambda: False)
+    said = supervised({"a": shell("echo slot $SLOT"), "b": shell(again)}, tmp_path)
     assert sorted(said) == ["a is finished", "b is finished", "b was killed by SIGKILL: started again, 1 of 3 times"]
     assert (tmp_path / "a.log").read_text() in ("slot 0\n", "slot 1\n") and (
         tmp_path / "b.log"
@@ -269,9 +274,9 @@ def test_a_job_that_is_killed_is_started_again(tmp_path):
 
 
 def test_a_job_that_is_killed_time_and_again_ends_the_run(tmp_path):
-    started, said = local(retries=2)
+    said = []
     with pytest.raises(UserError, match="job a was killed by SIGKILL each time"):
-        started.run({"a": shell("kill -9 $$")}, tmp_path, lambda: False)
+        supervised({"a": shell("kill -9 $$")}, tmp_path, retries=2, said=said)
     assert said == [
         f"a was killed by SIGKILL: {again}"
         for again in ("started again, 1 of 2 times", "started again, 2 of 2 times", "given up")
@@ -283,21 +288,16 @@ def test_a_mistake_in_a_job_ends_the_others_and_is_one_line(status, kind, tmp_pa
     ready = tmp_path / "ready"
     other = shell(f"trap 'echo saved; exit 143' TERM; touch {ready}; while true; do sleep 0.05; done")
     wrong = shell(f"while ! test -e {ready}; do sleep 0.05; done; echo told; echo error: a mistake; exit {status}")
-    started, said = local()
+    said = []
     with pytest.raises(kind, match=rf"^job b: a mistake \(see {tmp_path}/b.log\)$"):
-        started.run(
-            {"a": ["env", "-C", str(tmp_path), *other], "b": ["env", "-C", str(tmp_path), *wrong]},
-            tmp_path,
-            lambda: False,
-        )
+        supervised({"a": other, "b": wrong}, tmp_path, said=said)
     assert (tmp_path / "a.log").read_text() == "saved\n" and said == []
 
 
 def test_jobs_that_are_asked_to_stop_save_and_no_other_begins(tmp_path):
     waits = f"trap 'echo saved; exit 143' TERM; touch {tmp_path}/ready; while true; do sleep 0.05; done"
-    started, _ = local(slots=1)
     with pytest.raises(Stopped, match="stopped: 0 of 2 jobs are finished, what the others have is saved"):
-        started.run({"a": shell(waits), "b": shell("exit 0")}, tmp_path, (tmp_path / "ready").exists)
+        supervised({"a": shell(waits), "b": shell("exit 0")}, tmp_path, (tmp_path / "ready").exists, slots=1)
     assert (tmp_path / "a.log").read_text() == "saved\n" and not (tmp_path / "b.log").exists()
 
 

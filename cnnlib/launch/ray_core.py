@@ -11,17 +11,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cnnlib.errors import Stopped, UserError
+from cnnlib.errors import UserError
+from cnnlib.launch.supervise import Outcome
 
 PASSED_ON = ("CNNLIB_", "JAX_", "LIBTPU_", "MALLOC_", "TFDS_", "XLA_")
 """Prefixes of the environment variables that a job takes from the launching process instead of its node."""
-LOOK = 0.5
-"""Seconds from one look at whether somebody wants to stop to the next."""
 
 
 class RayJobs:
@@ -60,47 +60,29 @@ class RayJobs:
         # A worker runs one job: JAX is imported and configured once per process.
         how = {"max_calls": 1, "max_retries": retries, "retry_exceptions": False, **needs}
         self._task = self._ray.remote(**how)(run_job)
+        self._references: list[Any] = []
 
-    def run(
-        self,
-        commands: Mapping[str, Sequence[str]],
-        place: Path,
-        stop: Callable[[], bool],
-        says: Callable[[str], None],
-    ) -> None:
-        """Run the commands of the jobs; their outputs go to `place/JOB.log`.
+    def submit(self, job: str, command: Sequence[str], log: Path) -> Future[Any]:
+        """Run a command as a task; Ray starts it again where it loses the worker, up to `retries` times."""
+        task = self._task.options(name=f"cnnlib {job}")
+        environment = {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
+        self._references.append(task.remote(command[3:], str(log), environment))
+        future: Future[Any] = self._references[-1].future()
+        return future
 
-        Raises UserError for a job that fails, and Stopped where `stop` asks for it.
-        """
-        ray, environment = self._ray, {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
-        waiting = {
-            self._task.options(name=f"cnnlib {job}").remote(command[3:], str(place / f"{job}.log"), environment): job
-            for job, command in commands.items()
-        }
-        error: Exception | None = None
-        finished, is_stopping = 0, False
-        while waiting:
-            for ref in ray.wait(list(waiting), num_returns=1, timeout=LOOK)[0]:
-                job = waiting.pop(ref)
-                try:
-                    status, text = ray.get(ref)
-                except ray.exceptions.TaskCancelledError:
-                    continue
-                except ray.exceptions.RayError as lost:  # the worker, its node or its memory, time and again
-                    status, text = 2, f"was lost by Ray: {' '.join(str(lost).split())[:200]}"
-                finished += status == 0
-                if status == 0:
-                    says(f"{job} is finished")
-                elif not is_stopping:
-                    error = error or (UserError if status == 2 else RuntimeError)(f"job {job}: {text}")
-            if (error is not None or stop()) and not is_stopping:
-                is_stopping = True
-                for ref in waiting:
-                    ray.cancel(ref)
-        if error is not None:
-            raise error
-        if is_stopping and finished < len(commands):
-            raise Stopped(f"stopped: {finished} of {len(commands)} jobs are finished, what the others have is saved")
+    def outcome(self, future: Future[Any]) -> Outcome:
+        """Return how a job has ended."""
+        try:
+            return Outcome(*future.result())
+        except self._ray.exceptions.TaskCancelledError:
+            return Outcome(-signal.SIGTERM)
+        except self._ray.exceptions.RayError as lost:  # the worker, its node or its memory, time and again
+            return Outcome(2, f"was lost by Ray: {' '.join(str(lost).split())[:200]}")
+
+    def stop(self) -> None:
+        """Ask all jobs to save what they have and end; those that wait do not begin."""
+        for reference in self._references:
+            self._ray.cancel(reference)
 
     def close(self) -> None:
         """Leave the cluster, which ends what runs of ours; end the cluster where it is ours."""
@@ -120,18 +102,18 @@ def _signals_kept() -> Iterator[None]:
 
 
 def run_job(arguments: Sequence[str], log: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Run a command of cnnlib in a worker of Ray; returns its exit status and the last line of its output."""
+    """Run a command of cnnlib in a worker of Ray; returns the fields of its `Outcome`."""
     os.environ.update(environment)
     try:
         with Path(log).open("ab") as file:
             for descriptor in (1, 2):
                 os.dup2(file.fileno(), descriptor)
     except OSError as error:
-        return 2, f"{os.uname().nodename} cannot write {log} ({error.strerror}): all nodes must share the run's folder"
+        node = os.uname().nodename
+        return 2, f"cannot write {log} on {node} ({error.strerror}): all nodes must share the run's folder"
     from experiments.__main__ import main
 
     status = main(arguments)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    lines = Path(log).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    return status, f"{lines[-1].removeprefix('error: ')} (see {log})"
+    return status, ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cnnlib.config import Experiment
 from cnnlib.errors import UserError
@@ -13,8 +14,12 @@ from cnnlib.folder import JOBS, RECORD, RunFolder, check, inside, is_locked, sta
 from cnnlib.launch.jobs import Launch, command, devices_per_job, divided, slots
 from cnnlib.launch.local import LocalJobs
 from cnnlib.launch.slurm import array_script, merge_script, submit
+from cnnlib.launch.supervise import supervise
 from cnnlib.resolve import resolve
 from cnnlib.tracking import write_whole
+
+if TYPE_CHECKING:
+    from cnnlib.launch.ray_core import RayJobs
 
 
 def start(
@@ -74,11 +79,22 @@ def start(
         if launch.executor == "slurm":
             _submit(todo, out, place, launch, devices or 1, more["merge"], says)
             return False
-        if launch.executor == "ray":
-            _run_on_ray(todo, place, launch, devices, stop, says)
-        else:
-            LocalJobs(room, launch.retries, says).run(todo, place, stop)
+        with contextlib.closing(_executor(launch, devices, room, says)) as executor:
+            supervise(executor, todo, place, stop, says)
     return True
+
+
+def _executor(
+    launch: Launch, devices: int | None, room: Sequence[Mapping[str, str]], says: Callable[[str], None]
+) -> LocalJobs | RayJobs:
+    if launch.executor == "local":
+        return LocalJobs(room, launch.retries, says)
+    from cnnlib.launch.ray_core import RayJobs
+
+    cores = 1 if launch.gpus_per_job or launch.resources else devices or 1
+    resources = dict(launch.resources) if launch.resources else None
+    needs = {"num_cpus": cores, "num_gpus": launch.gpus_per_job, "resources": resources}
+    return RayJobs(launch.ray_address, needs, launch.retries)
 
 
 def _check_same_division(out: Path, jobs: Sequence[str]) -> None:
@@ -114,23 +130,3 @@ def _submit(
         write_whole(path, lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
     first, second = submit(array, after)
     says(f"submitted {array} as Slurm's job {first}, and {after} as {second}; `squeue` shows them")
-
-
-def _run_on_ray(
-    commands: Mapping[str, Sequence[str]],
-    place: Path,
-    launch: Launch,
-    devices: int | None,
-    stop: Callable[[], bool],
-    says: Callable[[str], None],
-) -> None:
-    from cnnlib.launch.ray_core import RayJobs
-
-    cores = 1 if launch.gpus_per_job or launch.resources else devices or 1
-    resources: dict[str, Any] | None = dict(launch.resources) if launch.resources else None
-    needs = {"num_cpus": cores, "num_gpus": launch.gpus_per_job, "resources": resources}
-    cluster = RayJobs(launch.ray_address, needs, launch.retries)
-    try:
-        cluster.run(commands, place, stop, says)
-    finally:
-        cluster.close()
