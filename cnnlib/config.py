@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from cnnlib.budget import MEASURES
 from cnnlib.errors import UserError
-from cnnlib.fields import parse, require, types_of_fields, value_text
+from cnnlib.fields import path_and_text, replace_field, require, value_text
 from cnnlib.registry import Registry
 from cnnlib.spec import LARGEST, Connectivity, Model, Shape, shape_text
 
@@ -318,10 +318,11 @@ class Experiment:
 
     def of_arm(self, arm: Arm) -> Experiment:
         """The experiment that an arm runs: with its own fields in place; raises UserError where they do not fit."""
+        one = dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=())
         try:
-            return override(
-                dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=()), arm.own
-            )
+            for path, text in map(path_and_text, arm.own):
+                one = replace_field(one, path.split("."), text, path)
+            return one
         except UserError as error:
             raise UserError(f"arm {arm.name}: {error}") from None
 
@@ -418,6 +419,10 @@ def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
     return tuple(LaneNumbers(*pair, *setting) for setting in settings for pair in seeds)
 
 
+ARM_FIELDS = [field.name for field in dataclasses.fields(Arm) if field.name not in ("name", "own")]
+"""What an override may change of an arm. Its name is its identity, and its own fields are set one by one."""
+
+
 # Overrides: one `path=value` each, read by the type of the field that the path names.
 
 
@@ -432,47 +437,22 @@ def override(experiment: T, assignments: Iterable[str]) -> T:
         if is_of_arm and isinstance(experiment, Experiment | Growth):
             # Fields of arms one after another, and only then the experiment, which looks at all of its arms.
             arms = experiment.arms
-            for path, text in map(_path_and_text, group):
+            for path, text in map(path_and_text, group):
                 arms = _replaced_arms(arms, path.split(".")[1:], text, path)
             experiment = dataclasses.replace(experiment, arms=arms)
             continue
-        for path, text in map(_path_and_text, group):
+        for path, text in map(path_and_text, group):
             experiment = _replaced(experiment, path.split("."), text, path)
     return experiment
 
 
-def _path_and_text(assignment: str) -> tuple[str, str]:
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
-    return path, text
-
-
-def _replaced(node: T, keys: list[str], text: str, path: str) -> T:
-    assert dataclasses.is_dataclass(node) and not isinstance(node, type)
-    key, *rest = keys
-    hints = types_of_fields(type(node))
-    names = [field.name for field in dataclasses.fields(node)]
-    if isinstance(node, Arm):  # its name is its identity, and its own fields are set one by one
-        names = [name for name in names if name not in ("name", "own")]
-    if key not in names:
-        names += OWN_FIELDS if isinstance(node, Arm) else ()
-        raise UserError(f"no field {path!r}; {'there are' if len(names) > 1 else 'there is'}: {', '.join(names)}")
-    current = getattr(node, key)
-    if key == "arms":
-        value: Any = _replaced_arms(current, rest, text, path)
-        if not rest and isinstance(node, Experiment):
-            return _with_arms(node, value)  # type: ignore[return-value]  # T is Experiment here, mypy does not see it
-    elif dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
-        if not rest:
-            inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]
-            raise UserError(f"{path!r} is a group of fields; set one of: {', '.join(inner)}")
-        value = _replaced(current, rest, text, path)
-    elif rest:
-        raise UserError(f"no field {path!r}; {path.removesuffix('.' + '.'.join(rest))!r} holds a value, not fields")
-    else:
-        value = parse(hints[key], text, path)
-    return dataclasses.replace(node, **{key: value})
+def _replaced(experiment: T, keys: list[str], text: str, path: str) -> T:
+    if keys[0] != "arms" or not isinstance(experiment, Experiment | Growth):
+        return replace_field(experiment, keys, text, path)
+    arms = _replaced_arms(experiment.arms, keys[1:], text, path)
+    if isinstance(experiment, Experiment):
+        return _with_arms(experiment, arms)  # type: ignore[return-value]  # T is Experiment here, mypy does not see it
+    return dataclasses.replace(experiment, arms=arms)
 
 
 def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str) -> tuple[Arm, ...]:
@@ -484,7 +464,7 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
     if not keys:
         return tuple(_without_arms(by_name[name], by_name, wanted) for name in wanted)
     if len(keys) == 1:
-        fields = [f"{path}.{field.name}" for field in dataclasses.fields(Arm) if field.name not in ("name", "own")]
+        fields = [f"{path}.{name}" for name in ARM_FIELDS]
         raise UserError(f"{path!r} is an arm; set one of: {', '.join((*fields, *OWN_FIELDS))}")
     if keys[1] in OWN_FIELDS:
         field = ".".join(keys[1:])
@@ -496,7 +476,9 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
             else arm
             for arm in arms
         )
-    return tuple(_replaced(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
+    if keys[1] not in ARM_FIELDS:
+        raise UserError(f"no field {path!r}; there are: {', '.join((*ARM_FIELDS, *OWN_FIELDS))}")
+    return tuple(replace_field(arm, keys[1:], text, path) if arm.name == keys[0] else arm for arm in arms)
 
 
 def _with_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> Experiment:

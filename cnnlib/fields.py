@@ -7,11 +7,14 @@ import functools
 import re
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 from cnnlib.architectures import ARCHITECTURES
 from cnnlib.errors import UserError
 from cnnlib.spec import Model, parse_model
+
+T = TypeVar("T")
 
 
 def require(condition: bool, message: str) -> None:
@@ -142,3 +145,41 @@ def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
     is_number = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
     require(is_number, f"{path}: expected {hint.__name__}, not {values!r}")
     return hint(values)
+
+
+def path_and_text(assignment: str) -> tuple[str, str]:
+    """Divide an override into its field and its value; raises UserError for what is none."""
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")
+    return path, text
+
+
+def replace_field(node: T, keys: Sequence[str], text: str, path: str) -> T:
+    """Return a dataclass with one field replaced.
+
+    Args:
+        node: A frozen dataclass.
+        keys: The names of the field, from the outside in: `["optim", "learning_rate"]`.
+        text: The value, as `parse` reads it.
+        path: The whole path, for messages.
+
+    Raises:
+        UserError: There is no such field, or the text is no value of its type.
+    """
+    assert dataclasses.is_dataclass(node) and not isinstance(node, type)
+    key, *rest = keys
+    hints = types_of_fields(type(node))
+    names = [field.name for field in dataclasses.fields(node)]
+    if key not in names:
+        raise UserError(f"no field {path!r}; {'there are' if len(names) > 1 else 'there is'}: {', '.join(names)}")
+    if dataclasses.is_dataclass(hints[key]) and hints[key] is not Model:
+        if not rest:
+            inner = [f"{path}.{field.name}" for field in dataclasses.fields(hints[key])]
+            raise UserError(f"{path!r} is a group of fields; set one of: {', '.join(inner)}")
+        value: Any = replace_field(getattr(node, key), rest, text, path)
+    elif rest:
+        raise UserError(f"no field {path!r}; {path.removesuffix('.' + '.'.join(rest))!r} holds a value, not fields")
+    else:
+        value = parse(hints[key], text, path)
+    return dataclasses.replace(node, **{key: value})
