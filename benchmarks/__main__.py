@@ -28,11 +28,11 @@ from benchmarks import (
     tracking,
 )
 from benchmarks.timing import Table
-from cnnlib import kernels
 from cnnlib.aot.hardware import set_environment
 from cnnlib.errors import UserError
-from cnnlib.mesh import use_cores
-from cnnlib.tracking import versions
+from cnnlib.ops import kernels
+from cnnlib.system.provenance import versions
+from cnnlib.train.sharding import use_cores
 
 BENCHMARKS = (
     "step",
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
         set_environment()
         jax.config.update("jax_platforms", "cpu")  # JAX is imported already, and read no variables since
     if options.benchmark in ("mesh", "scale", "mnist1d"):
-        use_cores()  # as `python -m experiments run` does
+        use_cores()  # as `cnnlib run` does
     if options.benchmark == "gpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes take their part
     device = jax.devices()[0]

@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-import experiments  # noqa: F401  # registers every experiment
 from benchmarks.timing import Table
-from cnnlib import evaluation, train
-from cnnlib.config import EXPERIMENTS, Data, Experiment, override
-from cnnlib.data import DataSet, load
-from cnnlib.models import Statistics
-from cnnlib.programs import evaluation_batch, numbers_of, preferred_at_a_time, recipe_of
-from cnnlib.resolve import TrainedArm, resolve
-from cnnlib.train import Examples
+from cnnlib.config.overrides import override
+from cnnlib.config.resolve import TrainedArm, resolve
+from cnnlib.config.schema import EXPERIMENTS, Experiment
+from cnnlib.data.declaration import Data
+from cnnlib.data.sets import DataSet, load
+from cnnlib.nn.network import Statistics
+from cnnlib.train import evaluate, step
+from cnnlib.train.programs import evaluation_batch, numbers_of, preferred_at_a_time, recipe_of
+from cnnlib.train.step import Examples
 
 NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Options of the compiler that leave all products and sums to XLA itself; jaxlib has them from 0.9.2 on."""
@@ -79,7 +80,7 @@ def measure(
                 yield Table(f"{name}, arm {arm.name}, {steps} steps", rows)
 
 
-def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> train.Recipe:
+def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> step.Recipe:
     """The arm's recipe for one epoch of so many steps."""
     one = arm.experiment
     kept = min(steps * one.batch_size, one.data.train or len(data.train.y))
@@ -87,15 +88,15 @@ def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> train.Recipe:
     return recipe_of(replace(arm, experiment=short))
 
 
-def compared(arm: TrainedArm, recipe: train.Recipe, data: DataSet, lanes: int) -> dict[str, Any]:
+def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) -> dict[str, Any]:
     """The row of an arm with so many lanes."""
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
     at_a_time = preferred_at_a_time(arm.model.connectivity, arm.input_shape, lanes, jax.devices()[0].platform)
     training, test = (Examples(split.x, split.y, data.mean, data.deviation) for split in (data.train, data.test))
-    states = jax.jit(train.over_lanes(train.initialize(recipe), at_a_time=1), compiler_options=FAST)(numbers)
-    epoch = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, lane_arguments=2)).lower(states, numbers, training)
-    predict = train.over_lanes(evaluation.predict(recipe, evaluation_batch(arm)), at_a_time, lane_arguments=2)
+    states = jax.jit(step.over_lanes(step.initialize(recipe), at_a_time=1), compiler_options=FAST)(numbers)
+    epoch = jax.jit(step.over_lanes(step.epoch(recipe), at_a_time, lane_arguments=2)).lower(states, numbers, training)
+    predict = step.over_lanes(evaluate.predict(recipe, evaluation_batch(arm)), at_a_time, lane_arguments=2)
     tested = jax.jit(predict).lower(states.parameters, states.statistics, test)
     found, fusions = [], 0
     for options in (FAST, FAST | NO_FUSIONS):
@@ -108,7 +109,7 @@ def compared(arm: TrainedArm, recipe: train.Recipe, data: DataSet, lanes: int) -
     return {"lanes": lanes, "fusions": fusions, "difference": f"{difference:.1e}", "nudged": f"{max(rounding):.1e}"}
 
 
-def nudged(states: train.State, seed: int) -> train.State:
+def nudged(states: step.State, seed: int) -> step.State:
     """The same initial weights, each changed by up to a millionth of itself: what training makes of rounding."""
     random = np.random.RandomState(seed)
     change = lambda leaf: np.asarray(leaf) * (1 + 1e-6 * random.uniform(-1, 1, leaf.shape)).astype(leaf.dtype)  # noqa: E731
@@ -116,7 +117,7 @@ def nudged(states: train.State, seed: int) -> train.State:
 
 
 def outcome(
-    programs: Sequence[Any], states: train.State, numbers: Any, training: Examples, test: Examples
+    programs: Sequence[Any], states: step.State, numbers: Any, training: Examples, test: Examples
 ) -> np.ndarray:
     """The training loss of each lane's epoch, then its loss on each test example."""
     epoch, predict = programs

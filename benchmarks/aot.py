@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from benchmarks.nets import BATCH, NETS, Rows, epoch_of, model_of, stock_operations
 from benchmarks.timing import Table
-from cnnlib import programs
 from cnnlib.aot.compiling import compile_for, devices, on
 from cnnlib.aot.hardware import parse_target
+from cnnlib.train import programs
 
 FORMS = ("ours", "stock, all lanes at once", "stock, one lane at a time")
 

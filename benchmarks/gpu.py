@@ -26,14 +26,15 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.nets import BATCH, EXAMPLES, NETS, Epoch, Rows, epoch_of, model_of, stock_operations
 from benchmarks.timing import Contestant, Table, blocked, timed
-from cnnlib import evaluation, train
 from cnnlib.aot.compiling import report_of
 from cnnlib.aot.hardware import GPUS, Target
-from cnnlib.config import LaneNumbers
-from cnnlib.kernels import Kernels
-from cnnlib.primitives import compiled_for
-from cnnlib.tracking import versions
-from cnnlib.train import Examples
+from cnnlib.config.schema import LaneNumbers
+from cnnlib.ops.kernels import Kernels
+from cnnlib.ops.primitives import compiled_for
+from cnnlib.system.provenance import versions
+from cnnlib.train import evaluate as evaluation
+from cnnlib.train import step as train
+from cnnlib.train.step import Examples
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
@@ -234,12 +235,12 @@ def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
 
 
 def experiments_command(*arguments: str) -> list[str]:
-    """Return `python -m experiments` with arguments."""
-    return [sys.executable, "-m", "experiments", *arguments]
+    """Return `cnnlib` with arguments."""
+    return [sys.executable, "-m", "cnnlib", *arguments]
 
 
 def completed(*arguments: str) -> str:
-    """Run `python -m experiments`, and return what it prints; raise RuntimeError with its last line where it fails."""
+    """Run `cnnlib`, and return what it prints; raise RuntimeError with its last line where it fails."""
     done = subprocess.run(experiments_command(*arguments), capture_output=True, text=True, cwd=DOCS.parent)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
@@ -296,7 +297,7 @@ def resumed_row(overrides: Sequence[str]) -> Row:
 
 
 def check_row() -> Row:
-    """Check the backend: `python -m experiments check`."""
+    """Check the backend: `cnnlib check`."""
     return {"says": completed("check").strip().splitlines()[-1]}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.timing import Table
 
 RUN = [
-    *(sys.executable, "-m", "experiments", "run", "fc_vs_conv", "--wandb", "off", "--no-check"),
+    *(sys.executable, "-m", "cnnlib", "run", "fc_vs_conv", "--wandb", "off", "--no-check"),
     *("arms=mlp_75_33,lenet5", "arms.mlp_75_33.model=dense:8 relu dense:classes"),
     "arms.lenet5.model=conv:4@3 relu max:2 dense:classes",
     *("lanes.seed=0..2", "batch_size=100", "data.train=500", "epochs=8", "checkpoint.share=1"),

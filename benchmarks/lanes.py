@@ -11,9 +11,9 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.step import INPUT_SHAPE, batch_of, default_at_a_time, model_of, ours
 from benchmarks.timing import Contestant, Table, blocked, interleaved, timed
-from cnnlib.cost import count
-from cnnlib.programs import free_memory
-from cnnlib.spec import Model
+from cnnlib.spec.counts import count
+from cnnlib.spec.model import Model
+from cnnlib.train.programs import free_memory
 
 LANES = (1, 2, 4, 8, 16, 64, 256)
 LONGEST = 20.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from benchmarks import peers
 from benchmarks.step import LANES, batch_of, model_of, our_epoch
 from benchmarks.timing import Table
-from cnnlib.programs import memory_of
+from cnnlib.train.programs import memory_of
 
 
 def measure(net: str, batch_size: int) -> Table:

@@ -10,11 +10,11 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.step import INPUT_SHAPE, batch_of, default_at_a_time, model_of
 from benchmarks.timing import Contestant, Table, interleaved, summary
-from cnnlib import mesh, train
-from cnnlib.config import Augment, LaneNumbers, Optim
-from cnnlib.models import network
-from cnnlib.spec import Model
-from cnnlib.train import Examples, Recipe
+from cnnlib.config.schema import Augment, LaneNumbers, Optim
+from cnnlib.nn.network import network
+from cnnlib.spec.model import Model
+from cnnlib.train import sharding, step
+from cnnlib.train.step import Examples, Recipe
 
 STEPS = 16
 WAYS = {"one device of all cores": (1, 1), "lanes over devices": (2, 1), "batches over devices": (1, 2)}
@@ -23,7 +23,7 @@ WAYS = {"one device of all cores": (1, 1), "lanes over devices": (2, 1), "batche
 def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) -> Any:
     """A call that trains `lanes * STEPS` steps on a mesh of this shape."""
     devices = jax.devices()[: shape[0] * shape[1]]
-    spread = mesh.spread(lanes, devices, batch_size, shape)
+    spread = sharding.spread(lanes, devices, batch_size, shape)
     x, y = batch_of(batch_size)
     optim = Optim("sgd", learning_rate=(peers.LEARNING_RATE,), momentum=(peers.MOMENTUM,))
     net = network(model, data_axis=spread.data_axis)
@@ -31,13 +31,13 @@ def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) 
     recipe = Recipe(net, INPUT_SHAPE, optim, Augment(), batch_size, epochs=1, **shared)
     images, labels = np.tile(x, (STEPS, 1, 1, 1)), np.tile(y.astype(np.int32), STEPS)
     known = (np.zeros(1, np.float32), np.ones(1, np.float32))
-    examples = spread.shared(mesh.replicated(Examples(images, labels, *known), devices))  # type: ignore[arg-type]
+    examples = spread.shared(sharding.replicated(Examples(images, labels, *known), devices))  # type: ignore[arg-type]
     ones, seeds = np.ones(lanes, np.float32), np.arange(lanes, dtype=np.uint32)
     numbers = LaneNumbers(seeds, seeds, peers.LEARNING_RATE * ones, peers.MOMENTUM * ones, *[0 * ones] * 4)  # type: ignore[arg-type]
     numbers = spread.put(numbers)
-    states = spread.compiled_for(train.over_lanes(train.initialize(recipe), 1))(numbers)
+    states = spread.compiled_for(step.over_lanes(step.initialize(recipe), 1))(numbers)
     at_a_time = min(default_at_a_time(model, lanes), spread.lanes_a_device)
-    epoch = spread.compiled_for(train.over_lanes(train.epoch(recipe), at_a_time, 2), 2, 1)
+    epoch = spread.compiled_for(step.over_lanes(step.epoch(recipe), at_a_time, 2), 2, 1)
     program = epoch.lower(states, numbers, examples).compile()
     return lambda: jax.block_until_ready(program(states, numbers, examples)[1].loss)
 

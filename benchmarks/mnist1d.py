@@ -13,17 +13,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from cnnlib.experiments.mnist1d import mnist1d
 
 from benchmarks.peers import torch_is_missing
 from benchmarks.timing import Table
-from cnnlib import mesh
-from cnnlib.config import Experiment, override
-from cnnlib.data import load
+from cnnlib.config.overrides import override
+from cnnlib.config.resolve import resolve
+from cnnlib.config.schema import Experiment
+from cnnlib.data.sets import load
 from cnnlib.errors import UserError
-from cnnlib.feeds import Resident
-from cnnlib.programs import compile_programs, numbers_of
-from cnnlib.resolve import resolve
-from experiments.mnist1d import mnist1d
+from cnnlib.train import sharding
+from cnnlib.train.feeds import Resident
+from cnnlib.train.programs import compile_programs, numbers_of
 
 EVALUATE_EVERY = 250
 
@@ -83,7 +84,7 @@ def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
 def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
     """A call that trains all lanes of the experiment's arm from their start, and the seconds its compilation took."""
     (arm,) = resolve(experiment)
-    devices = mesh.devices()
+    devices = sharding.devices()
     feed = Resident(load(arm.data), devices)
     programs = compile_programs(arm, feed, devices)
     numbers, examples = programs.spread.put(numbers_of(arm)), feed.examples(arm, programs.spread)["train"]

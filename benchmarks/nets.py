@@ -13,13 +13,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-import experiments  # noqa: F401  # registers every experiment
-from cnnlib import models, ops, train
-from cnnlib.architectures import ARCHITECTURES, neyshabur_d
-from cnnlib.config import EXPERIMENTS, Augment, LaneNumbers, Optim
+from cnnlib import ops
+from cnnlib.config.schema import EXPERIMENTS, Augment, LaneNumbers, Optim
 from cnnlib.errors import UserError
-from cnnlib.spec import MaxPool, Model, PerAxis, Shape
-from cnnlib.train import Examples, Recipe
+from cnnlib.nn import network
+from cnnlib.spec.architectures import ARCHITECTURES, neyshabur_d
+from cnnlib.spec.layers import MaxPool
+from cnnlib.spec.model import Model
+from cnnlib.spec.window import PerAxis, Shape
+from cnnlib.train import step
+from cnnlib.train.step import Examples, Recipe
 
 BATCH, EXAMPLES = 100, 3500
 """Of `fc_vs_conv`."""
@@ -107,11 +110,11 @@ def stock_operations() -> Iterator[None]:
     before = {name: getattr(ops, name) for name in exchanged}
     try:
         for name, function in exchanged.items():
-            setattr(models.ops, name, function)
+            setattr(network.ops, name, function)
         yield
     finally:
         for name, function in before.items():
-            setattr(models.ops, name, function)
+            setattr(network.ops, name, function)
 
 
 class Epoch(NamedTuple):
@@ -137,15 +140,15 @@ def epoch_of(
 ) -> Epoch:
     """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised; nothing is traced yet."""
     shape, struct = NETS[net][1], jax.ShapeDtypeStruct
-    recipe = Recipe(models.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
+    recipe = Recipe(network.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
     seeds = ("seed", "order_seed")
     of_lanes: Any = (struct((lanes,), jnp.uint32 if name in seeds else jnp.float32) for name in LaneNumbers._fields)
     numbers = LaneNumbers(*of_lanes)
     kind: Any = jnp.uint8 if len(shape) == 3 else jnp.float32
     channel: Any = struct((shape[-1],), jnp.float32)
     stored: Any = struct((examples, *shape), kind), struct((examples,), jnp.int32)
-    states = jax.eval_shape(train.over_lanes(train.initialize(recipe), 1), numbers)
-    function = jax.jit(train.over_lanes(train.epoch(recipe), at_a_time, 2), donate_argnums=0)
+    states = jax.eval_shape(step.over_lanes(step.initialize(recipe), 1), numbers)
+    function = jax.jit(step.over_lanes(step.epoch(recipe), at_a_time, 2), donate_argnums=0)
     return Epoch(recipe, function, states, numbers, Examples(*stored, channel, channel), lanes * (examples // batch))
 
 

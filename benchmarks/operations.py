@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax import lax
 
 from benchmarks.timing import Contestant, Table, blocked, interleaved, matrix_product
-from cnnlib import kernels, ops
+from cnnlib import ops
+from cnnlib.ops import kernels
 
 CONVOLUTIONS = {
     # name: height = width, channels, features, kernel, padding

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from cnnlib.spec import Activation, Conv, Dense, MaxPool, Model, per_axis
+from cnnlib.spec.layers import Activation, Conv, Dense, MaxPool
+from cnnlib.spec.model import Model
+from cnnlib.spec.window import per_axis
 
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 

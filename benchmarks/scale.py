@@ -16,16 +16,19 @@ import jax
 import numpy as np
 
 from benchmarks.timing import Contestant, Table, interleaved
-from cnnlib import checkpoint, mesh, own_data, tracking
-from cnnlib.architectures import ARCHITECTURES
-from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes, Optim
-from cnnlib.data import DataSet, Description, StreamedSet, load, open_splits
-from cnnlib.feeds import ArmFeed, Resident, Streamed
-from cnnlib.programs import Programs, compile_programs, memory_of, numbers_of
-from cnnlib.resolve import TrainedArm, resolve
-from cnnlib.sources import Arrays, Split
-from cnnlib.spec import parse_model
-from cnnlib.stream import chunks, steps_a_chunk
+from cnnlib.config.resolve import TrainedArm, resolve
+from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes, Optim
+from cnnlib.data import image_folder
+from cnnlib.data.declaration import Data
+from cnnlib.data.sets import DataSet, Description, StreamedSet, load, open_splits
+from cnnlib.data.sources import Arrays, Split
+from cnnlib.data.stream import chunks, steps_a_chunk
+from cnnlib.spec.architectures import ARCHITECTURES
+from cnnlib.spec.notation import parse_model
+from cnnlib.system import files
+from cnnlib.train import checkpoint, sharding
+from cnnlib.train.feeds import ArmFeed, Resident, Streamed
+from cnnlib.train.programs import Programs, compile_programs, memory_of, numbers_of
 
 NET = "conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes"
 LANES = (1, 2, 8, 32)
@@ -42,7 +45,7 @@ MIB = 2**20
 def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) -> tuple[float, int]:
     """Median seconds of an epoch of all lanes, and the bytes that its program takes."""
     (arm,) = resolve(experiment)
-    found = mesh.devices(devices)
+    found = sharding.devices(devices)
     feed = Resident(load(arm.data), found)
     made = compile_programs(arm, feed, found)
     numbers, examples = made.spread.put(numbers_of(arm)), feed.examples(arm, made.spread)["train"]
@@ -134,7 +137,7 @@ def lines(rounds: int) -> Table:
     line |= {"weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0, "epoch": 12}
     line |= {f"{part}_{kind}": 0.123456789 for part in ("train", "validation") for kind in ("loss", "accuracy")}
     line |= {"status": "ok", "seconds": 1.23456789}
-    with tempfile.TemporaryDirectory() as folder, tracking.JsonLines(Path(folder) / "metrics.jsonl") as metrics:
+    with tempfile.TemporaryDirectory() as folder, files.JsonLines(Path(folder) / "metrics.jsonl") as metrics:
         seconds = interleaved([Contestant("lines", lambda: metrics.write([line] * 10_000), 10_000)], rounds)["lines"]
     size = len(json.dumps(line)) + 1
     return Table(
@@ -144,7 +147,7 @@ def lines(rounds: int) -> Table:
 
 TELL = """
 import os, sys, time
-from cnnlib import mesh, multihost
+from cnnlib.train import multihost, sharding as mesh
 mesh.use_cores(1)
 joined = multihost.join(multihost.asked(True, "127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2])))
 with joined:
@@ -198,7 +201,9 @@ def decoding() -> Table:
         colours = np.repeat(drawn, 3, axis=-1)
         labels = np.arange(512, dtype=np.int32) % 2
         with tempfile.TemporaryDirectory() as folder:
-            own_data.from_arrays("drawn", folder, Split(colours, labels), Split(colours[:2], labels[:2]), ("a", "b"))
+            image_folder.from_arrays(
+                "drawn", folder, Split(colours, labels), Split(colours[:2], labels[:2]), ("a", "b")
+            )
             source = open_splits(Data("drawn", data_dir=folder)).train
             count = 0
             source.read(np.arange(64))
@@ -229,7 +234,7 @@ def feeds(rounds: int) -> Table:
             checkpoint=Checkpoint(every=0),
         )
         (arm,) = resolve(experiment, lambda data: known)
-        devices = mesh.devices()
+        devices = sharding.devices()
         made = {}
         for name, feed in (("on the device", Resident(data_set, devices)), ("streamed", Streamed(streamed))):
             programs = compile_programs(arm, feed, devices)
@@ -276,7 +281,7 @@ def large() -> Table:
         with tempfile.TemporaryDirectory() as folder:
             how = ["data.stream=true", "data.validation=0", "epochs=1", "lanes.seed=0", "batch_size=32", *fields]
             how += ["optim.learning_rate=0.01", f"arms.lenet5.model={net}", f"data.name={data}"]
-            run = [sys.executable, "-m", "experiments", "run", "fc_vs_conv", "arms=lenet5", *how]
+            run = [sys.executable, "-m", "cnnlib", "run", "fc_vs_conv", "arms=lenet5", *how]
             command = [sys.executable, "-c", PEAK, *run, "--wandb", "off", "--out", folder]
             told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             (arm,) = json.loads((Path(folder) / "results.json").read_text())["arms"]

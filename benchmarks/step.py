@@ -11,13 +11,14 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.nets import model_of as model_of
 from benchmarks.timing import Contestant, Table, blocked, interleaved, matrix_product, summary
-from cnnlib import kernels, train
-from cnnlib.config import Augment, LaneNumbers, Optim
-from cnnlib.cost import count
-from cnnlib.models import network
-from cnnlib.programs import preferred_at_a_time
-from cnnlib.spec import Model
-from cnnlib.train import Examples, Recipe
+from cnnlib.config.schema import Augment, LaneNumbers, Optim
+from cnnlib.nn.network import network
+from cnnlib.ops import kernels
+from cnnlib.spec.counts import count
+from cnnlib.spec.model import Model
+from cnnlib.train import step as train
+from cnnlib.train.programs import preferred_at_a_time
+from cnnlib.train.step import Examples, Recipe
 
 NETS = ("lenet_300_100", "lenet5", "two_conv")
 INPUT_SHAPE = (28, 28, 1)

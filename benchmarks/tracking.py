@@ -41,7 +41,7 @@ def measure(experiment: str, rounds: int) -> Table:
         for number in range(rounds + 1):
             for name, extra in EXTRAS.items():
                 out = Path(folder, f"{number}-{name.replace(' ', '-')}")
-                command = [sys.executable, "-m", "experiments", "run", experiment, "--out", str(out), *extra]
+                command = [sys.executable, "-m", "cnnlib", "run", experiment, "--out", str(out), *extra]
                 start = time.perf_counter()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
                 if number:

@@ -1,9 +1,15 @@
-"""What ends a command: a mistake of the user, which is one line and exit status 2, or the wish to stop."""
+"""Exceptions that end a command: UserError (prints one line, exit status 2) and Stopped (the run was asked to stop)."""
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: one line saying what is wrong, what was expected, what exists."""
+    """A mistake in the user's request. The message is one line: what is wrong, what was expected, what exists."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, and did at the end of an epoch; the message says what of it is kept."""
+    """A run was asked to stop and stopped at the end of an epoch. The message says what is saved."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` if `condition` is false."""
+    if not condition:
+        raise UserError(message)

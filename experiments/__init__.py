@@ -1,4 +1,4 @@
-"""One short file a question. Importing this package registers every experiment in it."""
+"""The registered experiments, one short file per question. Installed as `cnnlib.experiments`."""
 
 import importlib
 import pkgutil

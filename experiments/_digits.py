@@ -1,6 +1,7 @@
 """What the ablations on digits share: the data, the training rule, the seeds."""
 
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim
+from cnnlib.config.schema import Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
 
 EPOCHS, SEEDS = 12, tuple(range(10))
 

@@ -2,7 +2,7 @@
 
 Question: training images shifted at random by 0 to 3 pixels, for a convolutional and a full net, and mirrored ones,
     which digits are not.
-Command: python -m experiments run augmentation
+Command: cnnlib run augmentation
 Expected: shifts of 1 to 2 pixels help both, the full net more, since nothing else tells it that a digit may move;
     mirroring hurts both.
 Cost: about 2 minutes on 2 CPU cores.
@@ -11,10 +11,11 @@ Source: a classic ablation; training as in fc_vs_conv.
 
 from dataclasses import replace
 
-from cnnlib.architectures import lenet5, lenet_300_100
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.sweep import points, product
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.config.sweep import points, product
+from cnnlib.spec.architectures import lenet5, lenet_300_100
+
+from ._digits import on_digits
 
 CHANGES = {"plain": (), "shift1": ("augment.shift=1",), "shift2": ("augment.shift=2",)}
 CHANGES |= {"shift3": ("augment.shift=3",), "mirrored": ("augment.flip=true",)}

@@ -1,7 +1,7 @@
 """Does a deeper net do better, at equal cost?
 
 Question: one to four 3x3 convolutions, the map halved after the first two, as they are and at the multiply-adds of two.
-Command: python -m experiments run depth
+Command: cnnlib run depth
 Expected: the second layer gains most; at equal multiply-adds the third and fourth gain little on digits.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
@@ -9,10 +9,11 @@ Source: a classic ablation; training as in fc_vs_conv.
 
 from dataclasses import replace
 
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.spec import parse_model
-from cnnlib.sweep import points, product
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.config.sweep import points, product
+from cnnlib.spec.notation import parse_model
+
+from ._digits import on_digits
 
 LAYERS = ("conv:8@3 relu max:2", "conv:16@3 relu max:2", "conv:16@3 relu", "conv:16@3 relu")
 

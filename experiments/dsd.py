@@ -2,7 +2,7 @@
 
 Question: a signal of d numbers hides in one of k patches. Theory says that a convolution needs about k + d examples, a
     local layer k d, a full one k^2 d. What are the exponents of k and of d when the nets are trained?
-Command: python -m experiments run dsd
+Command: cnnlib run dsd
 Expected: the exponents of k ordered as the theory has them, conv below local below full; those of d near 1 or below.
     The theory bounds what is enough in the worst case, so exponents below its own are no contradiction.
 Cost: about 5 minutes on 2 CPU cores, most of it compiling.
@@ -10,9 +10,11 @@ Source: Lahoti, Karp, Winston, Singh and Li, "Role of locality and weight sharin
     (arXiv 2403.15707). Their nets have an activation of their own; these are one layer of 8 maps, ReLU, a mean.
 """
 
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import READINGS, parse_model
-from cnnlib.sweep import points, product
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.config.sweep import points, product
+from cnnlib.data.declaration import Data
+from cnnlib.spec.layers import READINGS
+from cnnlib.spec.notation import parse_model
 
 STEPS, BATCH, EPOCHS = 1024, 16, 4
 SIZES = (16, 64, 256, 1024, 4096)

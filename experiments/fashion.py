@@ -3,7 +3,7 @@
 Question: the table of the data set lists an MLP 256-128-100 at 88.33 %, nets of two convolutions at 91.6 to 92.5 %, one
     of them with under 100K parameters and no augmentation, and larger ones with augmentation at 93.4 %. With five seeds
     each: what do such nets reach?
-Command: python -m experiments run fashion
+Command: cnnlib run fashion
     (reads fashion_mnist from TFDS's folder, `TFDS_DATA_DIR` or data.data_dir, and prepares it there at its first use)
 Expected: MLP at least 88.33, two convolutions at least 92.5; the larger net above both once it is trained for long.
     After its 10 epochs it is not.
@@ -12,9 +12,10 @@ Source: github.com/zalandoresearch/fashion-mnist, its table of submitted results
     chosen with data.validation=5000 and other seeds. Then all 60,000 images are trained on.
 """
 
-from cnnlib.architectures import mlp
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import parse_model
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import mlp
+from cnnlib.spec.notation import parse_model
 
 
 @EXPERIMENTS.register

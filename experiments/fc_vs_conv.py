@@ -2,7 +2,7 @@
 
 Question: LeCun's table of 1998 sets LeNet-300-100 against LeNet-5. How far apart are they with the same data, training
     rule and number of epochs, and does a full net of LeNet-5's size (mlp_75_33) explain the difference?
-Command: python -m experiments run fc_vs_conv
+Command: cnnlib run fc_vs_conv
 Expected: LeNet-5 about 97.5 %, LeNet-300-100 and mlp_75_33 about 94.5 %, on 1,000 test digits after training on 3,500;
     the convolutional net ahead by more than 2 points with 0.23 of LeNet-300-100's parameters, the intervals apart.
     With so few examples all are far from LeCun's 0.95 % and 3.05 % errors, which took 60,000.
@@ -12,8 +12,9 @@ Source: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to d
     whose peak, the same for all arms, was chosen on the 500 validation digits.
 """
 
-from cnnlib.architectures import lenet5, lenet_300_100, mlp_75_33
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import lenet5, lenet_300_100, mlp_75_33
 
 
 @EXPERIMENTS.register

@@ -1,7 +1,7 @@
 """How many different filters does the first layer need?
 
 Question: 1 to 32 filters in the first layer, all else as it is.
-Command: python -m experiments run filters
+Command: cnnlib run filters
 Expected: a net with one filter works, and each doubling gains less; from 8 on ten seeds settle no difference.
 Cost: about 2 minutes on 2 CPU cores.
 Source: the article's one small filter that slides over the image; training as in fc_vs_conv.
@@ -10,9 +10,10 @@ Source: the article's one small filter that slides over the image; training as i
 import itertools
 from dataclasses import replace
 
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.spec import parse_model
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.spec.notation import parse_model
+
+from ._digits import on_digits
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 

@@ -3,7 +3,7 @@
 Question: the tables of the MNIST-1D paper set a logistic regression, an MLP and a CNN side by side, on the signals and
     on the same signals after one fixed permutation of their places, one seed each. Do they hold with 30 seeds, and are
     the intervals apart?
-Command: python -m experiments run mnist1d
+Command: cnnlib run mnist1d
 Expected: logistic 31 to 33 %, MLP 64 to 69, CNN at least 92.3; on shuffled places logistic and MLP where they were, the
     CNN below the MLP. The paper's table has 32 / 68 / 94 and 32 / 68 / 56, its notebook's last step 31.5 / 65 / 92.3
     and 31.5 / 66 / 58.7.
@@ -12,8 +12,9 @@ Source: Greydanus and Kobak, "Scaling down deep learning with MNIST-1D", ICML 20
     Adam, learning rate 0.01, batches of 100 in one fixed order, 6,000 steps, no validation. Signals are normalised.
 """
 
-from cnnlib.architectures import logistic, mnist1d_cnn, mnist1d_mlp
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import logistic, mnist1d_cnn, mnist1d_mlp
 
 SHUFFLED = ("data.shuffle_pixels=0",)
 

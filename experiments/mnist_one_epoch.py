@@ -1,7 +1,7 @@
 """Can a net learn MNIST to 99 % in one look at each image?
 
 Question: one epoch over all 60,000 training images, many seeds: is the mean accuracy 99 %?
-Command: python -m experiments run mnist_one_epoch
+Command: cnnlib run mnist_one_epoch
     (reads mnist from TFDS's folder; it downloads and prepares it there at its first use, which needs TensorFlow)
 Expected: 99.0 % or more, as train_mnist_fast reports: 99.04 +- 0.07 % over 30 seeds, with 215K parameters.
 Cost: about 4 minutes on 2 CPU cores for 10 seeds.
@@ -10,8 +10,9 @@ Source: github.com/tuomaso/train_mnist_fast: batches of 256, one epoch. Net and 
     64 in place of 128 98.5, three convolutions 98.8, label smoothing of 0.1 99.1.
 """
 
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import parse_model
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.notation import parse_model
 
 
 @EXPERIMENTS.register

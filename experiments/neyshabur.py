@@ -3,7 +3,7 @@
 Question: the table of Neyshabur sets conv, local and full readings of a shallow (S) and a deep net (D) side by side,
     one run each, the nodes equal, so parameters far apart. With seeds: what are the differences, what is left of them
     at the parameters and at the multiply-adds of the full net, and does beta-LASSO bring the full net nearer?
-Command: python -m experiments run neyshabur
+Command: cnnlib run neyshabur
     (as published but small, on CIFAR-10: data.name=cifar10 data.validation=5000 augment.shift=4 augment.flip=true)
 Expected: on digits conv, local, full in this order for both nets; at equal budgets the same order, nearer together.
     beta-LASSO empties most of the full net's weights and gains little in so few epochs: the paper trained 4,000.
@@ -12,9 +12,10 @@ Source: Neyshabur, "Towards learning convolutions from scratch", 2020 (arXiv 200
     on CIFAR-10 with heavy augmentation, and nets of 256M parameters where they are full. Here alpha is 4 (S) and 1 (D).
 """
 
-from cnnlib.architectures import neyshabur_d, neyshabur_s
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import READINGS
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import neyshabur_d, neyshabur_s
+from cnnlib.spec.layers import READINGS
 
 PAIRS = (("conv", "local"), ("local", "full"), ("conv", "full"))
 MEASURES = ("parameters", "macs")

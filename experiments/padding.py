@@ -2,15 +2,16 @@
 
 Question: zero padding keeps the size of the map, none makes it n - k + 1. The same two layers both ways, with what that
     changes in connections and in the parameters of the last layer; and with these parameters made equal.
-Command: python -m experiments run padding
+Command: cnnlib run padding
 Expected: no difference that ten seeds settle: digits lie in the middle of their images.
 Cost: about 1 minute on 2 CPU cores.
 Source: the article's "slightly smaller" maps; training as in fc_vs_conv.
 """
 
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.spec import parse_model
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.spec.notation import parse_model
+
+from ._digits import on_digits
 
 
 @EXPERIMENTS.register

@@ -3,7 +3,7 @@
 Question: one net with max pooling, mean pooling, a stride of 2 in its place, and neither. What are accuracy, cost and
     the gap between the accuracy on training and on test images? And the gap that is left when the net without pooling
     has no more parameters than the others?
-Command: python -m experiments run pooling
+Command: cnnlib run pooling
 Expected: all reach 100 % on what they were trained on, so the gap is what is missing on the test images: smallest with
     max pooling. The net without pooling has the most parameters and multiply-adds.
 Cost: about 2 minutes on 2 CPU cores.
@@ -12,9 +12,10 @@ Source: the article's claim that pooling makes the representation more abstract 
 
 from dataclasses import replace
 
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.spec import parse_model
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.spec.notation import parse_model
+
+from ._digits import on_digits
 
 
 @EXPERIMENTS.register

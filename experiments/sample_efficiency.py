@@ -2,7 +2,7 @@
 
 Question: conv, local and full readings of one net, each trained for the same number of steps on 100 to 3,200 digits,
     drawn anew for each seed: how many does each need for the same accuracy?
-Command: python -m experiments run sample_efficiency
+Command: cnnlib run sample_efficiency
 Expected: conv ahead of local ahead of full at every size, most where examples are few; the full net needs two to four
     times as many as the convolution.
 Cost: about 5 minutes on 2 CPU cores.
@@ -11,9 +11,11 @@ Cost: about 5 minutes on 2 CPU cores.
 Source: the sample sizes of the theory in Lahoti et al. (arXiv 2403.15707, see the experiment dsd), asked of digits.
 """
 
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import READINGS, parse_model
-from cnnlib.sweep import points, product
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.config.sweep import points, product
+from cnnlib.data.declaration import Data
+from cnnlib.spec.layers import READINGS
+from cnnlib.spec.notation import parse_model
 
 STEPS, BATCH = 640, 50
 SIZES = (100, 200, 400, 800, 1600, 3200)

@@ -4,7 +4,7 @@ Question: LeNet-5 as it is, without weight sharing (local) and without locality 
     every layer. Then, since a full net has 91 times the parameters, the three at equal parameters and at equal
     multiply-adds. A full net cannot be brought down to LeNet-5's size (its first layer alone has 784 x 784 weights), so
     the common budget is that of the full net with a sixth of LeNet-5's widths.
-Command: python -m experiments run sharing_and_locality
+Command: cnnlib run sharing_and_locality
     (on other data: data.name=cifar10; a peak chosen for each arm: optim.learning_rate=0.002,0.005,0.01,0.02)
 Expected: with 3,500 digits LeNet-5 about 97.3 %, local 96.5, full 95.1; at equal parameters and at equal multiply-adds
     the same order, conv about 1 point ahead of local and local about 2 ahead of full, whose intervals stand apart: what
@@ -18,9 +18,10 @@ Source: Neyshabur, "Towards learning convolutions from scratch", 2020 (arXiv 200
     best validation accuracy, averaged over the arms (95.6 %); of these 0.005 is nearer to what the full net prefers.
 """
 
-from cnnlib.architectures import lenet5
-from cnnlib.budget import scaled
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import lenet5
+from cnnlib.spec.budget import scaled
 
 
 @EXPERIMENTS.register

@@ -3,14 +3,15 @@
 Question: a full net cannot tell an order of its inputs from another; a convolution assumes that neighbours belong
     together. Put the places of all images in one other order: does the full net stay inside its interval, and does the
     convolution lose its advantage?
-Command: python -m experiments run shuffled_pixels
+Command: cnnlib run shuffled_pixels
 Expected: LeNet-300-100 as before; LeNet-5 ahead of it on images, behind it or level on shuffled ones.
 Cost: about 2 minutes on 2 CPU cores.
 Source: the argument of Greydanus and Kobak (arXiv 2011.14439) for signals, on digits; training as in fc_vs_conv.
 """
 
-from cnnlib.architectures import lenet5, lenet_300_100
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.architectures import lenet5, lenet_300_100
 
 SHUFFLED = ("data.shuffle_pixels=0",)
 

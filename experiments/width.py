@@ -1,17 +1,18 @@
 """How much does width buy?
 
 Question: a two-layer convolutional net with a quarter to twice its filters in every layer.
-Command: python -m experiments run width
+Command: cnnlib run width
 Expected: accuracy grows by less with each doubling, while parameters grow with the width and multiply-adds with its
     square.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """
 
-from cnnlib.budget import scaled
-from cnnlib.config import EXPERIMENTS, Arm, Experiment
-from cnnlib.spec import parse_model
-from experiments._digits import on_digits
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment
+from cnnlib.spec.budget import scaled
+from cnnlib.spec.notation import parse_model
+
+from ._digits import on_digits
 
 WIDTHS = {"quarter": 0.25, "half": 0.5, "full": 1.0, "double": 2.0}
 

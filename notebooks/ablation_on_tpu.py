@@ -36,7 +36,7 @@ wandb = "off"  # or "online", with a key, or "offline": one W&B run a lane; it n
 out = "runs/ablation_on_tpu"
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -50,9 +50,10 @@ print(jax.devices())
 # What changes the shape of a net makes an *arm*, and a program; what is only a number, a seed or a learning rate, makes *lanes*.
 
 # %%
-from cnnlib.config import EXPERIMENTS, Arm, Data, Experiment, Lanes, Optim
-from cnnlib.spec import parse_model
-from cnnlib.sweep import points, product
+from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.spec.notation import parse_model
+from cnnlib.config.sweep import points, product
 
 arms = points(
     product(size=sizes),
@@ -78,8 +79,8 @@ experiment = Experiment(
 # %%
 from rich.console import Console
 
-from cnnlib.plan import print_plan
-from cnnlib.resolve import resolve
+from cnnlib.runs.plan import print_plan
+from cnnlib.config.resolve import resolve
 
 resolved = resolve(experiment)
 print_plan(resolved, len({arm.program for arm in resolved}), Console(width=100, highlight=False))
@@ -91,8 +92,8 @@ print_plan(resolved, len({arm.program for arm in resolved}), Console(width=100, 
 # each lane's batches are shared by several, which add up their gradients.
 
 # %%
-from cnnlib.mesh import devices
-from cnnlib.programs import spread_of
+from cnnlib.train.sharding import devices
+from cnnlib.train.programs import spread_of
 
 placed = spread_of(resolved[0], devices())
 print(
@@ -109,11 +110,11 @@ print(
 import contextlib
 from pathlib import Path
 
-from cnnlib.report import ReportWriter
-from cnnlib.run import run
-from cnnlib.terminal import LineWatcher
-from cnnlib.wandb_copy import WandbCopy
-from cnnlib.watcher import Watchers
+from cnnlib.report.summary import ReportWriter
+from cnnlib.runs.runner import run
+from cnnlib.runs.terminal import LineWatcher
+from cnnlib.tracking.wandb_copy import WandbCopy
+from cnnlib.runs.callbacks import Watchers
 
 watchers = [LineWatcher(Console()), ReportWriter(Path(out))]
 with contextlib.ExitStack() as ends:
@@ -141,7 +142,7 @@ display(Markdown((Path(out) / "table.md").read_text()))
 Image(Path(out) / "accuracy.png", width=700)
 
 # %%
-from cnnlib.comparisons import differences
+from cnnlib.report.comparisons import differences
 
 compared = differences(results)
 for difference in compared:
@@ -152,7 +153,7 @@ for difference in compared:
 # says nothing: it takes more seeds.
 
 # %%
-from cnnlib.stats import detectable_difference
+from cnnlib.stats.intervals import detectable_difference
 
 for difference in compared:
     if difference.deviation:  # a few seeds may agree by chance, and then say nothing

@@ -33,7 +33,7 @@ seeds = 5  # of the nets whose layers are probed, 2 or more
 epochs = 12
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -47,9 +47,9 @@ print(jax.devices())
 # By the rule of the experiment `fc_vs_conv`. What comes back is one `Net` a seed: the layers, their weights, and how well it does.
 
 # %%
-import experiments  # registers them
-from cnnlib.config import EXPERIMENTS, override
-from cnnlib.trained import train_models
+from cnnlib.config.schema import EXPERIMENTS
+from cnnlib.config.overrides import override
+from cnnlib.interpret.trained import train_models
 
 changes = ["arms=lenet5,lenet_300_100", f"lanes.seed=0..{seeds - 1}", f"epochs={epochs}"]
 nets, data = train_models(override(EXPERIMENTS.get("fc_vs_conv"), changes))
@@ -67,7 +67,7 @@ for name, lanes in nets.items():
 # %%
 from matplotlib import pyplot
 
-from cnnlib.abstraction import first_filters
+from cnnlib.interpret.patches import first_filters
 
 for name, net in (("LeNet-5", conv), ("LeNet-300-100", full)):
     filters = first_filters(net)
@@ -85,7 +85,7 @@ for name, net in (("LeNet-5", conv), ("LeNet-300-100", full)):
 # those of the second say where something is.
 
 # %%
-from cnnlib.abstraction import activations, receptive_field
+from cnnlib.interpret.activations import activations, receptive_field
 
 digit = data.test.x[400:401]
 first, second = 1, 4  # the ReLUs after the two convolutions
@@ -110,7 +110,7 @@ for layer, found in maps.items():
 # Fewer classes in a row means a unit that is closer to a class: a stroke is in all digits, a bend in some.
 
 # %%
-from cnnlib.abstraction import strongest_patches
+from cnnlib.interpret.patches import strongest_patches
 from cnnlib.demos.abstraction import mosaic
 
 for layer, name in ((first, "first"), (second, "second")):
@@ -133,7 +133,7 @@ for layer, name in ((first, "first"), (second, "second")):
 # it. They are two methods, and show where a net looks, not why it is right.
 
 # %%
-from cnnlib.abstraction import class_evidence
+from cnnlib.interpret.evidence import class_evidence
 
 figure, panels = pyplot.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
 label = int(data.test.y[400])
@@ -156,9 +156,9 @@ for panel in panels:
 # Student's t over the seeds, 95 %.
 
 # %%
-from cnnlib.abstraction import linear_probes
+from cnnlib.interpret.probes import linear_probes
 from cnnlib.demos.abstraction import steps
-from cnnlib.stats import mean_interval
+from cnnlib.stats.intervals import mean_interval
 
 (pixels,) = linear_probes(conv, data, (None,))
 print(f"pixels: {100 * pixels.accuracy:.1f} %")
@@ -179,7 +179,7 @@ for name, lanes in nets.items():
 # %%
 import numpy as np
 
-from cnnlib.abstraction import orientation_tuning
+from cnnlib.interpret.tuning import orientation_tuning
 from cnnlib.demos import DEMOS
 
 tuned = orientation_tuning(conv, np.arange(0, 180, 15))

@@ -31,7 +31,7 @@ if importlib.util.find_spec("cnnlib") is None:
 sides = [8, 16, 32, 64, 128, 256, 512, 1000, 2048, 4096]  # of the square input, in pixels
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -45,8 +45,8 @@ print(jax.devices())
 # Counts are whole numbers, worked out from the sizes of a layer: nothing is allocated, so 10^12 connections take no memory.
 
 # %%
-from cnnlib.cost import count
-from cnnlib.spec import parse_model
+from cnnlib.spec.counts import count
+from cnnlib.spec.notation import parse_model
 
 for text, shape in (
     ("dense:3072", (32, 32, 3)),
@@ -81,13 +81,13 @@ for reading in (layer.full(), layer.local(), layer):
 # %%
 import altair
 
-from cnnlib.charts import growth_chart, growth_points
+from cnnlib.report.charts import growth_chart, growth_points
 
 points = growth_points(sides, windows=(1, 3, 5, 7), channels=(1, 3), features=(1, 3, 16))
 altair.Chart.from_dict(growth_chart(points))
 
 # %% [markdown]
-# The same as a picture, as `python -m experiments run explosion` writes it:
+# The same as a picture, as `cnnlib run explosion` writes it:
 
 # %%
 from cnnlib.demos import DEMOS
@@ -102,8 +102,8 @@ figure = DEMOS.get("explosion").draw()
 # %%
 from rich.console import Console
 
-from cnnlib.architectures import lenet5
-from cnnlib.counting import print_summary, summary
+from cnnlib.spec.architectures import lenet5
+from cnnlib.report.counting import print_summary, summary
 
 net = lenet5().with_num_classes(10)
 for reading in (net.full(), net.local(), net):

@@ -32,7 +32,7 @@ kind = "vertical"  # of the line filter in the second part: vertical, horizontal
 seed = 0  # of the random images in the last
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -49,7 +49,7 @@ print(jax.devices())
 # %%
 import numpy as np
 
-from cnnlib.windows import slide, steps
+from cnnlib.demos.window_steps import slide, steps
 
 image = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]])
 kernel = np.array([[0, 1], [1, 0]])
@@ -75,7 +75,7 @@ film
 # dark, give 0. On a line of its own orientation it gives 3 x 2 = 6, on a single line of another, through its middle, 0.
 
 # %%
-from cnnlib.windows import LINE_FILTERS, line_filter, strokes
+from cnnlib.demos.window_steps import LINE_FILTERS, line_filter, strokes
 
 print(line_filter(kind))
 through = {
@@ -101,7 +101,7 @@ figure = DEMOS.get("filters").draw()
 # Write every window as a row and every filter as a column. Their product holds all maps. Sliding gives the same, to the last digits:
 
 # %%
-from cnnlib.windows import as_product, matrix_of
+from cnnlib.demos.window_steps import as_product, matrix_of
 
 random = np.random.RandomState(seed)
 image, kernels = random.normal(size=(9, 8)), random.normal(size=(3, 3, 5))

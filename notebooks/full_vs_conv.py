@@ -33,7 +33,7 @@ epochs = 12
 out = "runs/full_vs_conv"
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -50,9 +50,9 @@ print(jax.devices())
 # %%
 from matplotlib import pyplot
 
-from cnnlib.config import EXPERIMENTS, override
-from cnnlib.data import load
-import experiments  # registers them
+from cnnlib.config.schema import EXPERIMENTS
+from cnnlib.config.overrides import override
+from cnnlib.data.sets import load
 
 experiment = override(EXPERIMENTS.get("fc_vs_conv"), [f"lanes.seed=0..{seeds - 1}", f"epochs={epochs}"])
 data = load(experiment.data)
@@ -70,7 +70,7 @@ for panel, image, label in zip(panels.flat, data.train.x, data.train.y):
 # the largest of each 2x2 block; `dense:120` joins everything to 120 units. A multiply-add is one product and one sum.
 
 # %%
-from cnnlib.resolve import resolve
+from cnnlib.config.resolve import resolve
 
 for arm in resolve(experiment):
     print(f"{arm.name:14} {arm.count.parameters:>8,} parameters, {arm.count.macs:>8,} multiply-adds")
@@ -80,17 +80,17 @@ for arm in resolve(experiment):
 # ## Training
 #
 # An *arm* is one net, and one compiled program; a *lane* is one model in it, with a seed of its own. Lanes are spread over the
-# devices. The run is written to a folder, as it would be by `python -m experiments run fc_vs_conv`.
+# devices. The run is written to a folder, as it would be by `cnnlib run fc_vs_conv`.
 
 # %%
 from pathlib import Path
 
 from rich.console import Console
 
-from cnnlib.report import ReportWriter
-from cnnlib.run import run
-from cnnlib.terminal import LineWatcher
-from cnnlib.watcher import Watchers
+from cnnlib.report.summary import ReportWriter
+from cnnlib.runs.runner import run
+from cnnlib.runs.terminal import LineWatcher
+from cnnlib.runs.callbacks import Watchers
 
 watchers = Watchers([LineWatcher(Console()), ReportWriter(Path(out))])
 results = run(experiment, "fc_vs_conv", Path(out), watchers)
@@ -115,7 +115,7 @@ Image(Path(out) / "accuracy.png", width=700)
 # comparisons together; where one holds zero, the difference is undecided, and with few seeds that is what honest intervals say.
 
 # %%
-from cnnlib.comparisons import differences
+from cnnlib.report.comparisons import differences
 
 for difference in differences(results):
     print(difference.sentence())
@@ -130,7 +130,7 @@ import json
 
 import altair
 
-from cnnlib.charts import curve_points, curves_chart
+from cnnlib.report.charts import curve_points, curves_chart
 
 lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 names = [arm["name"] for arm in results["arms"]]
@@ -144,6 +144,6 @@ altair.Chart.from_dict(curves_chart(curves, "validation accuracy")).properties(w
 # (in Colab, the list of files at the left has it to download).
 
 # %%
-from experiments.__main__ import main
+from cnnlib.cli.main import main
 
 status = main(["report", out, "--out", f"{out}/report.html"])

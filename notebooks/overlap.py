@@ -31,7 +31,7 @@ if importlib.util.find_spec("cnnlib") is None:
 places = 45  # of the sliding function, from one end to the other
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -66,7 +66,7 @@ film
 # %%
 import numpy as np
 
-from cnnlib.overlap import Box, Exponential, Gaussian, Triangle, convolved, overlap
+from cnnlib.demos.sliding import Box, Exponential, Gaussian, Triangle, convolved, overlap
 
 t = np.linspace(-4, 6, 101)
 signals = [Box(1.5), Triangle(2.0, 0.3), Exponential(1.2), Gaussian(0.7, -0.2)]
@@ -90,7 +90,7 @@ print(f"area of f * g: {np.trapezoid(convolved(f, g, fine), fine):.4f}; of f tim
 # learn their kernels, so it is all the same to them.
 
 # %%
-from cnnlib.overlap import convolve, correlate
+from cnnlib.demos.sliding import convolve, correlate
 
 x, kernel = np.array([0.0, 0, 1, 0, 0]), np.array([1.0, 2, 4])
 print("convolved ", convolve(x, kernel), " numpy:", np.convolve(x, kernel))
@@ -116,7 +116,7 @@ print("a layer   ", layer[0, :, 0])
 # %%
 figure = DEMOS.get("beam").draw()
 # %%
-from cnnlib.overlap import dirty_map, point_sources
+from cnnlib.demos.sliding import dirty_map, point_sources
 
 beam = np.exp(-(np.hypot(*np.meshgrid(np.arange(-4, 5), np.arange(-4, 5))) ** 2) / 4)
 one, other = (point_sources((21, 21), [place], [1.0]) for place in ((8, 8), (12, 13)))

@@ -31,7 +31,7 @@ if importlib.util.find_spec("cnnlib") is None:
 digits = 100  # that are shifted
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -46,7 +46,7 @@ print(jax.devices())
 # floor((n + zeros - k) / s) + 1.
 
 # %%
-from cnnlib.windows import share_on_padding, times_seen, window_for
+from cnnlib.demos.window_steps import share_on_padding, times_seen, window_for
 
 for padding in ("VALID", "SAME"):
     for stride in (1, 2):
@@ -84,7 +84,7 @@ figure = DEMOS.get("padding").draw()
 # %%
 import numpy as np
 
-from cnnlib.windows import max_pool, pool_blocks
+from cnnlib.demos.window_steps import max_pool, pool_blocks
 
 image = np.array([[1, 3, 0, 2], [0, 2, 5, 1], [4, 0, 1, 0], [1, 1, 0, 7]])
 for block in pool_blocks(image, 2):
@@ -107,8 +107,8 @@ film
 
 # %%
 from cnnlib.demos.pooling import changes_of, maps_of, some_digits
-from cnnlib.stats import mean_interval
-from cnnlib.windows import average_pool
+from cnnlib.stats.intervals import mean_interval
+from cnnlib.demos.window_steps import average_pool
 
 readings = {
     "feature maps": maps_of,  # of four line filters, nothing below 0
@@ -135,7 +135,6 @@ figure = DEMOS.get("shifts").draw()
 # [All of it](https://github.com/cnnlib/cnnlib/blob/main/docs/RESULTS.md#pooling); its question and its nets:
 
 # %%
-import experiments  # registers them
-from experiments.__main__ import main
+from cnnlib.cli.main import main
 
 status = main(["show", "pooling"])

@@ -37,7 +37,7 @@ from cnnlib.aot.hardware import parse_target, set_environment
 
 set_environment()  # before JAX looks for a TPU
 
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()
 
@@ -62,9 +62,10 @@ if importlib.util.find_spec("libtpu") is None:
 # in their seeds. The same experiment runs on the TPU as it is: `cnnlib.run.run(experiment, ...)`.
 
 # %%
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim
-from cnnlib.resolve import resolve
-from cnnlib.spec import parse_model
+from cnnlib.config.schema import Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.config.resolve import resolve
+from cnnlib.spec.notation import parse_model
 
 experiment = Experiment(
     data=Data("mnist5k", validation=500),
@@ -88,7 +89,7 @@ arms = resolve(experiment)
 # %%
 from rich.console import Console
 
-from cnnlib.aot.arms import print_reports, reports, seconds_text
+from cnnlib.runs.aot import print_reports, reports, seconds_text
 
 target = parse_target(hardware)
 found = list(reports(arms, target))

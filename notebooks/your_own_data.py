@@ -36,7 +36,7 @@ epochs = 10
 work = "runs/your_own_data"
 
 # %%
-from cnnlib.mesh import use_cores
+from cnnlib.train.sharding import use_cores
 
 use_cores()  # each core of a CPU counts as a device; GPUs and TPUs stay as they are
 
@@ -55,7 +55,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cnnlib.data import LINE_CLASSES, make_lines
+from cnnlib.data.sets import LINE_CLASSES, make_lines
 
 folder = Path(images) if images else Path(work) / "images"
 if not images:
@@ -73,7 +73,7 @@ print(*sorted(path.name for path in folder.iterdir() if not path.name.startswith
 # Without folders `train` and `test`, a fifth of each class is kept for testing, always the same one.
 
 # %%
-from cnnlib.own_data import from_folder
+from cnnlib.data.image_folder import from_folder
 
 data_dir = Path(work) / "data"
 print(from_folder(folder, "my_images", data_dir, size=size, grey=grey))
@@ -81,8 +81,8 @@ print(from_folder(folder, "my_images", data_dir, size=size, grey=grey))
 # %%
 from matplotlib import pyplot
 
-from cnnlib.config import Data
-from cnnlib.data import load
+from cnnlib.data.declaration import Data
+from cnnlib.data.sets import load
 
 data = load(Data("my_images", data_dir=str(data_dir)))
 known = data.description
@@ -96,7 +96,7 @@ for panel, image, label in zip(panels, data.train.x, data.train.y):
 # %% [markdown]
 # ## Any experiment on it
 #
-# The same as `python -m experiments run fc_vs_conv data.name=my_images data.data_dir=...` in a terminal: two full nets against
+# The same as `cnnlib run fc_vs_conv data.name=my_images data.data_dir=...` in a terminal: two full nets against
 # LeNet-5. A tenth of the training images is kept aside for validation.
 
 # %%
@@ -104,12 +104,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
-import experiments  # registers them
-from cnnlib.config import EXPERIMENTS, Arm, Lanes, override
-from cnnlib.report import ReportWriter
-from cnnlib.run import run
-from cnnlib.terminal import LineWatcher
-from cnnlib.watcher import Watchers
+from cnnlib.config.schema import EXPERIMENTS, Arm, Lanes
+from cnnlib.config.overrides import override
+from cnnlib.report.summary import ReportWriter
+from cnnlib.runs.runner import run
+from cnnlib.runs.terminal import LineWatcher
+from cnnlib.runs.callbacks import Watchers
 
 experiment = override(
     EXPERIMENTS.get("fc_vs_conv"),
@@ -133,7 +133,7 @@ display(Markdown((out / "table.md").read_text()))
 Picture(out / "accuracy.png", width=700)
 
 # %%
-from cnnlib.comparisons import differences
+from cnnlib.report.comparisons import differences
 
 for difference in differences(results):
     print(difference.sentence())
@@ -144,7 +144,7 @@ for difference in differences(results):
 # In short notation (see `full_vs_conv`), and one seed, so without an interval: to see whether it learns at all.
 
 # %%
-from cnnlib.spec import parse_model
+from cnnlib.spec.notation import parse_model
 
 net = parse_model("conv:8@3 relu max:2 conv:16@3 relu max:2 dense:classes")
 small = replace(experiment, arms=(Arm("own_net", net),), lanes=Lanes(seed=(0,)))

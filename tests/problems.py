@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume
+from hypothesis import assume, settings
 from hypothesis import strategies as st
+from jax import lax
 
-from cnnlib import kernels, models
-from cnnlib.spec import pad_pairs
+from cnnlib import ops
+from cnnlib.nn import network
+from cnnlib.ops import kernels
+from cnnlib.spec.window import pad_pairs
 
 # The CPU's own implementations, where this machine has both, and the forms of accelerators.
 implementations = st.sampled_from(["xla", "gpu", "tpu", *([] if kernels.register() else ["native"])])
@@ -79,10 +83,10 @@ def normal(shape, seed=0):
     return jnp.asarray(np.random.RandomState(seed).normal(size=shape), jnp.float32)
 
 
-# As cnnlib.models has them, each in one program in place of one per operation.
-initial = jax.jit(models.initial, static_argnums=(0, 2))
-logits = jax.jit(models.logits, static_argnums=0)
-training_logits = jax.jit(models.training_logits, static_argnums=(0, 4))
+# As cnnlib.nn.network has them, each in one program in place of one per operation.
+initial = jax.jit(network.initial, static_argnums=(0, 2))
+logits = jax.jit(network.logits, static_argnums=0)
+training_logits = jax.jit(network.training_logits, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,3 +95,31 @@ def derivatives(function, *inputs):
     y, pull = jax.vjp(function, *inputs)
     directions = tuple(normal(x.shape, seed=2 + i) for i, x in enumerate(inputs))
     return y, pull(normal(y.shape, seed=1)), jax.jvp(function, inputs, directions)[1]
+
+
+draws = settings(max_examples=12, deadline=None)
+pool_draws = settings(max_examples=5, deadline=None)
+few_draws = settings(max_examples=3, deadline=None)  # each compiles several programs
+
+
+def conv(x, kernel, **arguments):
+    return {3: ops.conv1d, 4: ops.conv2d}[x.ndim](x, kernel, **arguments)
+
+
+def looped(x, kernel, strides, resolved, dilation):
+    """A convolution as its definition says it: at each position the sum over taps and channels."""
+    x = np.pad(x, [(0, 0), *resolved, (0, 0)])
+    window = kernel.shape[:-2]
+    spans = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    size = [(n - span) // s + 1 for n, span, s in zip(x.shape[1:-1], spans, strides, strict=True)]
+    y = np.zeros((x.shape[0], *size, kernel.shape[-1]))
+    for place in itertools.product(*map(range, size)):
+        for tap in itertools.product(*map(range, window)):
+            at = tuple(p * s + t * d for p, s, t, d in zip(place, strides, tap, dilation, strict=True))
+            y[(slice(None), *place)] += x[(slice(None), *at)] @ kernel[tap]
+    return y
+
+
+def stock(x, kernel, strides, resolved, dilation):
+    dimensions = {3: ("NWC", "WIO", "NWC"), 4: ("NHWC", "HWIO", "NHWC")}[x.ndim]
+    return lax.conv_general_dilated(x, kernel, strides, resolved, None, dilation, dimensions)

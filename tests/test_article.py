@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cnnlib
-from cnnlib.comparisons import differences
+from cnnlib.report.comparisons import differences
 
 pytestmark = pytest.mark.once
 

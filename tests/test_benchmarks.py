@@ -15,9 +15,9 @@ from benchmarks import __main__ as command
 from benchmarks import agreement, aot, gpu, lanes, operations, step
 from benchmarks.nets import NETS, Rows, model_of, stock_operations
 from benchmarks.timing import Contestant, Table, interleaved, summary
-from cnnlib.defects import numbers_of
 from cnnlib.errors import UserError
-from cnnlib.models import network
+from cnnlib.nn.network import network
+from cnnlib.system.jaxlib_defects import numbers_of
 
 
 @pytest.mark.slow

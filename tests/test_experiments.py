@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-import experiments  # noqa: F401  # registers every experiment
-from cnnlib.config import EXPERIMENTS, Growth, assignments, override
-from cnnlib.fields import from_dict, to_dict
-from cnnlib.growth import resolve_growth
-from cnnlib.resolve import resolve
-from experiments.__main__ import lab_note
+from cnnlib.cli.declarations import lab_note
+from cnnlib.config.fields import from_dict, to_dict
+from cnnlib.config.overrides import assignments, override
+from cnnlib.config.resolve import resolve
+from cnnlib.config.schema import EXPERIMENTS, Growth
+from cnnlib.report.growth import resolve_growth
 
 pytestmark = pytest.mark.once
 
@@ -34,7 +34,7 @@ def test_every_experiment_has_a_complete_lab_note(name):
     assert note.splitlines()[0].endswith("?") and len(note.splitlines()[0]) <= 120
     positions = [note.find(f"\n{section}") for section in SECTIONS]
     assert -1 not in positions and positions == sorted(positions)
-    assert f"python -m experiments run {name}" in note
+    assert f"cnnlib run {name}" in note
     for section in SECTIONS:
         assert re.search(rf"\n{section} +\S+", note), f"{section} is empty"
-    assert inspect.getmodule(EXPERIMENTS.declaration(name)).__name__ == f"experiments.{name}"
+    assert inspect.getmodule(EXPERIMENTS.declaration(name)).__name__ == f"cnnlib.experiments.{name}"

@@ -17,18 +17,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from cnnlib.checkpoint import Checkpoints, Unreadable
-from cnnlib.config import Arm, Checkpoint, Data, Experiment, Lanes
+from cnnlib.cli.main import main
+from cnnlib.config.resolve import resolve
+from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes
+from cnnlib.data.declaration import Data
 from cnnlib.errors import UserError
-from cnnlib.folder import RunFolder
-from cnnlib.mesh import spread
-from cnnlib.programs import state_shapes
-from cnnlib.resolve import resolve
-from cnnlib.resume import read_arm
-from cnnlib.run import run
-from cnnlib.spec import parse_model
-from cnnlib.watcher import Watcher
-from experiments.__main__ import main
+from cnnlib.runs.callbacks import Watcher
+from cnnlib.runs.folder import RunFolder
+from cnnlib.runs.resume import read_arm
+from cnnlib.runs.runner import run
+from cnnlib.spec.notation import parse_model
+from cnnlib.train.checkpoint import Checkpoints, Unreadable
+from cnnlib.train.programs import state_shapes
+from cnnlib.train.sharding import spread
 
 pytestmark = pytest.mark.slow
 

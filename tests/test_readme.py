@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""What the README and the pages of the documentation say is so."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import pytest
 from PIL import Image
 
 import cnnlib
-from cnnlib import growth, report
-from cnnlib.config import EXPERIMENTS, Data, Experiment, kept_like, override
+from cnnlib.cli.main import COMMANDS, main, parser_for
+from cnnlib.config.fields import from_dict, to_dict
+from cnnlib.config.overrides import override
+from cnnlib.config.resolve import resolve
+from cnnlib.config.schema import EXPERIMENTS, Experiment, kept_like
+from cnnlib.data.declaration import Data
 from cnnlib.demos import DEMOS
-from cnnlib.fields import from_dict, to_dict
-from cnnlib.resolve import resolve
-from experiments.__main__ import COMMANDS, main, parser_for
+from cnnlib.report import growth, summary
 
 pytestmark = pytest.mark.once
 
 ROOT = Path(cnnlib.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md") if path.stem != "RESULTS"}
 PUBLISHED = ("fc_vs_conv", "sharing_and_locality")
 RESULTS = {name: json.loads((ROOT / "docs" / name / "results.json").read_text()) for name in PUBLISHED}
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_has_at_most_150_lines():
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_first_two_blocks_are_one_command_each():
@@ -35,12 +42,15 @@ def test_the_first_two_blocks_are_one_command_each():
     assert rest == [] and README.index("```sh") < README.index("```\n")
     for command in (run, test):
         assert command.count("\n") == 1 and command.startswith("python3 -m venv .venv && ")
-    assert run.rstrip().endswith("-m experiments run fc_vs_conv")
+    assert run.rstrip().endswith(".venv/bin/cnnlib run fc_vs_conv")
     assert "'.[test]'" in test and "-m pytest" in test
 
 
 def commands():
-    return re.findall(r"python -m experiments ([^#`\n]*)", README)
+    """Every command of the documentation that can be typed as it stands."""
+    text = "\n".join((README, *PAGES.values()))
+    found = re.findall(rf"(?:^|`|Command: |-16 .*?)cnnlib ((?:{'|'.join(COMMANDS)})\b[^#`\n]*)", text, re.MULTILINE)
+    return [one for one in dict.fromkeys(found) if "..." not in one and "NAME" not in one and "DIR" not in one]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -51,7 +61,7 @@ def test_every_command_names_what_exists(command):
         assert main(["count", *arguments]) == 0
     elif verb == "demo":
         assert parser_for(verb).parse_intermixed_args(arguments).name in DEMOS
-    elif verb in ("runs", "check", "compare", "report", "results", "all", "wandb"):
+    elif verb in ("runs", "check", "compare", "report", "results", "all", "wandb", "merge"):
         parser_for(verb).parse_intermixed_args(arguments)
     elif verb != "list" and arguments[0] != "strides":  # the experiment that the README adds
         options = parser_for(verb).parse_intermixed_args(arguments)
@@ -60,8 +70,9 @@ def test_every_command_names_what_exists(command):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_table_is_that_of_the_stored_results(name):
-    (table,) = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
-    assert table == report.markdown(RESULTS[name])
+    text = README + PAGES["models"]
+    (table,) = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->", text, re.DOTALL)
+    assert table == summary.markdown(RESULTS[name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -81,10 +92,9 @@ def test_the_stored_explosion_is_that_of_the_registered_one():
 
 def test_the_table_of_counts_is_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    command, output = re.findall(
-        r"```\n(python -m experiments count lenet5[^\n]*)\n.*?```\n\n```\n(.*?)```", README, re.DOTALL
-    )[0]
-    assert main(shlex.split(command)[3:]) == 0
+    both = r"```\n(cnnlib count lenet5[^\n]*)\n.*?```\n\n```\n(.*?)```"
+    command, output = re.findall(both, PAGES["models"], re.DOTALL)[0]
+    assert main(shlex.split(command)[1:]) == 0
     assert output.split("\n") == [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] + [""]
 
 
@@ -112,15 +122,16 @@ def test_what_the_readme_concludes_of_sharing_and_locality_follows_too():
     gaps = [100 * (accuracy[conv]["mean"] - accuracy[local]["mean"]) for conv, local in pairs]
     assert [round(min(gaps), 1), round(max(gaps), 1)] == [0.8, 1.1]
     assert sum(accuracy[conv]["ci95"][0] < accuracy[local]["ci95"][1] for conv, local in pairs) == 2
+    means = [[100 * a["mean"] for a in by_reading[reading]] for reading in ("conv", "local", "full")]
+    span = r"([\d.]+) to ([\d.]+) %"
+    text = " ".join(PAGES["models"].split())
+    said = re.search(rf"Convolutions reach {span}, local nets {span}, full nets {span}", text).groups()
+    assert [float(number) for number in said] == [round(end, 1) for each in means for end in (min(each), max(each))]
     assert all(lane.get("distance_from_conv", 1) > 0.99 for arm in arms.values() for lane in arm["lanes"])
-    assert round(arms["conv_parameters"]["parameters"] / arms["conv"]["parameters"]) == 11
-    assert round(arms["full"]["parameters"] / arms["full_sixth"]["parameters"]) == 8
-    for smaller, larger in (("conv", "conv_parameters"), ("full_sixth", "full")):
-        assert accuracy[smaller]["ci95"][1] > accuracy[larger]["ci95"][0]
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
-    code, *_ = blocks("python")
+    (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 15
     monkeypatch.setattr(EXPERIMENTS, "_declarations", {})
     names: dict[str, object] = {}
@@ -132,7 +143,7 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
 
 
 def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
-    _, code, *_ = blocks("python")
+    (code,) = blocks("python", PAGES["guide"])
     names: dict[str, object] = {}
     exec(compile(code, "sweep.py", "exec"), names)
     arms = Experiment(names["arms"], Data("mnist5k")).arms
@@ -146,7 +157,7 @@ def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
 
 @pytest.mark.slow
 def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch):
-    _, _, code, _ = blocks("python")
+    (code,) = blocks("python", PAGES["models"])
     # A reader's JAX promotes ranks; the test session's does not.
     names: dict[str, object] = {}
     exec(compile(code, "readings.py", "exec"), names)
@@ -156,13 +167,8 @@ def test_the_example_of_readings_runs_and_says_what_it_says(capsys, monkeypatch)
     assert names["total"] == 0
 
 
-def test_the_map_names_every_file():
-    mapped = set(re.findall(r"`(cnnlib/\w+\.py)`", README))
-    assert mapped == {f"cnnlib/{path.name}" for path in (ROOT / "cnnlib").glob("*.py") if path.stem != "__init__"}
-
-
 def test_the_example_of_own_images_makes_a_set_that_the_command_below_it_trains_on(tmp_path, monkeypatch):
-    *_, code = blocks("python")
+    (code,) = blocks("python", PAGES["data"])
     (command,) = (command for command in commands() if "data.name=my_images" in command)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -178,7 +184,7 @@ def test_the_example_of_own_images_makes_a_set_that_the_command_below_it_trains_
 
 
 def test_the_table_of_pictures_names_every_demo():
-    section = README.split("## The ideas as pictures")[1].split("\n## ")[0]
+    section = README.split("## Pictures and notebooks")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ") and "`" in line]
     assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(iter(DEMOS))
     words = ("Sixteen", len(list(DEMOS))), ("Nine", len(list((ROOT / "notebooks").glob("*.ipynb"))))

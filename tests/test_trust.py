@@ -16,13 +16,14 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import cnnlib
-from cnnlib import own_data, tracking
-from cnnlib.config import Data
-from cnnlib.data import Split, load, open_splits
+from cnnlib.cli.main import main
+from cnnlib.data import image_folder
+from cnnlib.data.declaration import Data
+from cnnlib.data.image_folder import from_arrays, from_folder
+from cnnlib.data.sets import Split, load, open_splits
+from cnnlib.data.tfds import import_tfds, quiet
 from cnnlib.errors import UserError
-from cnnlib.own_data import from_arrays, from_folder
-from cnnlib.prepared import import_tfds, quiet
-from experiments.__main__ import main
+from cnnlib.system import provenance
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -112,7 +113,7 @@ def forget_the_module():
 )
 def test_a_module_that_a_data_set_names_is_not_run(prepared, tmp_path, monkeypatch, capsys, change, file):
     ran = plant(prepared, tmp_path, change, file)
-    monkeypatch.syspath_prepend(tmp_path)  # as `python -m experiments` does with the current folder
+    monkeypatch.syspath_prepend(tmp_path)  # as `cnnlib` does with the current folder
     try:
         status = main(["show", "fc_vs_conv", "data.name=mine", f"data.data_dir={tmp_path}"])
     finally:
@@ -126,8 +127,8 @@ def test_a_module_that_a_data_set_names_is_not_run(prepared, tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_command_in_the_folder_of_a_data_set_runs_nothing_of_it(prepared, tmp_path):
     ran = plant(prepared, tmp_path, named_inside)
-    command = [sys.executable, "-m", "experiments", "show", "fc_vs_conv", "data.name=mine", "data.data_dir=."]
-    path = {"PYTHONPATH": str(Path(own_data.__file__).parents[1])}
+    command = [sys.executable, "-m", "cnnlib", "show", "fc_vs_conv", "data.name=mine", "data.data_dir=."]
+    path = {"PYTHONPATH": str(Path(cnnlib.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **path}, capture_output=True, text=True)
     assert not ran.exists()
     assert done.returncode == 2 and "its files name the class mine.evil.Evil" in done.stderr
@@ -176,7 +177,7 @@ def test_an_image_that_is_none_starts_no_program(ghostscript, tmp_path):
 
 def test_an_image_of_a_prepared_set_that_is_none_starts_no_program(ghostscript, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(own_data, "png", lambda pixels: io.BytesIO(EPS))
+    monkeypatch.setattr(image_folder, "png", lambda pixels: io.BytesIO(EPS))
     from_arrays("mine", tmp_path, black(3), black(2), ["all"])
     data = Data("mine", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="mine cannot be read: an image has none of the formats PNG"):
@@ -234,7 +235,7 @@ def test_images_are_decoded_as_tfds_decodes_them(file_type, tmp_path, monkeypatc
     pixels = np.random.RandomState(0).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, kind)
-    monkeypatch.setattr(own_data, "png", lambda pixels: io.BytesIO(file.getvalue()))
+    monkeypatch.setattr(image_folder, "png", lambda pixels: io.BytesIO(file.getvalue()))
     made = from_arrays("mine", tmp_path, black(3), black(2), ["all"])
     with quiet():
         expected = import_tfds().builder_from_directory(made).as_data_source("test")[0]["image"]
@@ -262,7 +263,7 @@ def test_the_diff_is_taken_without_the_programs_of_git_s_configuration(setting, 
     git("config", "color.ui", "always")
     git("config", setting, str(script))
     monkeypatch.setattr(cnnlib, "__file__", str(package / "__init__.py"))
-    assert tracking.commit().endswith("-dirty")
-    told = tracking.diff()
+    assert provenance.commit().endswith("-dirty")
+    told = provenance.diff()
     assert not ran.exists()
     assert "-before\n+after\n" in told and "\x1b" not in told

@@ -1,1 +1,1 @@
-"""Compile for accelerators that are not there, and estimate what programs would take on them."""
+"""Compile for accelerators that this machine does not have, and estimate the time and memory of programs on them."""

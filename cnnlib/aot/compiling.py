@@ -1,7 +1,7 @@
-"""Compile a function for a chip that is not there, and read from the result what it would take.
+"""Compile a function for a chip that this machine does not have, and estimate its time and memory there.
 
-libtpu compiles for TPUs and the CUDA plugin for NVIDIA's GPUs, on any machine: extras `aot` and `cuda12`. Nothing is
-run. How far the estimates are from the published peaks: docs/accelerators.md.
+On any machine, libtpu compiles for TPUs and the CUDA plugin for NVIDIA GPUs (extras `aot` and `cuda12`). Nothing is
+run. docs/accelerators.md compares the estimates with the published peaks.
 """
 
 from __future__ import annotations
@@ -23,80 +23,80 @@ from jax.sharding import SingleDeviceSharding
 from cnnlib.aot import hlo, schedule
 from cnnlib.aot.hardware import Target, set_environment
 from cnnlib.errors import UserError
-from cnnlib.kernels import Kernels
-from cnnlib.primitives import compiled_for
+from cnnlib.ops.kernels import Kernels
+from cnnlib.ops.primitives import compiled_for
 
 LAUNCH_SECONDS = 2e-6
-"""Assumed for the start of a kernel on a GPU, as one of a stream or graph. Not measured here."""
+"""Assumed time to start a kernel on a GPU, in a stream or graph. Not measured here."""
 GPU_DESCRIPTION = Path(__file__).with_name("h100.txtpb")
-"""What XLA asks of a GPU, from xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla."""
+"""The properties of a GPU that XLA needs, from xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a compiled program, all its runs together."""
+    """One operation of a compiled program. Times, cycles and bytes are totals over all its runs."""
 
     name: str
     kind: str
     source: str
-    """The JAX operation that it comes from."""
+    """The JAX operation that this operation comes from."""
     shape: str
     times: int
     seconds: float
-    """Estimated, in all."""
+    """Estimated total time."""
     cycles: int | None
-    """Scheduled on a TPU's core, or taken by its memory at the published bandwidth if that is longer; in all."""
+    """Cycles in a TPU core's schedule, or of its memory at the published bandwidth if more. None for GPUs."""
     bytes: int
-    """Read from and written to the main memory, in all."""
+    """Bytes read from and written to main memory."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled program would take on one of the devices."""
+    """Estimated time and memory of a compiled program, per device."""
 
     compile_seconds: float
-    """Processor time of the compiler."""
+    """CPU time of the compiler."""
     memory_bytes: int
-    """Arguments, results and temporaries at the peak."""
+    """Peak of arguments, results and temporaries."""
     temporary_bytes: int
     operations: tuple[Operation, ...]
-    """The most expensive first."""
+    """Sorted by estimated time, longest first."""
     collectives: dict[str, int]
-    """How often devices exchange data, by kind."""
+    """Number of data exchanges between devices, by kind."""
 
     @property
     def seconds(self) -> float:
-        """Estimated for one call."""
+        """Estimated time of one call, in seconds."""
         return sum(operation.seconds for operation in self.operations)
 
     @property
     def cycles(self) -> int | None:
-        """Scheduled for one call; None for GPUs."""
+        """Scheduled cycles of one call, or None for GPUs."""
         counted = [operation.cycles for operation in self.operations if operation.cycles is not None]
         return sum(counted) if counted else None
 
     @property
     def bytes(self) -> int:
-        """Moved by one call."""
+        """Bytes of main memory that one call reads and writes."""
         return sum(operation.bytes for operation in self.operations)
 
 
 @functools.cache
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder into which libtpu writes the schedules of this process. It is removed with the process."""
+    """Make the folder for the schedules that libtpu writes in this process. It is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="cnnlib-schedules-")
 
 
 def schedules_folder() -> Path:
-    """Return where libtpu writes schedules."""
+    """Return the folder into which libtpu writes schedules."""
     return Path(scratch().name)
 
 
 @functools.cache
 def devices(target: Target) -> tuple[Any, ...]:
-    """Return the devices of hardware that is not there, to compile for.
+    """Return the devices of a target to compile for. This machine need not have them.
 
-    Raises UserError where the compiler for it is not installed, or does not know it.
+    Raises UserError if the target's compiler is not installed or does not support the target.
     """
     try:
         if target.platform == "tpu":
@@ -128,27 +128,27 @@ def _gpus(target: Target) -> tuple[Any, ...]:
 
 
 def on(device: Any, tree: Any) -> Any:
-    """Return the shapes of arrays, placed on one device."""
+    """Return the shapes and types of a tree of arrays, placed on one device."""
     sharding = SingleDeviceSharding(device)
     shape: Any = jax.ShapeDtypeStruct
     return jax.tree.map(lambda array: shape(array.shape, array.dtype, sharding=sharding), tree)
 
 
 def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form: Kernels | None = None) -> Report:
-    """Compile a jitted function for the target, and report what it takes.
+    """Compile a jitted function for the target, and estimate its time and memory.
 
     Args:
-        function: from `jax.jit`.
-        arguments: shapes; for one device placed with `on`, for several sharded as the function says.
-        target: of the devices that arguments or shardings name (`devices`).
-        form: of the operations (`primitives.form_in_use`); None for that of the target.
+        function: A function from `jax.jit`.
+        arguments: Shapes. For one device, place them with `on`; for several, shard them as `function` expects.
+        target: Hardware whose devices (`devices`) the arguments or shardings name.
+        form: Form of the operations (`primitives.form_in_use`); None for the form of the target.
     """
     with compiled_for(form or ("tpu" if target.platform == "tpu" else "gpu")):
         lowered = function.lower(*arguments)
     if target.platform == "tpu":
         schedule.forget(schedules_folder())
     before = time.process_time()
-    # Autotuning needs the GPU.
+    # Autotuning would need a real GPU.
     options = {"xla_gpu_autotune_level": 0} if target.platform == "cuda" else None
     compiled = lowered.compile(options)
     seconds = time.process_time() - before
@@ -156,14 +156,14 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
 
 
 def report_of(compiled: Any, seconds: float, target: Target) -> Report:
-    """Report what a compiled program takes. For a TPU it must be the one that this process compiled last.
+    """Estimate the time and memory of a compiled program. For a TPU, it must be the last that this process compiled.
 
     Args:
-        compiled: from `jax.stages.Lowered.compile`.
-        seconds: of processor time that compiling took.
-        target: with one of whose devices it runs.
+        compiled: A program from `jax.stages.Lowered.compile`.
+        seconds: CPU time that compiling took.
+        target: Hardware that the program was compiled for.
 
-    Raises UserError where libtpu has written no schedule.
+    Raises UserError if libtpu has written no schedule.
     """
     program = hlo.Program(compiled.as_text())
     issued = schedule.schedules(schedules_folder()) if target.platform == "tpu" else None
@@ -195,9 +195,9 @@ def report_of(compiled: Any, seconds: float, target: Target) -> Report:
 
 
 def estimated(program: hlo.Program, cost: hlo.Cost, target: Target, issued: dict[str, int] | None) -> Operation | None:
-    """Estimate an operation's runs; None for copies that run beside other work.
+    """Estimate the cost of all runs of an operation. Return None for copies that run in parallel with other work.
 
-    An operation without a schedule, such as one on scalars, counts by the bytes that it moves.
+    The cost of an operation without a schedule, such as one on scalars, follows from the bytes that it moves.
     """
     instruction, chip = cost.instruction, target.chip
     if instruction.opcode in hlo.ASYNCHRONOUS:

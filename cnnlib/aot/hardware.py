@@ -1,4 +1,4 @@
-"""Accelerators to compile for: `tpu:v5e:2x4`, `cuda:h100`, with the published figures of their chips."""
+"""Accelerators to compile for, such as `tpu:v5e:2x4` or `cuda:h100`, with the published figures of their chips."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cnnlib.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """What one JAX device of a kind has, as published."""
+    """The published figures of one JAX device of a kind."""
 
     name: str
     peak_flops: float
-    """Floating-point operations per second of bfloat16 matrix products, two per multiply-add."""
+    """Floating-point operations per second of bfloat16 matrix products. A multiply-add counts as two."""
     bandwidth: float
-    """Bytes per second of its main memory."""
+    """Bandwidth of main memory, in bytes per second."""
     memory_bytes: int
     clock: float
-    """Cycles per second of a TPU's core: the peak over the operations that its matrix units do per cycle."""
+    """Cycles per second of a TPU's core: `peak_flops` divided by the operations per cycle of its matrix units."""
     source: str
 
 
 GIB = 2**30
 TPUS = {
-    # A v4 or v5p chip has two cores, which JAX shows as one device; libtpu's schedule is that of one core.
+    # A v4 or v5p chip has two cores. JAX shows them as one device, but libtpu's schedule is for one core.
     "v4": Chip("TPU v4", 275e12, 1228e9, 32 * GIB, 1.05e9, "https://docs.cloud.google.com/tpu/docs/v4"),
     "v5e": Chip("TPU v5e", 197e12, 819e9, 16 * GIB, 1.5e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip("TPU v5p", 459e12, 2765e9, 95 * GIB, 1.75e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
@@ -36,25 +36,25 @@ TPUS = {
 }
 GPUS = {
     "h100": Chip("H100 SXM", 989e12, 3350e9, 80 * GIB, 1.98e9, "https://www.nvidia.com/en-us/data-center/h100/"),
-    # The same chip with another memory: compiled by the description of the H100.
+    # The H200 is an H100 with a different memory, so it is compiled with the description of the H100.
     "h200": Chip("H200 SXM", 989e12, 4800e9, 141 * 10**9, 1.98e9, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
 
 
 LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks Google's metadata server, and waits for it
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine with TPUs; which does not matter
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries Google's metadata server and waits
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any machine type with TPUs will do
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process stops at libtpu's lock
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process stops at libtpu's lock
 }
-"""What libtpu asks for on a machine without TPUs."""
+"""Environment variables that libtpu needs on a machine without TPUs."""
 
 
 def set_environment() -> None:
-    """Prepare this process for compiling, best before JAX is imported: else JAX looks for a TPU, and says so."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else JAX would look for a TPU
+    """Set the environment for compiling, preferably before JAX is imported. Otherwise JAX looks for a TPU and warns."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # otherwise JAX looks for a TPU
     for name, value in LIBTPU_ENVIRONMENT.items():
-        if os.environ.get(name, "WARNING").startswith("WARNING"):  # which JAX puts where it finds nothing
+        if os.environ.get(name, "WARNING").startswith("WARNING"):  # JAX sets "WARNING..." if it finds none
             os.environ[name] = value
 
 
@@ -65,7 +65,7 @@ class Target:
     platform: Literal["tpu", "cuda"]
     chip: Chip
     topology: str
-    """A TPU's name of the devices and how they are joined, such as v5e:2x4."""
+    """Kind of the chips and, for TPUs, how they are connected, such as v5e:2x4."""
     devices: int
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Read `tpu:v5e:2x4` (`tpu:v5e` is one chip) or `cuda:h100`. Raises UserError for anything else."""
+    """Parse `tpu:v5e:2x4` (`tpu:v5e` is one chip) or `cuda:h100`. Raise UserError for any other text."""
     platform, _, rest = text.partition(":")
     name, _, shape = rest.partition(":")
     if platform == "cuda" and name in GPUS and not shape:

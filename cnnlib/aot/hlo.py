@@ -1,4 +1,4 @@
-"""Read XLA's optimised programs: their operations, how often each runs, and the bytes that it moves."""
+"""Parse XLA's optimised programs: their operations, how often each runs, and how many bytes it moves."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FREE = frozenset(
         "async-update",
     }
 )
-"""Operations that cost nothing of their own."""
+"""Operations that have no cost of their own."""
 ASYNCHRONOUS = frozenset({"copy-start", "slice-start", "slice-done"})
-"""Copies between memories that run beside other work."""
+"""Copies between memories that run in parallel with other work."""
 COLLECTIVES = frozenset(
     {
         "all-reduce",
@@ -47,12 +47,12 @@ COLLECTIVES = frozenset(
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
 ELSEWHERE = re.compile(r"[a-z]+\d*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
-"""A shape in a memory of the chip's own, in place of its main memory."""
+"""Match a shape that lies in a memory other than main memory, such as one on the chip."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One operation of a computation, as the text of the program has it."""
+    """One operation of a computation, parsed from the text of the program."""
 
     name: str
     shape: str
@@ -62,39 +62,39 @@ class Instruction:
     is_root: bool
 
     def called(self, key: str) -> str | None:
-        """Return the computation that an attribute such as `body=` names."""
+        """Return the name of the computation in an attribute such as `body=`, or None without that attribute."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     @property
     def kind(self) -> str:
-        """The opcode, and of a call of a library its target."""
+        """The opcode; for a library call, also its target."""
         target = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return f"{self.opcode} {target[1]}" if target else self.opcode
 
     @property
     def source(self) -> str:
-        """The JAX operation that it comes from."""
+        """The JAX operation that the instruction comes from, or an empty string."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions in the order of the text."""
+    """A computation: its instructions by name, in the order of the text."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction whose value is the computation's."""
+        """The instruction whose value is the result of the computation."""
         return next(i for i in self.instructions.values() if i.is_root)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A computation that a loop runs, and where the loop's operand is found."""
+    """A computation, and for the body or condition of a loop, the frame and name of the loop's operand."""
 
     computation: Computation
     caller: Frame | None = None
@@ -103,7 +103,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Cost:
-    """An instruction that runs `times` times in all."""
+    """An instruction that runs `times` times in total."""
 
     computation: Computation
     instruction: Instruction
@@ -111,7 +111,7 @@ class Cost:
 
 
 class Program:
-    """The optimised program that `compiled.as_text()` shows."""
+    """The optimised program in the text of `compiled.as_text()`."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
@@ -129,9 +129,9 @@ class Program:
                 current.instructions[instruction.name] = instruction
 
     def costs(self) -> Iterator[Cost]:
-        """Walk through all that the program runs, loops with their trip counts, conditionals by their first branch.
+        """Yield every instruction that runs, with its number of runs. Only the first branch of a conditional counts.
 
-        Raises ValueError for a loop whose trip count does not follow from the program.
+        Raises ValueError if the trip count of a loop does not follow from the program.
         """
         return self._walk(Frame(self.computations[self.entry]), 1)
 
@@ -156,7 +156,7 @@ class Program:
                 yield Cost(frame.computation, instruction, times)
 
     def _trips(self, loop: Instruction, frame: Frame) -> int:
-        """Find how often a loop runs: the compiler's own note, or the constants that its condition compares."""
+        """Return how often a loop runs, from the compiler's annotation or from the constants in its condition."""
         known = re.search(r'known_trip_count":?\{"?n"?[:=]"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -178,7 +178,7 @@ class Program:
         raise ValueError(f"the trip count of the loop {loop.name} is unknown")
 
     def _constant(self, frame: Frame, name: str) -> int | None:
-        """Follow a value to the constant that it starts as, through copies, tuples and the operands of loops."""
+        """Trace a value back to its initial constant, through copies, tuples and the operands of loops."""
         instruction = frame.computation.instructions.get(name)
         if instruction is None:
             return None
@@ -197,7 +197,7 @@ class Program:
             return None
         if instruction.opcode == "tuple":
             return self._constant(frame, instruction.operands[index])
-        if instruction.opcode in ("while", "opt-barrier"):  # a loop passes on what it does not change
+        if instruction.opcode in ("while", "opt-barrier"):  # assumes that a loop leaves this element unchanged
             return self._element(frame, instruction.operands[0], index)
         if instruction.opcode == "parameter" and frame.caller is not None:
             return self._element(frame.caller, frame.operand, index)
@@ -205,12 +205,12 @@ class Program:
 
 
 def root_operand(root: Instruction, name: str, positions: dict[str, int], operands: list[str]) -> str:
-    """Return the operand of a fusion that an operand of its root stands for."""
+    """Return the operand of a fusion that an operand `name` of its root stands for, or `name` itself."""
     return operands[positions[name]] if name in positions else name
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """Read one line of a computation; None for a line that holds no instruction."""
+    """Parse one line of a computation. Return None if the line holds no instruction."""
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not found:
         return None
@@ -233,7 +233,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def closing(text: str, start: int) -> int:
-    """Return the place after the bracket that closes the one at `start`."""
+    """Return the index after the bracket that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] in "([{") - (text[place] in ")]}")
@@ -243,7 +243,7 @@ def closing(text: str, start: int) -> int:
 
 
 def bytes_of(shape: str, main_memory: bool = False) -> int:
-    """Count the bytes of a shape as the program writes it, a tuple's in all; optionally those in the main memory."""
+    """Return the bytes of a shape in HLO notation. A tuple gives its total. `main_memory` skips other memories."""
     text = ELSEWHERE.sub("", shape) if main_memory else shape
     return sum(
         BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
@@ -252,9 +252,9 @@ def bytes_of(shape: str, main_memory: bool = False) -> int:
 
 
 def moved_bytes(program: Program, cost: Cost) -> int:
-    """Estimate the bytes of the main memory that one run of an instruction reads and writes.
+    """Estimate the bytes of main memory that one run of an instruction reads and writes.
 
-    Of an operand that a fusion only slices, and of a result that it only updates in part, that part counts.
+    If a fusion only slices an operand, or updates only part of a result, only that part counts.
     """
     instruction, known = cost.instruction, cost.computation.instructions
     callee = program.computations.get(instruction.called("calls") or "")

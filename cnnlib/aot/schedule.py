@@ -1,8 +1,8 @@
-"""Read how many cycles a TPU's core takes for each operation, from libtpu's dump of its final schedules.
+"""Count the cycles of each operation on a TPU core, from libtpu's dump of its final schedules.
 
-A TPU core runs one bundle of instructions per cycle. libtpu writes the bundles of each operation into a file when
-`--xla_jf_dump_to` asks for it. Counting them, loops with their trip counts, gives the cycles of the operation but for
-waits on memory; loops of unknown length count once.
+A TPU core runs one bundle of instructions per cycle. With `--xla_jf_dump_to`, libtpu writes the bundles of each
+operation into a file. The number of bundles, with loops multiplied by their trip counts, is the number of cycles
+without waits for memory. Loops of unknown length count once.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ EXIT = re.compile(r"scmp\.g[et]\.s32\.totalorder %\w+, (\d+) /\* loop exit test 
 
 
 def flags(folder: Path) -> str:
-    """Return the arguments with which libtpu writes its schedules into a folder."""
+    """Return the arguments that make libtpu write its schedules into `folder`."""
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASSES}"
 
 
 @dataclass
 class Loop:
-    """A loop that is being read."""
+    """A loop while it is parsed."""
 
     bundles: int = 0
     stages: int = 0
-    """Of software pipelining: the loop runs so many times more often than its trip count says."""
+    """Stages of software pipelining. `Reader.close` counts the loop `trips - stages` times, but at least once."""
     trips: int = 1
 
 
 @dataclass
 class Reader:
-    """Sums up the bundles of one file, whose lines show the depth of loops by as many `>`."""
+    """Add up the bundles of one file. In each line, the number of `>` is the depth of loops."""
 
     loops: list[Loop] = field(default_factory=lambda: [Loop()])
 
     def close(self) -> None:
-        """End the innermost loop."""
+        """Close the innermost loop and add its bundles to the loop around it."""
         done = self.loops.pop()
         self.loops[-1].bundles += done.bundles * max(1, done.trips - done.stages)
 
     def read(self, line: str) -> None:
-        """Take one line."""
+        """Parse one line."""
         found = BUNDLE.match(line)
         if not found or "{" not in line:
             return
-        # An empty bundle shows no depth: it is of the loop of the line before.
+        # An empty bundle shows no depth. It belongs to the same loop as the previous line.
         depth = len(self.loops) - 1 if re.search(r":\s*\{\}", line) else found[2].count(">")
         begins = "LB" in found[1]
         while len(self.loops) - 1 > depth or (begins and len(self.loops) - 1 >= max(depth, 1)):
@@ -64,7 +64,7 @@ class Reader:
 
 
 def cycles_of(path: Path) -> int:
-    """Count the bundles that one operation issues."""
+    """Return the number of bundles that one operation issues, from its schedule file."""
     reader = Reader()
     with path.open(errors="replace") as lines:
         for line in lines:
@@ -75,7 +75,7 @@ def cycles_of(path: Path) -> int:
 
 
 def schedules(folder: Path) -> dict[str, int]:
-    """Return the cycles of each operation of the program that was compiled last, by name."""
+    """Return the cycles per operation, by name, of the last compiled program."""
     found: dict[str, int] = {}
     alike: list[list[str]] = []
     for path in sorted(folder.iterdir()):
@@ -83,7 +83,7 @@ def schedules(folder: Path) -> dict[str, int]:
         if name and not name[1].endswith("schedule-analysis"):
             found[name[1]] = cycles_of(path)
         elif path.name.endswith("deduplication-map.txt"):
-            # Operations of equal code: a key, and the names that share its schedule, indented.
+            # Operations with equal code share a schedule: a key, followed by indented lines with their names.
             for line in path.read_text(errors="replace").splitlines():
                 if line.startswith("key:"):
                     alike.append([line.removeprefix("key:").strip()])
@@ -97,6 +97,6 @@ def schedules(folder: Path) -> dict[str, int]:
 
 
 def forget(folder: Path) -> None:
-    """Remove the schedules of the program before."""
+    """Delete the schedules of the previous program."""
     for path in folder.iterdir():
         path.unlink()

@@ -1,12 +1,12 @@
-"""The ideas behind convolutional nets as pictures: a file is a subject, and each demo in it draws one of its ideas.
+"""The ideas behind convolutional nets as pictures: each file has a subject, and each of its demos draws one idea.
 
-Importing this package registers every demo, and draws nothing: what is slow to import, the functions that draw import.
+Importing this package registers every demo and draws nothing. Slow imports are inside the functions that draw.
 """
 
 import importlib
 import pkgutil
 
-from cnnlib.demo import DEMOS
+from cnnlib.demos.demo import DEMOS
 
 __all__ = ["DEMOS"]
 

@@ -1,4 +1,4 @@
-"""Inside trained nets: filters, maps, the patches they seek, evidence for a class, probes by depth, orientations."""
+"""Inside trained nets: filters, maps, strongest patches, evidence for a class, probes by depth, orientations."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnlib.architectures import ARCHITECTURES
-from cnnlib.config import Arm, Data, Experiment, Lanes, Optim
-from cnnlib.data import DataSet
-from cnnlib.demo import DEMOS, Demo
-from cnnlib.spec import Activation, Conv, Dense, Filter, Model
-from cnnlib.stats import mean_interval
-from cnnlib.style import STYLE
+from cnnlib.config.schema import Arm, Experiment, Lanes, Optim
+from cnnlib.data.declaration import Data
+from cnnlib.data.sets import DataSet
+from cnnlib.demos.demo import DEMOS, Demo
+from cnnlib.report.style import STYLE
+from cnnlib.spec.architectures import ARCHITECTURES
+from cnnlib.spec.layers import Activation, Conv, Dense, Filter
+from cnnlib.spec.model import Model
+from cnnlib.stats.intervals import mean_interval
 
 if TYPE_CHECKING:
-    from cnnlib.trained import Net
+    from cnnlib.interpret.trained import Net
 
 FULL, CONV = STYLE["full"][0], STYLE["conv"][0]
 SKY, GREY = "#56B4E9", "#999999"
 SIGNED, MAPS = "RdBu_r", "cividis"
-"""Colours of values with two signs, white at 0, and of values from low to high; neither needs red told from green."""
+"""Colours for values of both signs (white at 0) and for values from low to high; safe for red-green blindness."""
 
 
 @DEMOS.register
@@ -106,8 +108,8 @@ def tuning() -> Demo:
 def trained(
     names: tuple[str, ...], seeds: int = 1, data: str = "mnist5k", epochs: int = 3
 ) -> tuple[dict[str, list[Net]], DataSet]:
-    """Registered architectures, trained by the rule of the experiment `fc_vs_conv` but for fewer epochs."""
-    from cnnlib.trained import train_models
+    """Train registered architectures by the rule of the experiment `fc_vs_conv`, but for fewer epochs."""
+    from cnnlib.interpret.trained import train_models
 
     return train_models(
         Experiment(
@@ -125,7 +127,7 @@ BOTH = ("lenet5", "lenet_300_100")
 
 
 def mosaic(tiles: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
-    """Images `(count, height, width)` as one, row by row; between them and in empty places it is not a number."""
+    """Join images `(count, height, width)` row by row into one; gaps and empty places are NaN."""
     count, height, width = tiles.shape
     rows = -(-count // columns)
     whole = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan)
@@ -136,10 +138,10 @@ def mosaic(tiles: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def draw_filters() -> Any:
-    """A figure: the filters of a convolution, and those of the first units of a full layer."""
+    """Draw the filters of a convolution, and those of the first units of a full layer."""
     from matplotlib import pyplot
 
-    from cnnlib.abstraction import first_filters
+    from cnnlib.interpret.patches import first_filters
 
     nets, _ = trained(BOTH)
     figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.2), width_ratios=(1, 1.7), layout="constrained")
@@ -158,15 +160,16 @@ def draw_filters() -> Any:
 
 
 SHOWN = 4
-"""The class of the digit: the first of the test examples."""
+"""Class of the digit that is shown, which is the first test example of this class."""
 
 
 def draw_maps() -> Any:
-    """A figure: a digit, the maps of both convolutions, and the dense layers after them."""
+    """Draw a digit, the maps of both convolutions, and the dense layers after them."""
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
-    from cnnlib.abstraction import activations, receptive_field, strongest_patches
+    from cnnlib.interpret.activations import activations, receptive_field
+    from cnnlib.interpret.patches import strongest_patches
 
     nets, data = trained(("lenet5",))
     (net,) = nets["lenet5"]
@@ -213,21 +216,21 @@ def draw_maps() -> Any:
 
 
 def activated(model: Model) -> list[int]:
-    """The activation after each convolution, and the last one of all."""
+    """Return the positions of the activation after each convolution, and of the last activation."""
     layers = list(enumerate(model.layers))
     found = [index for index, layer in layers if isinstance(layer, Activation)]
     return [*(index for index in found if isinstance(model.layers[index - 1], Conv)), found[-1]]
 
 
 PATCHES = 6
-"""A unit."""
+"""Number of patches per unit."""
 
 
 def draw_patches() -> Any:
-    """A figure: a mosaic for each convolution, a row a unit."""
+    """Draw a mosaic of patches for each convolution, one row per unit."""
     from matplotlib import pyplot
 
-    from cnnlib.abstraction import strongest_patches
+    from cnnlib.interpret.patches import strongest_patches
 
     nets, data = trained(("lenet5",))
     (net,) = nets["lenet5"]
@@ -256,10 +259,11 @@ def draw_patches() -> Any:
 
 
 def draw_evidence() -> Any:
-    """A figure: digits, and the evidence of both nets for a class, a column each."""
+    """Draw digits and the evidence of both nets for a class, one digit and class per column."""
     from matplotlib import pyplot
 
-    from cnnlib.abstraction import activations, class_evidence
+    from cnnlib.interpret.activations import activations
+    from cnnlib.interpret.evidence import class_evidence
 
     nets, data = trained(BOTH)
     conv, full = (nets[name][0] for name in BOTH)
@@ -296,10 +300,10 @@ SEEDS = 5
 
 
 def draw_probes() -> Any:
-    """A figure: accuracy of linear probes by depth, a panel a net."""
+    """Draw the accuracy of linear probes by depth, one panel per net."""
     from matplotlib import pyplot
 
-    from cnnlib.abstraction import linear_probes
+    from cnnlib.interpret.probes import linear_probes
 
     nets, data = trained(BOTH, SEEDS, epochs=2)
     (pixels,) = linear_probes(nets["lenet5"][0], data, (None,))  # the same for all nets
@@ -337,21 +341,22 @@ def draw_probes() -> Any:
 
 
 def steps(model: Model) -> list[int]:
-    """The layers that end a step of the net: whatever the next layer with weights takes, and the logits."""
+    """Return the layers to probe: those just before a layer with weights, and the last, which gives the logits."""
     weighted = [index for index, layer in enumerate(model.layers) if isinstance(layer, Filter | Dense)]
     return [*(index - 1 for index in weighted if index), len(model.layers) - 1]
 
 
 ANGLES = np.arange(0.0, 180.0, 7.5)
 CLASS_ANGLES = np.array([0.0, 45.0, 90.0, 135.0, 180.0])
-"""Of the lines that the data set `lines` has: horizontal, diagonal either way, vertical."""
+"""Angles of the lines in the data set `lines`, in degrees: horizontal, diagonal either way, vertical."""
 
 
 def draw_tuning() -> Any:
-    """A figure: one net's filters and tuning curves, and all units of three nets by angle and selectivity."""
+    """Draw one net's filters and tuning curves, and all units of three nets by angle and selectivity."""
     from matplotlib import pyplot
 
-    from cnnlib.abstraction import first_filters, orientation_tuning
+    from cnnlib.interpret.patches import first_filters
+    from cnnlib.interpret.tuning import orientation_tuning
 
     nets, _ = trained(("lenet5",), 3, "lines")
     tunings = [orientation_tuning(net, ANGLES) for net in nets["lenet5"]]
@@ -400,13 +405,13 @@ def draw_tuning() -> Any:
 
 
 def along_a_class(angles: np.ndarray) -> np.ndarray:
-    """Whether an angle is that of a class's lines, or the next one measured."""
+    """Return whether each angle is at most one measured step away from the lines of a class."""
     return np.asarray((np.abs(angles[:, None] - CLASS_ANGLES) <= ANGLES[1]).any(axis=1))
 
 
 def random_filters(shape: tuple[int, ...]) -> Net:
-    """A net of 1,000 filters of normal weights."""
-    from cnnlib.trained import Net
+    """Return a net of 1,000 filters with normally distributed weights."""
+    from cnnlib.interpret.trained import Net
 
     kernel = np.random.RandomState(0).normal(size=(*shape, 1, 1000)).astype(np.float32)
     zeros = np.zeros(1, np.float32)

@@ -1,11 +1,11 @@
-"""What a full layer costs as images grow."""
+"""The cost of a full layer as images grow."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cnnlib.config import EXPERIMENTS, Growth
-from cnnlib.demo import DEMOS, Demo
+from cnnlib.config.schema import EXPERIMENTS, Growth
+from cnnlib.demos.demo import DEMOS, Demo
 
 
 @DEMOS.register
@@ -22,10 +22,9 @@ def explosion() -> Demo:
 
 
 def draw_explosion() -> Any:
-    """The figure of the experiment of the same name."""
-    import experiments  # noqa: F401  # registers it
-    from cnnlib.fields import to_dict
-    from cnnlib.growth import counts, draw, resolve_growth
+    """Draw the figure of the experiment `explosion`."""
+    from cnnlib.config.fields import to_dict
+    from cnnlib.report.growth import counts, draw, resolve_growth
 
     experiment = EXPERIMENTS.get("explosion")
     assert isinstance(experiment, Growth)

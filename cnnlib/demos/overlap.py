@@ -1,4 +1,4 @@
-"""Convolution as the area of an overlap, the flip, and a telescope's dirty map."""
+"""Convolution as the area of an overlap, convolution against correlation, and a telescope's dirty map."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib.demo import DEMOS, Demo
-from cnnlib.overlap import Box, Exponential, convolve, convolved, correlate, dirty_map, point_sources
-from cnnlib.style import STYLE
+from cnnlib.demos.demo import DEMOS, Demo
+from cnnlib.demos.sliding import Box, Exponential, convolve, convolved, correlate, dirty_map, point_sources
+from cnnlib.report.style import STYLE
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 
@@ -50,9 +50,9 @@ STANDING, SLIDING = Box(1.5, 0.0), Exponential(1.2)
 
 
 def draw_overlap(count: int = 45) -> Any:
-    """An animation: a box stands, an exponential slides over it, and the area of their product is drawn as it goes.
+    """Animate an exponential that slides over a box, and draw the area of their product.
 
-    A frame for each of `count` places of the exponential.
+    There is one frame for each of `count` places of the exponential.
     """
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
@@ -70,7 +70,7 @@ def draw_overlap(count: int = 45) -> Any:
     (now,) = below.plot([], [], "o", color=GREEN)
     below.set(ylim=(-0.05, 1.1 * float(areas.max())), xlabel="s above, t below", ylabel="area = (f * g)(t)")
     title = above.set_title("t = 0.0")
-    figure.draw_without_rendering()  # places everything, once and not for each frame
+    figure.draw_without_rendering()  # computes the layout once, not for each frame
     figure.set_layout_engine("none")
 
     def update(frame: int) -> tuple[Any, ...]:
@@ -89,7 +89,7 @@ KERNEL = np.array([1.0, 2.0, 4.0])
 
 
 def draw_flip() -> Any:
-    """A figure: a row of numbers, and what a kernel makes of it either way."""
+    """Draw a row of numbers, its convolution with a kernel, and its correlation with the kernel."""
     from matplotlib import pyplot
 
     row = np.array([0.0, 0, 1, 0, 0, 0, 1, 1, 0, 0])
@@ -111,7 +111,7 @@ def draw_flip() -> Any:
 
 
 def draw_beam() -> Any:
-    """A figure: a clean map, a beam and the dirty map, on one scale of brightness each."""
+    """Draw a clean map, a beam and the dirty map, each with its own scale of brightness."""
     from matplotlib import pyplot
 
     clean = point_sources((48, 48), [(12, 10), (31, 31), (34, 32), (16, 38)], [1.0, 0.8, 0.8, 0.5])

@@ -1,4 +1,4 @@
-"""What padding and pooling do to a map, measured: what the border loses, and how much a small shift changes."""
+"""Measure what padding and pooling do to a map: what the border loses, and how much a small shift changes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib import windows
-from cnnlib.config import Data
-from cnnlib.data import load
-from cnnlib.demo import DEMOS, Demo
+from cnnlib.data.declaration import Data
+from cnnlib.data.sets import load
+from cnnlib.demos import window_steps
+from cnnlib.demos.demo import DEMOS, Demo
 from cnnlib.errors import UserError
-from cnnlib.stats import mean_interval
-from cnnlib.style import STYLE
+from cnnlib.report.style import STYLE
+from cnnlib.stats.intervals import mean_interval
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 
@@ -47,39 +47,39 @@ def shifts() -> Demo:
 
 
 STROKES = (((2, 0), (9, 0)), ((2, 6), (9, 6)))
-"""Two equal strokes, one of them in the first column."""
+"""Two equal strokes, from pixel to pixel; one is in the first column."""
 SIDE, SIZE = 12, 3
-"""Of the image, and of the filter, in pixels."""
+"""Side of the image and side of the filter, in pixels."""
 STACKED, MOST_LAYERS = 28, 13
-"""Side of an image under several layers, and as many as 3x3 filters without padding leave something of."""
+"""Side in pixels of an image under stacked layers, and the most 3x3 layers without padding that fit it."""
 
 
 def draw_padding() -> Any:
-    """A figure: two strokes and their maps without padding and with; sides by depth; how often pixels are seen."""
+    """Draw two strokes and their maps with and without padding; sides by depth; how often each pixel is seen."""
     from matplotlib import pyplot
 
-    image, kernel = windows.strokes((SIDE, SIDE), STROKES), windows.line_filter("vertical", SIZE)
+    image, kernel = window_steps.strokes((SIDE, SIDE), STROKES), window_steps.line_filter("vertical", SIZE)
     figure, panels = pyplot.subplots(2, 3, figsize=(10.0, 6.8), layout="constrained")
     panels[0, 0].imshow(image, cmap="cividis")
     panels[0, 0].set_title(f"image, {SIDE}x{SIDE}\ntwo equal strokes", fontsize=10)
     most = SIZE * (SIZE - 1)
     for column, (padding, words) in enumerate((("VALID", "without padding"), ("SAME", "zeros around")), start=1):
-        window = windows.window_for(image.shape, SIZE, padding=padding)
+        window = window_steps.window_for(image.shape, SIZE, padding=padding)
         above, below = panels[:, column]
-        made = windows.slide(image, kernel, padding=padding)
+        made = window_steps.slide(image, kernel, padding=padding)
         first = SIZE // 2 - window.padding[0][0] - 0.5
-        extent = (first, first + made.shape[1], first + made.shape[0], first)  # each number at its window's middle
+        extent = (first, first + made.shape[1], first + made.shape[0], first)  # each number at the middle of its window
         shown = above.imshow(made, cmap="cividis", vmin=-most / 2, vmax=most, extent=extent)
         above.set(xlim=(-0.5, SIDE - 0.5), ylim=(SIDE - 0.5, -0.5))
         zeros = sum(window.padding[0])
         formula = f"{SIDE}{f' + {zeros}' if zeros else ''} - {SIZE} + 1 = {window.output_size[0]} places an axis"
         above.set_title(f"map, {words}\n{formula}", fontsize=10)
-        seen = windows.times_seen(window)
+        seen = window_steps.times_seen(window)
         counts = below.imshow(seen, cmap="cividis", vmin=0, vmax=SIZE**2)
         for row, at in ((0, 0), (0, SIDE // 2), (SIDE // 2, SIDE // 2)):
             color = "black" if seen[row, at] > SIZE**2 / 2 else "white"
             below.text(at, row, str(seen[row, at]), ha="center", va="center", color=color, fontsize=10)
-        on_zeros = windows.share_on_padding(window)
+        on_zeros = window_steps.share_on_padding(window)
         below.set_title(f"windows over a pixel, {words}\n{100 * on_zeros:.1f} % of the taps on zeros", fontsize=10)
     for panel in (*panels[0], *panels[1, 1:]):
         panel.set(xticks=[], yticks=[])
@@ -101,28 +101,28 @@ def draw_padding() -> Any:
 
 
 def sides_by_depth(side: int, size: int, padding: str, layers: int) -> list[int]:
-    """The side of the map after 0, 1, ... filters of a size on top of each other, as long as one fits."""
+    """Return the side of the map after 0, 1, ... stacked filters, until `layers` or until no filter fits."""
     sides = [side]
     while len(sides) <= layers and (padding == "SAME" or sides[-1] >= size):
-        sides.append(windows.window_for((sides[-1], sides[-1]), size, padding=padding).output_size[0])
+        sides.append(window_steps.window_for((sides[-1], sides[-1]), size, padding=padding).output_size[0])
     return sides
 
 
-KERNELS = np.stack([windows.line_filter(kind) for kind in windows.LINE_FILTERS], axis=-1)
+KERNELS = np.stack([window_steps.line_filter(kind) for kind in window_steps.LINE_FILTERS], axis=-1)
 DIGITS = 100
 MOST_SHIFT, FREE = 4, 6
-"""Pixels a digit is moved by, and zeros put around it before: neither it nor what it is answered leaves the map."""
+"""Largest shift of a digit, and zeros added around it first, in pixels: digit and maps then stay inside the image."""
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 POOLINGS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
     "one pixel of {size}x{size}": (lambda maps, size: maps[::size, ::size], GREEN, "s"),
-    "average of {size}x{size}": (windows.average_pool, BLUE, "o"),
-    "max of {size}x{size}": (windows.max_pool, RED, "^"),
+    "average of {size}x{size}": (window_steps.average_pool, BLUE, "o"),
+    "max of {size}x{size}": (window_steps.max_pool, RED, "^"),
 }
-"""What makes a map smaller, with its colour and marker."""
+"""Functions that make a map smaller, each with a colour and a marker."""
 
 
 def draw_shifts() -> Any:
-    """A figure: the change of a map against the shift of its image, without pooling and with blocks of two sizes."""
+    """Draw the change of a map against the shift of its image, without pooling and with blocks of two sizes."""
     from matplotlib import pyplot
 
     digits = some_digits(DIGITS)
@@ -158,11 +158,11 @@ def draw_shifts() -> Any:
 
 
 def some_digits(count: int) -> np.ndarray:
-    """Test digits of mnist5k with `FREE` zeros around each, 0 to 1: `(count, height, width)`, spread over the classes.
+    """Return test digits of mnist5k, `(count, height, width)`, 0 to 1, with `FREE` zeros around each.
 
-    Raises UserError for more digits than there are.
+    The digits are spread evenly over the classes. Raises UserError if `count` is below 1 or above the number of digits.
     """
-    x = load(Data("mnist5k")).test.x  # in order of their class
+    x = load(Data("mnist5k")).test.x  # sorted by class
     if not 1 <= count <= len(x):
         raise UserError(f"count={count}: there are {len(x):,} test digits")
     chosen = x[np.linspace(0, len(x), count, endpoint=False).astype(int), :, :, 0] / 255.0
@@ -170,12 +170,12 @@ def some_digits(count: int) -> np.ndarray:
 
 
 def maps_of(image: np.ndarray) -> np.ndarray:
-    """What four line filters answer to an image, nothing below 0, as large as the image: `(rows, columns, filter)`."""
-    return np.asarray(np.maximum(windows.as_product(image, KERNELS, padding="SAME").maps, 0.0))
+    """Return the maps of four line filters after a ReLU, as large as the image: `(rows, columns, filter)`."""
+    return np.asarray(np.maximum(window_steps.as_product(image, KERNELS, padding="SAME").maps, 0.0))
 
 
 def changes_of(function: Callable[[np.ndarray], np.ndarray], digits: np.ndarray) -> np.ndarray:
-    """How much each digit's map changes by each distance, the mean of four directions: `(digit, distance)`."""
+    """Return how much each digit's map changes per distance, averaged over four directions: `(digit, distance)`."""
     ways = [(step * down, step * right) for step in range(1, MOST_SHIFT + 1) for down, right in DIRECTIONS]
-    changes = [windows.shift_change(function, digit, ways) for digit in digits]
+    changes = [window_steps.shift_change(function, digit, ways) for digit in digits]
     return np.asarray(np.reshape(changes, (len(digits), MOST_SHIFT, len(DIRECTIONS))).mean(axis=-1))

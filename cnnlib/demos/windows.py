@@ -1,4 +1,4 @@
-"""Filters and pooling, number by number: what a filter answers to, its steps, the same as matrices, and blocks."""
+"""Filters and pooling, number by number: what filters respond to, their steps, matrix products, and pooling blocks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from cnnlib import windows
-from cnnlib.demo import DEMOS, Demo
-from cnnlib.style import STYLE
-from cnnlib.windows import LINE_FILTERS, Place
+from cnnlib.demos import window_steps
+from cnnlib.demos.demo import DEMOS, Demo
+from cnnlib.demos.window_steps import LINE_FILTERS, Place
+from cnnlib.report.style import STYLE
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 SKY = "#56B4E9"
-"""A fourth of Okabe and Ito's colours: each tap of a 2x2 filter has its own."""
+"""A fourth of Okabe and Ito's colours, so that each tap of a 2x2 filter has its own."""
 SIGNED, UNSIGNED = "PuOr", "cividis"
-"""Colours of filters, with 0 in their middle, and of images and maps; colour-blind readers tell both apart."""
+"""Colours of filters (0 in the middle), and of images and maps; both are safe for colour-blind readers."""
 
 
 @DEMOS.register
@@ -81,12 +81,12 @@ HOUSE = (
 
 
 def draw_filters() -> Any:
-    """A figure: a drawing, four filters, and under each its map, all maps on one scale."""
+    """Draw an image, four filters, and under each filter its map; all maps share one scale."""
     from matplotlib import pyplot
 
-    house = windows.strokes((21, 21), HOUSE)
-    kernels = np.stack([windows.line_filter(kind) for kind in LINE_FILTERS], axis=-1)
-    maps = windows.as_product(house, kernels).maps
+    house = window_steps.strokes((21, 21), HOUSE)
+    kernels = np.stack([window_steps.line_filter(kind) for kind in LINE_FILTERS], axis=-1)
+    maps = window_steps.as_product(house, kernels).maps
     figure = pyplot.figure(figsize=(11.0, 3.9), layout="constrained")
     grid = figure.add_gridspec(2, 1 + len(LINE_FILTERS), width_ratios=[1.5, 1, 1, 1, 1], height_ratios=[0.6, 1])
     drawing = figure.add_subplot(grid[:, 0])
@@ -110,18 +110,18 @@ def draw_filters() -> Any:
 IMAGE = np.array([[3.0, 0, 0, 1], [0, 3, 0, 1], [0, 0, 3, 1], [2, 2, 2, 1]])
 KERNEL = np.array([[1.0, -1], [-1, 1]])
 PHASES = 3
-"""Of a step: the window is laid on, the products are taken, their sum is written."""
+"""Phases of a step: place the window, compute the products, write their sum."""
 SECONDS_A_PHASE, SECONDS_A_BLOCK = 0.4, 0.7
 REST = 3
-"""Frames for which a finished map stands."""
+"""Frames for which the finished map stays."""
 
 
 def draw_steps() -> Any:
-    """An animation: the window on the image, its product with the filter, and the map as far as it has come."""
+    """Animate the window on the image, its product with the filter, and the growing map."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
-    taken, result = list(windows.steps(IMAGE, KERNEL)), windows.slide(IMAGE, KERNEL)
+    taken, result = list(window_steps.steps(IMAGE, KERNEL)), window_steps.slide(IMAGE, KERNEL)
     figure, panels = pyplot.subplots(1, 4, figsize=(8.4, 3.1), width_ratios=[4, 2, 2, 3])
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.15, top=0.88, wspace=0.25)
     image = Cells(panels[0], IMAGE.shape, UNSIGNED, 0, 3)
@@ -153,19 +153,19 @@ def draw_steps() -> Any:
 TAP_COLORS = (BLUE, RED, GREEN, SKY)
 FILTERS = np.stack([KERNEL, np.array([[1.0, 1], [-1, -1]])], axis=-1)
 CELL = 0.3
-"""Side of a cell in inches, where grids of several sizes are beside each other."""
+"""Side of a cell in inches, for grids of several sizes side by side."""
 
 
 def draw_product() -> Any:
-    """A figure: all windows as rows times two filters as columns; and the full layer of the first filter."""
+    """Draw all windows (rows) times two filters (columns), and the full layer of the first filter."""
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
-    made = windows.as_product(IMAGE, FILTERS)
-    matrix = windows.matrix_of(KERNEL, IMAGE.shape)
-    # The same with the taps' own numbers, from 1 on: it tells which of the weights are one parameter.
+    made = window_steps.as_product(IMAGE, FILTERS)
+    matrix = window_steps.matrix_of(KERNEL, IMAGE.shape)
+    # The same matrix with taps numbered from 1: it shows which weights are one parameter.
     numbers = np.arange(1.0, 1 + KERNEL.size).reshape(KERNEL.shape)
-    taps = windows.matrix_of(numbers, IMAGE.shape)
+    taps = window_steps.matrix_of(numbers, IMAGE.shape)
     columns, rows = 29, 34
     figure = pyplot.figure(figsize=(CELL * columns, CELL * rows))
 
@@ -217,22 +217,22 @@ POOLED = np.array(
     ]
 )
 POOLINGS = (("2x2 blocks, stride 2", POOLED[:6, :6], 2), ("3x3 blocks, stride 2: they overlap", POOLED, 3))
-"""A title, an image, and the size of its blocks: as many blocks for both."""
+"""Title, image and block size of each; both have equally many blocks."""
 
 
 def draw_pooling() -> Any:
-    """An animation: a block goes over each of two images, its largest number is ringed, and goes to the map."""
+    """Animate a block that moves over each of two images; its largest number is ringed and goes to the map."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
-    # The empty panel in the middle keeps the two apart.
+    # An empty panel in the middle separates the two.
     figure, panels = pyplot.subplots(1, 5, figsize=(9.6, 3.2), width_ratios=[6, 3, 0.4, 7, 3])
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.12, top=0.88, wspace=0.12)
     panels[2].remove()
     parts = []
     for (title, pixels, size), pair in zip(POOLINGS, (panels[:2], panels[3:]), strict=True):
-        blocks = list(windows.pool_blocks(pixels, size, strides=2))
-        result = windows.max_pool(pixels, size, strides=2)
+        blocks = list(window_steps.pool_blocks(pixels, size, strides=2))
+        result = window_steps.max_pool(pixels, size, strides=2)
         image = Cells(pair[0], pixels.shape, UNSIGNED, 0, 9)
         pooled = Cells(pair[1], result.shape, UNSIGNED, 0, 9)
         image.show(pixels)
@@ -273,20 +273,20 @@ class Cells:
         self.frame: Any = None
 
     def show(self, values: np.ndarray, shades: np.ndarray | None = None) -> None:
-        """Writes each number into its cell, none where it is not a number; `shades` are coloured in their place."""
+        """Write each number into its cell (nothing for NaN); colour cells by `shades` if given, else by number."""
         shades = values if shades is None else shades
         self.image.set_data(shades)
         for text, value, color in zip(self.texts, values.flat, self.image.to_rgba(shades).reshape(-1, 4), strict=True):
             text.set_text("" if np.isnan(value) else f"{value + 0.0:g}")  # 0, not -0
-            # Whichever contrasts more, by the luminance of sRGB.
+            # Choose the text colour with more contrast, by the luminance of sRGB.
             text.set_color("black" if color[:3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179 else "white")
 
     def outline(self, corner: Place, shape: tuple[int, ...]) -> None:
-        """Frames some of the cells, from a corner on; a frame that was there goes."""
+        """Draw a frame around `shape` cells from `corner`; it replaces an earlier frame."""
         from matplotlib.patches import Rectangle
 
         if self.frame is None:
-            # Not cut at the edge of the panel, where half of its line is.
+            # Not clipped: at the edge of the panel, half of the line lies outside.
             self.frame = Rectangle((0, 0), 0, 0, fill=False, edgecolor=RED, linewidth=3.5, zorder=3, clip_on=False)
             self.panel.add_patch(self.frame)
         self.frame.set_bounds(corner[1] - 0.5, corner[0] - 0.5, shape[1], shape[0])

@@ -8,37 +8,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cnnlib.config import Experiment
+from cnnlib.config.resolve import Part, TrainedArm
+from cnnlib.config.schema import Experiment
 from cnnlib.errors import UserError
-from cnnlib.folder import JOBS
-from cnnlib.machine import cores_here, free_memory, gpus
-from cnnlib.resolve import Part, TrainedArm
+from cnnlib.runs.folder import JOBS
+from cnnlib.system.machine import cores_here, free_memory, gpus
 
 BYTES_PER_JOB = 2**31
-"""Free memory that each job beside others must have."""
+"""Bytes of free memory that each concurrent job needs."""
 
 
 class Launch(NamedTuple):
-    """How an experiment is divided into jobs, and where they run; the options of `run --executor`."""
+    """How to divide an experiment into jobs, and where to run them: the options of `run --executor`."""
 
     executor: str
     """`local`, `slurm` or `ray`."""
     seeds_per_job: int | None = None
-    """Seeds of an arm that are one job; None: all of them."""
+    """Number of an arm's seeds per job; None: all of them."""
     jobs_at_a_time: int | None = None
-    """None: as many as the cores, GPUs and memory have room for."""
+    """Most jobs that run at the same time; None: as many as the cores, GPUs and memory have room for."""
     retries: int = 3
-    """Times that a job is started again after its process was killed."""
+    """How often a job is started again after its process was killed."""
     ray_address: str | None = None
-    """None: `RAY_ADDRESS`, else a cluster of this machine, which begins and ends with the run."""
+    """Ray cluster; None: `RAY_ADDRESS`, else a cluster on this machine, which begins and ends with the run."""
     gpus_per_job: int = 0
     resources: Mapping[str, float] | None = None
-    """That a job takes of those that the nodes of a Ray cluster have."""
+    """Amount of each custom resource of a Ray cluster that one job takes, by name."""
     slurm: Sequence[str] = ()
-    """Options of `sbatch` without dashes, such as `time=04:00:00`."""
+    """Options of `sbatch`, without the leading dashes, such as `time=04:00:00`."""
 
     def checked(self) -> Launch:
-        """Return it; raises UserError for numbers that make no sense, and options of another executor."""
+        """Return this launch. Raise UserError for numbers out of range and for options of another executor."""
         for name, least in (("seeds_per_job", 1), ("jobs_at_a_time", 1), ("retries", 0), ("gpus_per_job", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
 
 
 def divided(arms: Sequence[TrainedArm], seeds_per_job: int | None) -> list[str]:
-    """Return the names of the jobs, in the order of the arms and of their seeds; `Part.named` reads them."""
+    """Return the names of the jobs, ordered by arm, then by seed; `Part.named` parses them."""
     found = []
     for arm in arms:
         seeds = arm.experiment.lanes.seed
@@ -69,14 +69,14 @@ def divided(arms: Sequence[TrainedArm], seeds_per_job: int | None) -> list[str]:
     return found
 
 
-def command(name: str, overrides: Sequence[str], job: str, out: Path, more: Sequence[str]) -> list[str]:
-    """Return the command that trains `job` of the experiment `name`; it resumes from the job's checkpoint."""
-    run = [sys.executable, "-m", "experiments", "run", name, *overrides, "--part", job]
+def job_command(command: Sequence[str], job: str, out: Path, more: Sequence[str]) -> list[str]:
+    """Return the command that trains `job` of the experiment in `command`; it resumes from the job's checkpoint."""
+    run = [sys.executable, "-m", "cnnlib", "run", *command, "--part", job]
     return [*run, "--out", str(out / JOBS / job), "--resume", "--wandb", "off", *more]
 
 
 def devices_per_job(launch: Launch, experiment: Experiment, jobs: int) -> int | None:
-    """Return how many devices a job takes; None: all that it finds."""
+    """Return the number of devices per job; None: a job takes all that it finds."""
     if asked := experiment.devices or (math.prod(experiment.mesh) if experiment.mesh else None):
         return asked
     if launch.executor == "local":
@@ -85,9 +85,9 @@ def devices_per_job(launch: Launch, experiment: Experiment, jobs: int) -> int | 
 
 
 def slots(devices: int | None, at_a_time: int | None) -> list[dict[str, str]]:
-    """Return, for each job that this machine has room for at a time, the environment that gives it its own GPU.
+    """Return one environment per job that can run at the same time; on a machine with GPUs, it selects the job's GPU.
 
-    Raises UserError where a job needs more cores than there are.
+    Raise UserError if a job needs more cores than this machine has.
     """
     found = gpus()
     if found is None:

@@ -1,4 +1,4 @@
-"""Run jobs on this machine, beside one another."""
+"""Run several jobs at the same time on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cnnlib.launch.supervise import Outcome
 
 
 class LocalJobs:
-    """Jobs as processes of this machine, one per slot at a time."""
+    """Run jobs as processes on this machine, one per slot at a time."""
 
     def __init__(self, slots: Sequence[Mapping[str, str]], retries: int, says: Callable[[str], None]) -> None:
-        """`slots` are the environments of jobs that run beside one another; `says` is told of jobs that are killed."""
+        """Take `slots`, one environment per concurrent job, and `says`, which is called when a job was killed."""
         self._retries, self._says = retries, says
         self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in slots:
@@ -28,22 +28,22 @@ class LocalJobs:
         self._asking, self._is_stopping = threading.Lock(), False
 
     def submit(self, job: str, command: Sequence[str], log: Path) -> Future[int]:
-        """Run a command in a process; one that is killed by a signal is started again, up to `retries` times."""
+        """Run a command in a process. If a signal kills it, start it again, up to `retries` times."""
         return self._pool.submit(self._attempts, job, command, log)
 
     def outcome(self, future: Future[int]) -> Outcome:
-        """Return how a job has ended; a negative status is that of a signal."""
+        """Return how a job ended; a negative status is minus the number of the signal that ended it."""
         return Outcome(future.result())
 
     def stop(self) -> None:
-        """Ask all jobs to save what they have and end; those that wait do not begin."""
+        """Ask all running jobs to save and end; waiting jobs do not start."""
         with self._asking:
             self._is_stopping = True
             for process in self._running.values():
                 process.terminate()
 
     def close(self) -> None:
-        """Wait for the ends of all jobs, which are asked to stop."""
+        """Ask all jobs to stop, and wait until they have ended."""
         self.stop()
         self._pool.shutdown()
 
@@ -66,7 +66,7 @@ class LocalJobs:
             self._free.put(slot)
 
     def _run(self, job: str, command: Sequence[str], environment: Mapping[str, str], file: int) -> int:
-        # Ctrl-C is for this process, which then asks each job once: a job that is asked twice saves nothing.
+        # A new session hides Ctrl-C from the job. `stop` then asks each job once: a job asked twice saves nothing.
         with self._asking:
             if self._is_stopping:
                 return -signal.SIGTERM

@@ -1,47 +1,28 @@
-"""Merge the results of jobs into those of a run."""
+"""Merge the results of jobs into the results of one run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cnnlib import tracking
-from cnnlib.arms import headline_of, settings_of
-from cnnlib.config import Experiment, LaneNumbers
-from cnnlib.data import open_splits
+from cnnlib.config.fields import from_dict
+from cnnlib.config.resolve import Part, TrainedArm, resolve
+from cnnlib.config.schema import Experiment, LaneNumbers
+from cnnlib.data.sets import open_splits
 from cnnlib.errors import UserError
-from cnnlib.fields import from_dict
-from cnnlib.folder import JOBS, RECORD, RunFolder, inside, read_json, require_format, state
-from cnnlib.predictions import Answers, answers_of, read_answers
-from cnnlib.resolve import Part, TrainedArm, resolve
-from cnnlib.resume import FinishedArm, read_arm
-
-
-class Merged(NamedTuple):
-    """The results of the jobs of a run."""
-
-    name: str
-    """Of the experiment."""
-    experiment: Experiment
-    finished: dict[str, FinishedArm]
-    answers: dict[str, Answers]
-    identities: dict[str, dict[str, Any]]
-    """What each job has computed with, by its name."""
-    sessions: dict[str, Any]
-    """When and where each job was begun, by its name."""
-
-    @property
-    def streamed(self) -> list[str]:
-        """The names of the data sets that the jobs have streamed."""
-        found = (identity["settings"]["streamed"] for identity in self.identities.values())
-        return list(dict.fromkeys(name for names in found for name in names))
+from cnnlib.runs.arm_results import headline_of, settings_of
+from cnnlib.runs.folder import JOBS, RECORD, RunFolder, inside, read_json, require_format, state
+from cnnlib.runs.merged import Merged
+from cnnlib.runs.predictions import Answers, answers_of, read_answers
+from cnnlib.runs.resume import FinishedArm, read_arm
+from cnnlib.system import files
 
 
 def read_jobs(out: Path) -> Merged:
-    """Read the finished jobs of a run; raises UserError where one is missing, running or damaged."""
+    """Read and merge the finished jobs of a run. Raise UserError if a job is missing, running or damaged."""
     places = sorted(path.parent for path in (out / JOBS).glob(f"*/{RECORD}"))
     if not places:
         raise UserError(f"there are no jobs in {out / JOBS}")
@@ -87,9 +68,9 @@ def _part_of(place: Path, part: Part, arms: Sequence[TrainedArm]) -> tuple[Finis
 
 
 def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -> FinishedArm:
-    """Merge the parts of an arm: lanes in the order of the arm, seconds added up, of memory the most.
+    """Merge the parts of an arm: sort lanes in the order of the arm, add up seconds, take the maximum of memory.
 
-    Raises UserError where the parts are not those of the arm, or disagree about what they share.
+    Raise UserError if the parts do not have exactly the arm's lanes, or disagree about a shared value.
     """
     place = {numbers: lane for lane, numbers in enumerate(arm.lanes)}
     results = [part.result for part in parts]
@@ -120,16 +101,16 @@ def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -
         {**line, "lane": where[line["lane"]]} for part, where in zip(parts, own, strict=True) for line in part.lines
     ]
     lines.sort(key=lambda line: (line["epoch"], line["lane"]))
-    return FinishedArm(tracking.plain({**first, **found}), lines, wall_seconds)
+    return FinishedArm(files.plain({**first, **found}), lines, wall_seconds)
 
 
 def numbers_of(lane: Mapping[str, Any]) -> LaneNumbers:
-    """Return the numbers of a lane of some results."""
+    """Return the seeds and hyperparameters of a lane in a result."""
     return LaneNumbers(*(lane[name] for name in LaneNumbers._fields))
 
 
 def merged_answers(arm: TrainedArm, parts: Sequence[tuple[FinishedArm, Answers]]) -> Answers:
-    """Merge the answers of the parts of an arm, in the order of its lanes; test examples are read from its data set."""
+    """Merge the answers of an arm's parts, in the order of its lanes; read the test examples from its data set."""
     rows = {
         numbers_of(lane): (answers.predicted[row], answers.loss[row])
         for finished, answers in parts

@@ -1,7 +1,7 @@
-"""Run jobs on a cluster by Ray Core; the only file that knows Ray.
+"""Run jobs on a cluster with Ray Core. Only this file imports Ray.
 
-A job is a Ray task in a worker process of its own. Ray starts it again elsewhere when it loses the worker or the node,
-and the job goes on from its checkpoint: its folder lies on a file system that all nodes share.
+Each job is a Ray task in its own worker process. If Ray loses the worker or the node, it starts the job elsewhere. The
+job then continues from its checkpoint, so all nodes must share the file system of the job's folder.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from cnnlib.errors import UserError
 from cnnlib.launch.supervise import Outcome
 
 PASSED_ON = ("CNNLIB_", "JAX_", "LIBTPU_", "MALLOC_", "TFDS_", "XLA_")
-"""Prefixes of the environment variables that a job takes from the launching process instead of its node."""
+"""Prefixes of environment variables that a job takes from the launching process, not from its node."""
 
 
 class RayJobs:
-    """Jobs on the nodes of a cluster: one that exists, or one of this machine that ends with this object."""
+    """Run jobs on an existing cluster, or on a cluster of this machine that ends with this object."""
 
     def __init__(self, address: str | None, needs: Mapping[str, Any], retries: int) -> None:
-        """Connect to a cluster, or begin one; `needs` are options of `ray.remote`, such as `num_cpus`.
+        """Connect to a cluster, or start one; `needs` holds options of `ray.remote`, such as `num_cpus`.
 
-        Raises UserError where there is no cluster, no Ray, or no node that has what a job needs.
+        Raise UserError if Ray is not installed, if there is no cluster, or if no node has what a job needs.
         """
         if find_spec("ray") is None:
             raise UserError("--executor ray needs cnnlib's extra `ray`: pip install -e '.[ray]'")
-        # Ray would warn of a cluster that is not there for five minutes, line by line, before it gives up.
+        # Without these settings, Ray warns about a missing cluster for five minutes, line by line, before it gives up.
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_BACKEND_LOG_LEVEL": "error"}
         for variable, value in quiet.items():
             os.environ.setdefault(variable, value)
@@ -57,13 +57,13 @@ class RayJobs:
             self.close()
             told = ", ".join(f"{count:g} {name}" for name, count in wanted.items() if count)
             raise UserError(f"--executor ray: no node of the cluster has {told} for a job")
-        # A worker runs one job: JAX is imported and configured once per process.
+        # Each worker runs only one job, since JAX is imported and configured once per process.
         how = {"max_calls": 1, "max_retries": retries, "retry_exceptions": False, **needs}
         self._task = self._ray.remote(**how)(run_job)
         self._references: list[Any] = []
 
     def submit(self, job: str, command: Sequence[str], log: Path) -> Future[Any]:
-        """Run a command as a task; Ray starts it again where it loses the worker, up to `retries` times."""
+        """Run a command as a task. If Ray loses the worker, it starts the task again, up to `retries` times."""
         task = self._task.options(name=f"cnnlib {job}")
         environment = {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
         self._references.append(task.remote(command[3:], str(log), environment))
@@ -71,28 +71,28 @@ class RayJobs:
         return future
 
     def outcome(self, future: Future[Any]) -> Outcome:
-        """Return how a job has ended."""
+        """Return how a job ended."""
         try:
             return Outcome(*future.result())
         except self._ray.exceptions.TaskCancelledError:
             return Outcome(-signal.SIGTERM)
-        except self._ray.exceptions.RayError as lost:  # the worker, its node or its memory, time and again
+        except self._ray.exceptions.RayError as lost:  # every attempt lost its worker, node or memory
             return Outcome(2, f"was lost by Ray: {' '.join(str(lost).split())[:200]}")
 
     def stop(self) -> None:
-        """Ask all jobs to save what they have and end; those that wait do not begin."""
+        """Ask all running jobs to save and end; waiting jobs do not start."""
         for reference in self._references:
             self._ray.cancel(reference)
 
     def close(self) -> None:
-        """Leave the cluster, which ends what runs of ours; end the cluster where it is ours."""
+        """Leave the cluster, which ends our running tasks; end the cluster if this object started it."""
         with _signals_kept():
             self._ray.shutdown()
 
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray puts handlers of its own; outside they are what they were before."""
+    """Restore the handlers of SIGINT and SIGTERM on exit, since Ray installs its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -102,7 +102,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def run_job(arguments: Sequence[str], log: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Run a command of cnnlib in a worker of Ray; returns the fields of its `Outcome`."""
+    """Run a cnnlib command in a Ray worker; return the fields of its `Outcome`."""
     os.environ.update(environment)
     try:
         with Path(log).open("ab") as file:
@@ -111,7 +111,7 @@ def run_job(arguments: Sequence[str], log: str, environment: Mapping[str, str]) 
     except OSError as error:
         node = os.uname().nodename
         return 2, f"cannot write {log} on {node} ({error.strerror}): all nodes must share the run's folder"
-    from experiments.__main__ import main
+    from cnnlib.cli.main import main
 
     status = main(arguments)
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Run jobs on Slurm: one job-array script that a person can read and edit, and a job after it that merges."""
+"""Run jobs on Slurm: one job-array script that people can read and edit, then one job that merges the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shutil import which
 from cnnlib.errors import UserError
 
 SIGNAL_SECONDS = 120
-"""Seconds before its time limit at which Slurm asks a job to save its epoch and end."""
+"""Seconds before the time limit at which Slurm asks a job to save its epoch and end."""
 REQUEUED = """\
 # The job saves its epoch and ends when Slurm asks it to, ahead of the time limit.
 trap 'asked=yes; kill -TERM "$run"' TERM
@@ -48,13 +48,13 @@ def array_script(
     """Return the job-array script: one task per job.
 
     Args:
-        commands: Of the jobs, by their names.
-        place: The folder for what the tasks print.
-        options: Of `sbatch`, without dashes; they come last, so they win.
-        cores: Per job.
-        gpus: Per job.
-        at_a_time: Jobs that may run beside one another; None: as many as Slurm has room for.
-        retries: Times that a job is queued again after a signal.
+        commands: The command of each job, by the name of the job.
+        place: The folder for the output of the tasks.
+        options: Options of `sbatch`, without the leading dashes. They come last, so they win.
+        cores: Number of cores per job.
+        gpus: Number of GPUs per job.
+        at_a_time: Most jobs that may run at the same time; None: as many as Slurm has room for.
+        retries: How often a job is queued again after a signal ended it.
     """
     most = f"%{at_a_time}" if at_a_time else ""
     lines = [
@@ -75,18 +75,18 @@ def array_script(
 
 
 def merge_script(out: Path, place: Path, more: Sequence[str], options: Sequence[str]) -> str:
-    """Return the script of the job that merges; of the options it takes partition, account and quality of service."""
+    """Return the script of the merging job. Of `options` it takes only partition, account and quality of service."""
     taken = [one for one in options if one.partition("=")[0] in ("partition", "account", "qos")]
     lines = ["job-name=cnnlib-merge", f"output={place}/slurm-merge.log", *taken]
     header = "\n".join(f"#SBATCH --{line}" for line in lines)
-    command = shlex.join([sys.executable, "-m", "experiments", "merge", str(out), *more])
+    command = shlex.join([sys.executable, "-m", "cnnlib", "merge", str(out), *more])
     return f"#!/bin/bash\n{header}\n\ncd {shlex.quote(str(Path.cwd()))} || exit 2\n{command}\n"
 
 
 def submit(array: Path, merge: Path) -> tuple[str, str]:
-    """Submit both scripts, the second to run when all tasks of the first have ended well; returns Slurm's job ids.
+    """Submit both scripts; `merge` runs once all tasks of `array` have succeeded. Return Slurm's two job ids.
 
-    Raises UserError where Slurm is not here or does not take them.
+    Raise UserError if this machine has no `sbatch`, or if Slurm rejects a script.
     """
     if which("sbatch") is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Start the jobs of an experiment, and wait for them where they run under this process."""
+"""Start the jobs of an experiment, and wait for them unless Slurm runs them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnnlib.config import Experiment
+from cnnlib.config.resolve import resolve
+from cnnlib.config.schema import Experiment
 from cnnlib.errors import UserError
-from cnnlib.folder import JOBS, RECORD, RunFolder, check, inside, is_locked, state
-from cnnlib.launch.jobs import Launch, command, devices_per_job, divided, slots
+from cnnlib.launch.jobs import Launch, devices_per_job, divided, job_command, slots
 from cnnlib.launch.local import LocalJobs
 from cnnlib.launch.slurm import array_script, merge_script, submit
 from cnnlib.launch.supervise import supervise
-from cnnlib.resolve import resolve
-from cnnlib.tracking import write_whole
+from cnnlib.runs.folder import JOBS, RECORD, RunFolder, check, inside, is_locked, state
+from cnnlib.system.files import write_whole
 
 if TYPE_CHECKING:
     from cnnlib.launch.ray_core import RayJobs
@@ -24,37 +24,34 @@ if TYPE_CHECKING:
 
 def start(
     experiment: Experiment,
-    name: str,
-    overrides: Sequence[str],
+    command: Sequence[str],
     out: Path,
     launch: Launch,
     more: Mapping[str, Sequence[str]],
-    *,
     resume: bool,
     stop: Callable[[], bool],
     says: Callable[[str], None],
 ) -> bool:
-    """Start the jobs of an experiment, and wait until they are finished, unless Slurm has them.
+    """Start the jobs of an experiment. Wait until they are finished, unless Slurm runs them.
 
     Args:
-        experiment: What to train.
-        name: Of the experiment.
-        overrides: Its fields, as the command line has them.
+        experiment: The experiment to train.
+        command: The name of the experiment and its overrides, as on the command line.
         out: The folder of the run; each job has a folder in `jobs/`.
-        launch: How it is divided, and where the jobs run.
-        more: Options of the commands `run` and `merge`.
-        resume: Go on with the jobs that are there.
-        stop: Is asked whether to end early. Then the jobs save what they have.
-        says: Is told how it goes.
+        launch: How to divide the experiment, and where to run the jobs.
+        more: Extra options for the commands `run` and `merge`, by command.
+        resume: Whether to continue the jobs that exist in `out`.
+        stop: Called regularly. If it returns True, the jobs save their state and end early.
+        says: Called with each progress message.
 
-    Returns whether the jobs are finished. Raises UserError and Stopped.
+    Returns whether all jobs are finished. Raises UserError, or Stopped if `stop` ended the run.
     """
     out = out.absolute()
     arms = resolve(experiment)
     jobs = divided(arms, launch.seeds_per_job)
     devices = devices_per_job(launch, experiment, len(jobs))
     if devices is not None and experiment.devices is None and experiment.mesh is None:
-        overrides, experiment = [*overrides, f"devices={devices}"], replace(experiment, devices=devices)
+        command, experiment = [*command, f"devices={devices}"], replace(experiment, devices=devices)
     room = slots(devices, launch.jobs_at_a_time) if launch.executor == "local" else []
     check(out)
     with RunFolder(out) as held:
@@ -69,7 +66,7 @@ def start(
         place = inside(out, held / JOBS)
         place.mkdir(exist_ok=True)
         todo = {
-            job: command(name, overrides, job, out, more["run"])
+            job: job_command(command, job, out, more["run"])
             for job in jobs
             if not (place / job / RECORD).exists() or state(place / job) != "finished"
         }
@@ -98,7 +95,7 @@ def _executor(
 
 
 def _check_same_division(out: Path, jobs: Sequence[str]) -> None:
-    """Raise UserError where something was left behind that these jobs would not go on with."""
+    """Raise UserError if `out` holds earlier work that `jobs` would not continue."""
     if (out / RECORD).exists() and state(out) != "finished":
         raise UserError(
             f"{out} has a run of one process: --resume without --executor goes on with it; without --resume it is "

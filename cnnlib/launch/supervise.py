@@ -1,4 +1,4 @@
-"""Start jobs on an executor, and wait for them."""
+"""Run jobs on an executor, and wait until they end."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any, NamedTuple, Protocol
 from cnnlib.errors import Stopped, UserError
 
 LOOK = 0.2
-"""Seconds from one look at whether somebody wants to stop to the next."""
+"""Seconds between two calls of `stop`."""
 
 
 class Outcome(NamedTuple):
-    """How a job has ended."""
+    """How a job ended."""
 
     status: int
     """The exit status of its process."""
     reason: str = ""
-    """Why it failed, where its output does not say so."""
+    """Why the job failed, if its output does not say so."""
 
 
 class Executor(Protocol):
-    """Where jobs run."""
+    """The interface of a place where jobs run."""
 
     def submit(self, job: str, command: Sequence[str], log: Path) -> Future[Any]:
-        """Run a command when there is room for it; what it prints is added to `log`."""
+        """Run a command once there is room for it; append its output to `log`."""
 
     def outcome(self, future: Future[Any]) -> Outcome:
-        """Return how a job has ended."""
+        """Return how a job ended."""
 
     def stop(self) -> None:
-        """Ask all jobs to save what they have and end; those that wait do not begin."""
+        """Ask all running jobs to save and end; waiting jobs do not start."""
 
 
 def supervise(
@@ -43,10 +43,10 @@ def supervise(
     stop: Callable[[], bool],
     says: Callable[[str], None],
 ) -> None:
-    """Run the commands of the jobs to their ends; their outputs go to `place/JOB.log`.
+    """Run the commands of all jobs until they end; the output of each job goes to `place/JOB.log`.
 
-    Raises UserError or RuntimeError for a job that fails, and Stopped where `stop` asks for it; the others have saved
-    what they have by then.
+    Raise UserError or RuntimeError if a job fails, and Stopped if `stop` returns True. Before that, the other jobs save
+    their state and end.
     """
     logs = {job: place / f"{job}.log" for job in commands}
     going = {executor.submit(job, command, logs[job]): job for job, command in commands.items()}
@@ -71,7 +71,7 @@ def supervise(
 
 
 def failure(job: str, ended: Outcome, log: Path) -> Exception:
-    """Return the error of the run for a failed job: UserError for a user's mistake, otherwise RuntimeError."""
+    """Return the error to raise for a failed job: UserError for a user's mistake, otherwise RuntimeError."""
     if ended.reason:
         return UserError(f"job {job} {ended.reason}")
     if ended.status < 0:

@@ -1,0 +1,1 @@
+"""Check that a backend computes correct results."""

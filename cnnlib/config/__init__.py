@@ -1,0 +1,1 @@
+"""Experiments as data: fields, overrides, sweeps, and the step that combines an experiment with its data set."""

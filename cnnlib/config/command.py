@@ -1,0 +1,39 @@
+"""The command line that repeats a run."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from cnnlib.config.fields import from_dict
+from cnnlib.config.overrides import assignments, override
+from cnnlib.config.schema import EXPERIMENTS, Experiment, Growth, kept_like
+from cnnlib.errors import UserError
+
+
+def command_for(name: str, experiment: Experiment | Growth) -> str | None:
+    """Return the command that repeats a run, or None if overrides of the registered experiment cannot express it."""
+    if name not in EXPERIMENTS:
+        return None
+    registered = EXPERIMENTS.get(name)
+    if type(registered) is not type(experiment):
+        return None
+    known, wanted = assignments(registered), assignments(experiment)
+    for overrides in ([text for text in wanted if text not in known], wanted):
+        try:
+            if override(registered, overrides) == experiment:
+                return shlex.join(["cnnlib", "run", name, *overrides])
+        except UserError:  # for example a field of an arm that is not registered
+            continue
+    return None
+
+
+def command_to_repeat(results: dict[str, Any]) -> str | None:
+    """Return the command that computes the results in a `results.json` again.
+
+    Settings that do not affect results, such as checkpoints and W&B, come from the registered experiment. Return None
+    if overrides of it cannot express the run. Raise UserError if this version cannot read the configuration.
+    """
+    name, experiment = results["experiment"], from_dict(results["config"], Experiment)
+    registered = EXPERIMENTS.get(name) if name in EXPERIMENTS else None
+    return command_for(name, kept_like(experiment, registered) if isinstance(registered, Experiment) else experiment)

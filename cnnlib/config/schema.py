@@ -1,0 +1,390 @@
+"""The parts of an experiment, as frozen dataclasses. `overrides.py` replaces their fields by `field=value`.
+
+The type of a field says whether it is static or traced. A plain field is static: changing it compiles another program.
+A field of type `Traced` is a tuple of values that the program takes as arguments. Each combination of traced values
+with each seed is one lane.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cnnlib.config.fields import path_and_text, replace_field, value_text
+from cnnlib.data.declaration import Data
+from cnnlib.errors import UserError, require
+from cnnlib.spec.budget import MEASURES
+from cnnlib.spec.layers import Connectivity
+from cnnlib.spec.model import Model
+from cnnlib.spec.window import LARGEST, Shape, shape_text
+from cnnlib.system.registry import Registry
+
+Traced = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of the training examples. The compiled program draws new ones at every step."""
+
+    shift: int = 0
+    """Largest shift along each spatial axis, in pixels, in both directions; vacated pixels become zero."""
+    crop: int | None = None
+    """Side of the random window that the net sees, in pixels; evaluation uses the central one. None: no crop."""
+    flip: bool = False
+    """Mirror each example with probability 0.5 along the last spatial axis (left and right of an image)."""
+
+    def __post_init__(self) -> None:
+        require(self.shift >= 0, f"augment.shift must not be negative, not {self.shift}")
+        require(self.crop is None or self.crop >= 1, f"augment.crop must be at least 1, not {self.crop}")
+
+    def seen_shape(self, input_shape: Shape) -> Shape:
+        """Return the shape of an example as the net sees it; raise UserError if crop or shift exceeds the example."""
+        *spatial, channels = input_shape
+        if self.crop is not None:
+            fits = self.crop <= min(spatial)
+            require(fits, f"augment.crop={self.crop} is larger than the examples, {shape_text(input_shape)}")
+            spatial = [self.crop] * len(spatial)
+        moves_within = self.shift < min(spatial)
+        require(moves_within, f"augment.shift={self.shift} can move all of {shape_text(input_shape)} out of sight")
+        return (*spatial, channels)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser and its hyperparameters. Tuple fields are traced: several values make several lanes."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """Shape of the learning rate over all steps of the run; `learning_rate` is its peak."""
+    learning_rate: Traced = (0.1,)
+    momentum: Traced = (0.9,)
+    """Decay of the running mean of gradients: SGD's momentum, Adam's beta 1."""
+    weight_decay: Traced = (0.0,)
+    """This factor times the parameter is added to the gradient (sgd, adam), or to the update before the learning rate
+    scales it (adamw)."""
+    label_smoothing: Traced = (0.0,)
+    """Fraction of the target that is spread evenly over the classes, in the training loss only."""
+    l1: Traced = (0.0,)
+    """Lambda of beta-LASSO (Neyshabur 2020): `l1 * sign(weight)` is added to the gradient of each kernel weight. Biases
+    and norms are not changed."""
+    l1_threshold: Traced = (0.0,)
+    """Beta of beta-LASSO: after each step, kernel weights of magnitude below `l1_threshold * l1` become zero."""
+
+    def __post_init__(self) -> None:
+        bounds = {"learning_rate": 1e9, "momentum": 1.0, "weight_decay": 1e9, "label_smoothing": 1.0}
+        bounds |= {"l1": 1e9, "l1_threshold": 1e9}
+        for name, upper in bounds.items():
+            values = getattr(self, name)
+            require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
+            require(len(values) > 0, f"optim.{name} needs at least one value")
+            require(len(set(values)) == len(values), f"optim.{name} repeats a value: {value_text(values)}")
+            for value in values:
+                require(0.0 <= value < upper, f"optim.{name} must be in [0, {upper:g}), not {value:g}")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes (models) that each arm trains."""
+
+    seed: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One lane per seed (initial weights, data order, augmentation), for each combination of traced values."""
+    order_seed: tuple[int, ...] | None = None
+    """Seeds of the data's order, subset and augmentation. Each is combined with each of `seed`, which then draws only
+    the initial weights. None: `seed` draws everything."""
+    combine: Literal["product", "zip"] = "product"
+    """How traced fields with several values make lanes. product: all combinations. zip: the first values of all fields,
+    then the second values, and so on."""
+    at_a_time: int | None = None
+    """Lanes that a device trains together, vectorised; 1: one after another. None: as many as are fast and fit in its
+    memory: on a CPU one for convolutions and up to eight for full nets, on an accelerator all."""
+
+    def __post_init__(self) -> None:
+        require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
+        require(len(set(self.seed)) == len(self.seed), f"lanes.seed repeats a seed: {value_text(self.seed)}")
+        require(all(0 <= s < 2**32 for s in self.seed), "lanes.seed must lie in 0..2**32-1")
+        if self.order_seed is not None:
+            orders = self.order_seed
+            require(len(orders) > 0, "lanes.order_seed is empty: an arm needs at least one lane; none: as the seed")
+            require(len(set(orders)) == len(orders), f"lanes.order_seed repeats a seed: {value_text(orders)}")
+            require(all(0 <= s < 2**32 for s in orders), "lanes.order_seed must lie in 0..2**32-1")
+        require(self.at_a_time is None or self.at_a_time >= 1, "lanes.at_a_time must be at least 1")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When checkpoints are written, and how many are kept; `--resume` continues from them."""
+
+    every: int = 1
+    """Epochs between checkpoints of an arm; the last epoch always has one. 0: no checkpoints, and an interrupted arm
+    starts from the beginning."""
+    share: float = 0.01
+    """Largest share of the processor's time that writing may take, in (0, 1]. Checkpoints that come too soon after the
+    last one, as with epochs of less than a second, are skipped. 1: write all; training waits for them."""
+    keep: int = 2
+    """Latest checkpoints to keep per arm. The one with the highest mean validation accuracy is kept as well."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
+        require(0.0 < self.share <= 1.0, f"checkpoint.share must be in (0, 1], not {self.share:g}")
+        require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}")
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """How `--wandb` copies a run to Weights & Biases."""
+
+    per: Literal["lane", "group"] = "lane"
+    """lane: one W&B run per lane and one for the group. group: only the group's, with means and standard deviations."""
+    entity: str | None = None
+    """The user or team that owns the project. None: the user's default entity."""
+    project: str = "cnnlib"
+    tags: tuple[str, ...] = ()
+    """Tags in addition to the names of the data set and the platform."""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        require(all(1 <= len(tag) <= 64 for tag in self.tags), "wandb.tags have 1 to 64 characters each")
+        require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", self.project) is not None,
+            f"wandb.project is made of letters, digits, '_', '-' and '.', 128 at most, not {self.project!r}",
+        )
+
+
+OWN_FIELDS = (
+    "data",
+    "augment",
+    "optim",
+    "lanes",
+    "epochs",
+    "passes",
+    "batch_size",
+    "reshuffle",
+    "accumulate",
+    "remat",
+    "compute_dtype",
+    "precision",
+)
+"""Fields of an experiment that an arm may override for itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One architecture with its static settings: one compiled program."""
+
+    name: str
+    model: Model
+    connectivity: Connectivity | None = None
+    """Connectivity of all layers that have a window. None: as declared in `model`."""
+    match: str | None = None
+    """Budget to scale the widths to, as MEASURE:REFERENCE. The reference is a number (`parameters:61706`), or another
+    arm, an architecture (`macs:lenet5`) or layers in short notation, which are counted. None: widths stay."""
+    start: Connectivity | None = None
+    """Connectivity whose initialiser draws the weights. With `conv`, a full net starts as the convolution that the same
+    seed draws. None: the arm's own connectivity."""
+    own: tuple[str, ...] = ()
+    """Overrides for this arm only: `augment.shift=2`, `data.train=500`. Command line: `arms.NAME.augment.shift=2`."""
+
+    def __post_init__(self) -> None:
+        for assignment in self.own:
+            path = assignment.partition("=")[0]
+            require(
+                path.split(".")[0] in OWN_FIELDS,
+                f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
+            )
+        require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", self.name) is not None,
+            f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {self.name!r}",
+        )
+        if self.match is not None:
+            measure, colon, reference = self.match.partition(":")
+            require(
+                measure in MEASURES and bool(colon) and bool(reference.strip()),
+                f"arm {self.name}: match={self.match} is no MEASURE:REFERENCE, such as parameters:lenet5; "
+                f"measures are: {', '.join(MEASURES)}",
+            )
+
+    @property
+    def reading(self) -> Model:
+        """Return the model with the arm's connectivity, before its widths are matched."""
+        return self.model if self.connectivity is None else self.model.with_connectivity(self.connectivity)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question as data: which arms to train, on which data, for how long."""
+
+    arms: tuple[Arm, ...]
+    data: Data = Data()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    lanes: Lanes = Lanes()
+    epochs: int = 10
+    passes: int = 1
+    """Passes through the examples per epoch. Use more than one on small data sets, to avoid very short epochs."""
+    batch_size: int = 128
+    """Examples per step. Each pass drops its last batch if that is incomplete."""
+    reshuffle: bool = True
+    """Draw a new order of the examples for each pass. False: always use the order in which they are stored."""
+    accumulate: int = 1
+    """Equal pieces that each batch is cut into. They run one after another and their gradients are added, which needs
+    only a fraction of the memory. Not allowed with norms, whose statistics need the whole batch."""
+    remat: bool = False
+    """Keep only the maps after each pooling and residual for the backward pass, and recompute the others. Deeper nets
+    and larger images fit in the same memory, for up to a third more time."""
+    devices: int | None = None
+    """Devices per host that lanes are spread over. None: all JAX devices; each CPU core is one."""
+    mesh: tuple[int, ...] | None = None
+    """LANES,SHARDS: the number of device groups that lanes are spread over, and of devices per group. The devices of a
+    group share each batch. None: as many groups as lanes can use, then as many shards as divide the batch (CPU: 1)."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and products. Parameters, optimiser state and losses stay float32."""
+    precision: Literal["default", "high", "highest"] = "default"
+    """Precision of float32 products. default: one pass of bfloat16 on a TPU, TF32 on a GPU. high: three passes of
+    bfloat16 on a TPU. highest: float32. On a CPU all three are float32."""
+    comparisons: tuple[str, ...] = ()
+    """Pairs of arms to compare, FIRST:SECOND. Fewer pairs give narrower confidence intervals. Empty: all pairs if there
+    are few arms; if there are many, each arm with the first."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that later runs of the same program reuse them."""
+    checkpoint: Checkpoint = Checkpoint()
+    wandb: Wandb = Wandb()
+
+    def __post_init__(self) -> None:
+        _check_arms(self.arms)
+        names = [arm.name for arm in self.arms]
+        for pair in self.comparisons:
+            first, _, second = pair.partition(":")
+            known = first in names and second in names and first != second
+            require(known, f"comparisons: {pair} is no pair FIRST:SECOND of arms; there are: {', '.join(names)}")
+        require(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
+        require(1 <= self.passes <= 10**6, f"passes must be in 1..1,000,000, not {self.passes}")
+        require(self.devices is None or self.devices >= 1, f"devices must be at least 1, not {self.devices}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(
+            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+            f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}",
+        )
+        if self.mesh is not None:
+            is_pair = len(self.mesh) == 2 and min(self.mesh) >= 1
+            require(is_pair, f"mesh must be two numbers of at least 1, LANES,SHARDS, not {value_text(self.mesh)}")
+            pieces = self.mesh[1] * self.accumulate
+            require(
+                self.batch_size % pieces == 0,
+                f"batch_size={self.batch_size} cannot be shared by {self.mesh[1]} devices of mesh="
+                f"{value_text(self.mesh)}" + (f" in {self.accumulate} pieces" if self.accumulate > 1 else ""),
+            )
+        if self.lanes.combine == "zip":
+            lengths = {len(values) for values in traced(self.optim) if len(values) > 1}
+            require(
+                len(lengths) <= 1,
+                "lanes.combine=zip needs fields of one value or of equally many, not of "
+                f"{' and '.join(map(str, sorted(lengths)))}",
+            )
+        for arm in self.arms:
+            if arm.own:
+                self.of_arm(arm)
+
+    def of_arm(self, arm: Arm) -> Experiment:
+        """Return the experiment of one arm, with its own fields applied; raise UserError if they are not valid."""
+        one = dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=())
+        try:
+            for path, text in map(path_and_text, arm.own):
+                one = replace_field(one, path.split("."), text, path)
+            return one
+        except UserError as error:
+            raise UserError(f"arm {arm.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A question about how counts grow with the size of the input. Nothing is trained."""
+
+    arms: tuple[Arm, ...]
+    sides: tuple[int, ...]
+    """Sides of the square input, in pixels, in increasing order."""
+    channels: int = 3
+    num_classes: int = 10
+    """Number of output units of arms that end in one unit per class."""
+
+    def __post_init__(self) -> None:
+        _check_arms(self.arms)
+        started = [arm.name for arm in self.arms if arm.start is not None]
+        require(not started, f"arm {', '.join(started)}: start has no meaning where nothing is trained")
+        owning = [arm.name for arm in self.arms if arm.own]
+        require(not owning, f"arm {', '.join(owning)}: fields of its own have no meaning where nothing is trained")
+        require(len(self.sides) > 0, "sides is empty: there is nothing to count on")
+        require(list(self.sides) == sorted(set(self.sides)), f"sides must grow, not {value_text(self.sides)}")
+        require(self.sides[0] >= 1 and self.sides[-1] <= LARGEST, f"sides must lie in 1..{LARGEST:,}")
+        require(1 <= self.channels <= LARGEST, f"channels must lie in 1..{LARGEST:,}, not {self.channels}")
+        require(1 <= self.num_classes <= LARGEST, f"num_classes must lie in 1..{LARGEST:,}")
+
+
+def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
+    """Return `experiment` with the cache, checkpoint, W&B and comparison settings of `other`; none affects results.
+
+    The experiment keeps its own comparisons if it has any, or if it lacks an arm that `other` compares.
+    """
+    names = {arm.name for arm in experiment.arms}
+    is_comparable = all(set(pair.split(":")) <= names for pair in other.comparisons)
+    return dataclasses.replace(
+        experiment,
+        comparisons=other.comparisons if is_comparable and not experiment.comparisons else experiment.comparisons,
+        compile_cache=other.compile_cache,
+        checkpoint=other.checkpoint,
+        wandb=other.wandb,
+    )
+
+
+def _check_arms(arms: tuple[Arm, ...]) -> None:
+    require(len(arms) > 0, "an experiment needs at least one arm")
+    names = [arm.name for arm in arms]
+    require(len(set(names)) == len(names), f"two arms share a name: {', '.join(names)}")
+
+
+EXPERIMENTS: Registry[Experiment | Growth] = Registry("experiment", package="cnnlib.experiments")
+
+
+class LaneNumbers(NamedTuple):
+    """The seeds and traced hyperparameters of one lane, or of all lanes of an arm as arrays."""
+
+    seed: int
+    order_seed: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+    l1: float
+    l1_threshold: float
+
+    @property
+    def setting(self) -> tuple[float, ...]:
+        """Return the hyperparameters without the seeds; lanes of one setting differ by chance only."""
+        return self[2:]
+
+
+SETTING_FIELDS = LaneNumbers._fields[2:]
+"""Names of a lane's hyperparameters, without its seeds."""
+
+
+def traced(optim: Optim) -> tuple[Traced, ...]:
+    """Return the values of each traced field, in the order of `SETTING_FIELDS`."""
+    numbers = (optim.learning_rate, optim.momentum, optim.weight_decay, optim.label_smoothing)
+    return (*numbers, optim.l1, optim.l1_threshold)
+
+
+def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
+    """Return all lanes of an arm: each setting of the traced fields with each seed; seeds vary fastest.
+
+    `lanes.combine` says how settings are combined. If arms have fields of their own, pass `experiment.of_arm(arm)`.
+    """
+    lanes, fields = experiment.lanes, traced(experiment.optim)
+    if lanes.combine == "zip":
+        longest = max(map(len, fields))
+        settings = list(zip(*(values * longest if len(values) == 1 else values for values in fields), strict=True))
+    else:
+        settings = list(itertools.product(*fields))
+    seeds = [(seed, order) for seed in lanes.seed for order in (lanes.order_seed or (seed,))]
+    return tuple(LaneNumbers(*pair, *setting) for setting in settings for pair in seeds)

@@ -1,0 +1,37 @@
+"""The data set of an experiment, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cnnlib.errors import require
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of an experiment, and how its training examples are used."""
+
+    name: str = "mnist5k"
+    data_dir: str | None = None
+    """Folder of prepared TFDS data sets. None: `TFDS_DATA_DIR` if it is set, else the default of TFDS."""
+    validation: int = 0
+    """Number of training examples to hold out for validation, stratified by class. Every choice is made on them."""
+    train: int | None = None
+    """Number of the other training examples that each lane trains on, drawn by its order seed. None: all."""
+    shuffle_pixels: int | None = None
+    """Seed of one fixed permutation of the pixels of every example, the same for all channels. None: no permutation."""
+    seed: int | None = None
+    """Seed of a generated data set. None: the default seed of that data set."""
+    stream: bool | None = None
+    """Read the examples chunk by chunk during training, instead of keeping all of them on the device. All lanes see the
+    same chunks, each in its own order. None: stream if the examples would take too much memory."""
+    workers: int = 0
+    """Processes that read ahead for a stream. Results are the same for any number. 0: use threads of this process."""
+
+    def __post_init__(self) -> None:
+        require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")
+        within = self.shuffle_pixels is None or 0 <= self.shuffle_pixels < 2**32
+        require(within, f"data.shuffle_pixels must be in 0..2**32-1, not {self.shuffle_pixels}")
+        require(self.validation >= 0, f"data.validation must not be negative, not {self.validation}")
+        require(0 <= self.workers <= 256, f"data.workers must be in 0..256, not {self.workers}")
+        require(self.seed is None or 0 <= self.seed < 2**32, f"data.seed must be in 0..2**32-1, not {self.seed}")

@@ -1,0 +1,58 @@
+"""What a demo is, and how to draw one into a file or a window; the demos are in the other files of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnnlib.report.style import pyplot_for_files
+from cnnlib.system.files import write_whole
+from cnnlib.system.registry import Registry
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A picture, and `look`: what to see in it."""
+
+    draw: Callable[[], Any]
+    """Returns a matplotlib figure or animation, made with `pyplot`; works with any backend."""
+    file: str
+    """Name of the file: `.png` for a figure, `.gif` for an animation."""
+    look: str
+
+
+DEMOS: Registry[Demo] = Registry("demo")
+
+
+def write(demo: Demo, out: Path, show: bool = False) -> tuple[Path, bool]:
+    """Draw a demo into the folder `out`, created if missing; return the file's path, and whether a window was opened.
+
+    With `show`, also show it in a window, and return when the window is closed. Without a screen, no window opens.
+    """
+    pyplot = pyplot_for_windows() if show else None
+    opens = pyplot is not None
+    if pyplot is None:
+        pyplot, _ = pyplot_for_files()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / demo.file
+    drawn = demo.draw()
+    if path.suffix == ".gif":
+        write_whole(path, lambda place: drawn.save(place, writer="pillow"))  # as fast as in a window
+    else:
+        write_whole(path, lambda place: drawn.savefig(place, dpi=110))
+    if opens:
+        pyplot.show()
+    pyplot.close("all")
+    return path, opens
+
+
+def pyplot_for_windows() -> Any | None:
+    """Return matplotlib's `pyplot` if it can open windows, or None if there is no screen or no window toolkit."""
+    from matplotlib import pyplot
+    from matplotlib.backends.registry import BackendFilter, backend_registry
+
+    # `get_backend` makes matplotlib choose the first backend that works here; Agg, which draws files, always works.
+    windows = backend_registry.list_builtin(BackendFilter.INTERACTIVE)  # type: ignore[no-untyped-call]
+    return pyplot if pyplot.get_backend().lower() in windows else None

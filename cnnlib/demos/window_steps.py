@@ -1,0 +1,327 @@
+"""Filters that slide over images, and pooling, step by step; NumPy only.
+
+An image is `(height, width)` or `(height, width, channel)`. A kernel has the same axes as its image. All is computed in
+float64. A window has a size, strides, padding and dilation, as in `cnnlib.spec`. The code here is written to be read,
+as loops or matrix products; `cnnlib.ops` computes the same for batches, fast and with gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cnnlib.errors import UserError
+from cnnlib.spec.window import Padding, PerAxis, Shape, Window, pool_window, shape_text, window_arguments, window_over
+
+Place = tuple[int, int]
+"""A row and a column, counted from 0; negative on the padding before an image."""
+
+LINE_FILTERS = ("vertical", "horizontal", "diagonal", "antidiagonal")
+"""Orientations of lines: from left to right, a diagonal falls and an antidiagonal rises."""
+
+
+# Filters and images.
+
+
+def line_filter(kind: str, size: int = 3) -> np.ndarray:
+    """Return a filter `(size, size)` for lines of one orientation: size - 1 on the line through its middle, else -1.
+
+    Each cross-section of the line sums to 0, so the whole filter does. A flat area gives 0. A line of the filter's own
+    orientation gives size (size - 1). A line of another orientation gives 0 if it passes through the middle.
+    Raises UserError if `kind` is not in `LINE_FILTERS`, or `size` is even or below 3.
+    """
+    if kind not in LINE_FILTERS:
+        raise UserError(f"no line filter {kind!r}; there are: {', '.join(LINE_FILTERS)}")
+    if size < 3 or size % 2 == 0:
+        raise UserError(f"a line filter has a middle and something beside it: an odd size from 3 on, not {size}")
+    row, column = np.indices((size, size))
+    on_line = {
+        "vertical": column == size // 2,
+        "horizontal": row == size // 2,
+        "diagonal": row == column,
+        "antidiagonal": row + column == size - 1,
+    }
+    return np.where(on_line[kind], size - 1.0, -1.0)
+
+
+def strokes(shape: Sequence[int], lines: Iterable[tuple[Place, Place]]) -> np.ndarray:
+    """Return an image `(height, width)` of lines, each from pixel to pixel, both included: 1 on a line, else 0.
+
+    Raises UserError if a line leaves the image.
+    """
+    image = np.zeros(tuple(shape))
+    for start, end in lines:
+        if not all(0 <= at < side for place in (start, end) for at, side in zip(place, image.shape, strict=True)):
+            raise UserError(f"the line from {start} to {end} leaves the image of {shape_text(image.shape)}")
+        count = max(abs(b - a) for a, b in zip(start, end, strict=True)) + 1
+        rows, columns = (np.rint(np.linspace(a, b, count)).astype(int) for a, b in zip(start, end, strict=True))
+        image[rows, columns] = 1.0
+    return image
+
+
+# Windows.
+
+
+def window_for(
+    shape: Sequence[int], size: PerAxis, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
+) -> Window:
+    """Return the window that slides over images of a shape; its `output_size` is the size of the map.
+
+    n pixels give floor((n + zeros - span) / stride) + 1 places, with span = (size - 1) dilation + 1. At stride 1 these
+    are n - size + 1 without padding, and n with SAME. Raises UserError if the arguments give no window on the image.
+    """
+    spatial = _checked_shape(shape)[:2]
+    kept, pads = window_arguments("window", {"size": size, "strides": strides, "dilation": dilation}, padding)
+    return window_over((*spatial, 1), "window", **kept, padding=pads)
+
+
+def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarray:
+    """Return the pixels under the window at each place, `(*places, *size)` or `(*places, *size, channel)`.
+
+    Padding has the value `fill`. Raises UserError if the image has another size than the window's input.
+    """
+    image = _checked_image(image)
+    if image.shape[:2] != window.input_size:
+        sizes = f"{shape_text(window.input_size)}, not of {shape_text(image.shape[:2])}"
+        raise UserError(f"the window is for images of {sizes}")
+    pads = (*window.padding, *((0, 0),) * (image.ndim - 2))
+    padded = np.pad(image, pads, constant_values=fill)
+    rows, columns = (
+        np.arange(places)[:, None] * stride + np.arange(taps) * spread
+        for places, stride, taps, spread in zip(
+            window.output_size, window.strides, window.size, window.dilation, strict=True
+        )
+    )
+    return np.asarray(padded[rows[:, None, :, None], columns[None, :, None, :]])
+
+
+def times_seen(window: Window) -> np.ndarray:
+    """Return for each pixel the number of window places with a tap on it, integers `(height, width)`."""
+    under = _pixels_under(window, window.input_size)
+    counts = np.bincount(under[under >= 0], minlength=math.prod(window.input_size))
+    return np.asarray(counts.reshape(window.input_size))
+
+
+def share_on_padding(window: Window) -> float:
+    """Return the share, 0 to 1, of taps on the padding: multiply-adds with a zero."""
+    return 1 - window.taps_inside / (math.prod(window.output_size) * math.prod(window.size))
+
+
+# Sliding a filter.
+
+
+class Step(NamedTuple):
+    """One place of a sliding filter."""
+
+    place: Place
+    """Row and column in the map."""
+    corner: Place
+    """The pixel under the filter's first tap."""
+    window: np.ndarray
+    """The pixels under the filter, with the filter's axes."""
+    product: np.ndarray
+    """`window` times the filter, element by element."""
+    total: float
+    """The sum of `product`: the map's value at this place."""
+
+
+def steps(
+    image: np.ndarray, kernel: np.ndarray, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
+) -> Iterator[Step]:
+    """Yield the filter's places, row by row; raise UserError if filter and image do not fit."""
+    image, kernel = _checked_image(image), np.asarray(kernel, np.float64)
+    window = _window_of_kernel(image.shape, kernel.shape, strides, padding, dilation)
+    windows = windows_of(image, window)
+    for row, column in np.ndindex(*windows.shape[:2]):
+        place = row, column
+        product = windows[place] * kernel
+        yield Step(place, _corner(window, place), windows[place], product, float(product.sum()))
+
+
+def slide(
+    image: np.ndarray, kernel: np.ndarray, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
+) -> np.ndarray:
+    """Return the map `(rows, columns)` of a filter slid over an image without mirroring: what nets call a convolution.
+
+    This is a loop over the filter's places. Raises UserError as `steps` does.
+    """
+    taken = list(steps(image, kernel, strides=strides, padding=padding, dilation=dilation))
+    rows, columns = taken[-1].place
+    return np.reshape([step.total for step in taken], (rows + 1, columns + 1))
+
+
+class Product(NamedTuple):
+    """A convolution as a product of two matrices."""
+
+    windows: np.ndarray
+    """One window per row, `(place, tap)`: places and taps row by row, with a tap's channels side by side."""
+    filters: np.ndarray
+    """One filter per column, `(tap, filter)`."""
+    maps: np.ndarray
+    """The product, reshaped to `(rows, columns, filter)`."""
+
+
+def as_product(
+    image: np.ndarray, kernels: np.ndarray, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
+) -> Product:
+    """Slide several filters over an image, as one product of matrices.
+
+    `kernels` are `(height, width, filter)` for an image without channels, else `(height, width, channel, filter)`.
+    Raises UserError if filters and image do not fit.
+    """
+    image, kernels = _checked_image(image), np.asarray(kernels, np.float64)
+    window = _window_of_kernel(image.shape, kernels.shape[:-1], strides, padding, dilation)
+    rows = windows_of(image, window).reshape(math.prod(window.output_size), -1)
+    columns = kernels.reshape(rows.shape[1], kernels.shape[-1])
+    return Product(rows, columns, (rows @ columns).reshape(*window.output_size, kernels.shape[-1]))
+
+
+def matrix_of(
+    kernel: np.ndarray, shape: Sequence[int], *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
+) -> np.ndarray:
+    """Return the weights `(place, pixel)` of a full layer that computes `slide` from a flattened image.
+
+    A row holds the filter's weights at the pixels under the filter, and zeros elsewhere. Without padding, every row
+    holds the same weights; with padding, weights over the padding are left out. Pixels are row by row, with a pixel's
+    channels side by side. Raises UserError as `steps` does.
+    """
+    shape, kernel = _checked_shape(shape), np.asarray(kernel, np.float64)
+    under = _pixels_under(_window_of_kernel(shape, kernel.shape, strides, padding, dilation), shape)
+    place, tap = np.nonzero(under >= 0)
+    matrix = np.zeros((len(under), math.prod(shape)))
+    matrix[place, under[place, tap]] = kernel.ravel()[tap]
+    return matrix
+
+
+# Pooling.
+
+
+class Block(NamedTuple):
+    """One block of a pooling."""
+
+    place: Place
+    """Row and column in the pooled map."""
+    corner: Place
+    """The block's first pixel."""
+    values: np.ndarray
+    """The block's pixels, `(rows, columns)`, without padding."""
+    winner: Place
+    """The pixel with the largest value; of equal ones the first, row by row."""
+    largest: float
+    mean: float
+    """Mean over the whole block; zeros of the padding count."""
+
+
+def pool_blocks(
+    image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
+) -> Iterator[Block]:
+    """Yield the blocks of a pooling, row by row, for an image without channels.
+
+    `strides` default to the block's size; smaller strides make blocks overlap. Raises UserError if a block does not
+    fit into the image, or if padding could fill a whole block.
+    """
+    image = _checked_image(image)
+    if image.ndim != 2:
+        raise UserError(f"blocks are shown of one channel, (height, width), not of shape {image.shape}")
+    window = _pooling_window(image.shape, size, strides, padding)
+    for row, column in np.ndindex(*window.output_size):
+        place = row, column
+        corner = _corner(window, place)
+        top, left = (max(0, at) for at in corner)
+        bottom, right = (at + side for at, side in zip(corner, window.size, strict=True))
+        values = image[top:bottom, left:right]
+        inside_row, inside_column = divmod(int(values.argmax()), values.shape[1])
+        winner = top + inside_row, left + inside_column
+        yield Block(place, corner, values, winner, float(values.max()), float(values.sum() / math.prod(window.size)))
+
+
+def max_pool(
+    image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
+) -> np.ndarray:
+    """Return the largest value of each block, per channel; padding never wins. Arguments are as for `pool_blocks`."""
+    image = _checked_image(image)
+    blocks = windows_of(image, _pooling_window(image.shape, size, strides, padding), -math.inf)
+    return np.asarray(blocks.max(axis=(2, 3)))
+
+
+def average_pool(
+    image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
+) -> np.ndarray:
+    """Return the mean of each block, per channel; zeros of the padding count. Arguments are as for `pool_blocks`."""
+    image = _checked_image(image)
+    blocks = windows_of(image, _pooling_window(image.shape, size, strides, padding))
+    return np.asarray(blocks.mean(axis=(2, 3)))
+
+
+# Small shifts.
+
+
+def shifted(image: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
+    """Return the image moved by pixels (negative: up, left); zeros move in, and pixels that leave are lost."""
+    image = _checked_image(image)
+    moved = np.zeros_like(image)
+    into, out_of = [], []
+    for shift, side in zip((down, right), image.shape, strict=False):
+        kept = max(0, side - abs(shift))
+        into.append(slice(max(0, shift), max(0, shift) + kept))
+        out_of.append(slice(max(0, -shift), max(0, -shift) + kept))
+    moved[tuple(into)] = image[tuple(out_of)]
+    return moved
+
+
+def shift_change(
+    function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, shifts: Iterable[tuple[int, int]]
+) -> np.ndarray:
+    """Return how much a map changes when the image moves by each `(down, right)`: norm of the change / norm of the map.
+
+    0 means no change. Two maps of equal norm that have nothing in common differ by the square root of 2. Raises
+    UserError if the map is 0 everywhere, as no change can be compared to it.
+    """
+    still = function(image)
+    norm = float(np.linalg.norm(still))
+    if norm == 0:
+        raise UserError("the map is 0 everywhere: no change can be compared to it")
+    moved = [function(shifted(image, down, right)) for down, right in shifts]
+    return np.array([float(np.linalg.norm(other - still)) / norm for other in moved])
+
+
+def _checked_shape(shape: Sequence[int]) -> Shape:
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise UserError(f"an image is (height, width) or (height, width, channel), none of them 0, not {tuple(shape)}")
+    return tuple(shape)
+
+
+def _checked_image(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image, np.float64)
+    _checked_shape(image.shape)
+    return image
+
+
+def _window_of_kernel(
+    shape: Shape, kernel_shape: Shape, strides: PerAxis, padding: Padding, dilation: PerAxis
+) -> Window:
+    """Return the window of a kernel over an image; raise UserError if their axes or channels differ."""
+    if len(kernel_shape) != len(shape) or kernel_shape[2:] != shape[2:]:
+        raise UserError(f"a filter of shape {kernel_shape} does not slide over an image of shape {shape}")
+    return window_for(shape, kernel_shape[:2], strides=strides, padding=padding, dilation=dilation)
+
+
+def _pooling_window(shape: Shape, size: PerAxis, strides: PerAxis | None, padding: Padding) -> Window:
+    kept, pads = window_arguments("pool", {"size": size, "strides": size if strides is None else strides}, padding)
+    return pool_window((*shape[:2], 1), "block", kept["size"], kept["strides"], pads)
+
+
+def _pixels_under(window: Window, shape: Shape) -> np.ndarray:
+    """Return the index in the flattened image under each tap, integers `(place, tap)`; -1 on the padding."""
+    numbered = np.arange(math.prod(shape)).reshape(shape)
+    return windows_of(numbered, window, -1).reshape(math.prod(window.output_size), -1).astype(np.int64)
+
+
+def _corner(window: Window, place: Place) -> Place:
+    row, column = (
+        at * stride - before for at, stride, (before, _) in zip(place, window.strides, window.padding, strict=True)
+    )
+    return row, column

@@ -1,0 +1,1 @@
+"""Look inside trained nets: activations, patches, evidence for a class, probes."""

@@ -1,0 +1,292 @@
+"""A Flax Linen module that runs a spec. Only this file imports Flax."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from cnnlib import ops
+from cnnlib.spec.layers import Activation, AvgPool, Conv, Dense, Full, Layer, Local, MaxPool, Norm, Residual
+from cnnlib.spec.model import Model
+from cnnlib.spec.window import Shape
+
+Parameters = dict[str, Any]
+"""One entry per layer, named by its position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`. A residual's layers
+are nested in its entry, and those of its shortcut in `layer_0_shortcut`. `kernel_shape` and `bias_shape` give shapes. A
+norm has `scale` and `bias`, one value of each per channel."""
+
+Statistics = dict[str, Any]
+"""Running `mean` and `variance` per channel of each norm, by the same paths. Empty if there are no norms."""
+
+EPSILON = 1e-5
+"""Added to the variance in a norm."""
+DECAY = 0.9
+"""Decay of a norm's running statistics per step: new = DECAY * old + (1 - DECAY) * batch."""
+
+Stretch = Callable[[Parameters, Statistics, Array], tuple[Array, Statistics]]
+
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
+NON_DECREASING = {"relu", "tanh"}
+"""Non-decreasing activations; they commute with a maximum."""
+
+
+def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
+    """Return the shape of a layer's kernel on an input `(*spatial, channel)`.
+
+    Convolution: `(*window, channel, feature)`. Local layer: `(*positions, *window, channel, feature)`. In both,
+    channels are those of one group. Full layer: `(input node, output node)`; nodes are row-major, channels fastest.
+    """
+    if isinstance(layer, Full | Dense):
+        return (math.prod(input_shape), math.prod(layer.output_shape(input_shape)))
+    window = layer.window(input_shape)
+    positions = window.output_size if isinstance(layer, Local) else ()
+    return (*positions, *window.size, input_shape[-1] // layer.groups, layer.features)
+
+
+def bias_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
+    """Return the shape of a layer's biases: one per feature for a convolution, else one per output node."""
+    return (layer.features,) if isinstance(layer, Conv) else layer.output_shape(input_shape)
+
+
+def kernel_init(positions: int) -> nn.initializers.Initializer:
+    """Return LeCun-normal as in Flax (variance 1 / fan-in); the first `positions` axes do not count as inputs."""
+    initializer: nn.initializers.Initializer = nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", batch_axis=tuple(range(positions))
+    )
+    return initializer
+
+
+class Affine(nn.Module):
+    """A layer with a kernel and a bias. The type of the layer decides how the kernel is applied (see `product`).
+
+    Parameters are float32. The product runs in `compute_dtype`. Kernels start LeCun-normal (variance 1 / fan-in; for a
+    full layer, the fan-in is the number of input nodes). Biases start at zero.
+    """
+
+    layer: Conv | Local | Full | Dense
+    compute_dtype: DTypeLike
+    pool: Layer | None = None
+    """Max pooling to apply between the product and the bias (see `Network`)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+        layer, input_shape = self.layer, x.shape[1:]
+        x = x.astype(self.compute_dtype)
+        initializer = kernel_init(len(input_shape) - 1 if isinstance(layer, Local) else 0)
+        kernel = self.param("kernel", initializer, kernel_shape(layer, input_shape), jnp.float32)
+        pool = self.pool if isinstance(self.pool, MaxPool) else None
+        x = product(layer, x, kernel.astype(self.compute_dtype), pool)
+        if layer.use_bias:
+            shape = bias_shape(layer, input_shape)
+            bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32).astype(self.compute_dtype)
+            # Reshape explicitly, because the tests raise an error on implicit rank promotion.
+            x = x + bias.reshape((1,) * (x.ndim - len(shape)) + shape)
+        return x
+
+
+class Normalised(nn.Module):
+    """Batch normalisation with its running statistics (`spec.Norm`).
+
+    Like Flax's `nn.BatchNorm` with momentum 0.9. Training uses the batch's mean and biased variance, and moves the
+    running mean and variance towards them; these start at 0 and 1. Evaluation uses the running ones. (PyTorch moves its
+    running variance towards the unbiased one.) Computes in float32 for every input type, but in float64 for float64.
+    """
+
+    data_axis: str | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."], training: bool) -> Float[Array, "batch ..."]:
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "variance", jnp.ones, channels, jnp.float32)
+        if training:
+            y, *batch = ops.batch_norm(x, scale, bias, EPSILON, self.data_axis)
+            for running, seen in zip((mean, variance), batch, strict=True):
+                running.value = (DECAY * running.value + (1 - DECAY) * seen).astype(running.value.dtype)
+            return y
+        row = (1,) * (x.ndim - 1) + channels
+        gain = scale / jnp.sqrt(variance.value + EPSILON)
+        y = (x - mean.value.reshape(row)) * gain.reshape(row) + bias.reshape(row)
+        return y.astype(x.dtype)
+
+
+def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array, pool: MaxPool | None = None) -> Array:
+    """Apply a kernel to `(batch, *spatial, channel)`, without biases; after a convolution, apply `pool`."""
+    if isinstance(layer, Full | Dense):
+        return (x.reshape(x.shape[0], -1) @ kernel).reshape(x.shape[0], *layer.output_shape(x.shape[1:]))
+    arguments: dict[str, Any] = {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "feature_group_count": layer.groups,
+    }
+    if isinstance(layer, Local):
+        return (ops.local2d if x.ndim == 4 else ops.local1d)(x, kernel, **arguments)
+    return (ops.conv2d if x.ndim == 4 else ops.conv1d)(x, kernel, **arguments, pool=pool)
+
+
+class Network(nn.Module):
+    """A sequence of layers as a Flax module: `init(key, x)` gives variables, `apply(variables, x)` the output.
+
+    `x` is `(batch, *spatial, channel)`, float. The output has type `compute_dtype`. If `training`, norms use the
+    batch's statistics and update their running ones: the collection `batch_stats`, which must be mutable then.
+
+    A bias, a rounding and a non-decreasing activation commute with a maximum. So max pooling can move before them
+    without changing values. We pool first, and they run on fewer values: a quarter for a 2x2 window. Gradients stay
+    the same too, except if rounding makes different values equal. Then only the true largest gets the gradient.
+    """
+
+    layers: tuple[Layer, ...]
+    compute_dtype: DTypeLike = jnp.float32
+    data_axis: str | None = None
+    """Mesh axis along which devices share each training batch (`ops.batch_norm`)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."], training: bool = False) -> Float[Array, "batch ..."]:
+        x = x.astype(self.compute_dtype)
+        early = pools_before_bias(self.layers)
+        for index, layer in enumerate(self.layers):
+            if index not in early.values():
+                pool = early.get(index)
+                x = self.apply_layer(layer, x, training, f"layer_{index}", None if pool is None else self.layers[pool])
+        return x
+
+    def apply_layer(self, layer: Layer, x: Array, training: bool, name: str, pool: Layer | None) -> Array:
+        """Apply one layer; for a convolution, `pool` (if any) runs before its bias."""
+        match layer:
+            case Conv() | Local() | Full() | Dense():
+                return Affine(layer, self.compute_dtype, pool, name=name)(x)
+            case MaxPool():
+                return max_pool(x, layer)
+            case AvgPool():
+                return ops.avg_pool(x, layer.window_shape, layer.strides, layer.padding)
+            case Activation():
+                return ACTIVATIONS[layer.function](x)
+            case Norm():
+                return Normalised(self.data_axis, name=name)(x, training)
+            case Residual():
+                own = (self.compute_dtype, self.data_axis)
+                branch = Network(layer.layers, *own, name=name)(x, training)
+                shortcut = Network(layer.shortcut, *own, name=f"{name}_shortcut")(x, training)
+                return shortcut + branch
+
+
+def max_pool(x: Array, layer: MaxPool) -> Array:
+    """Apply max pooling to `(batch, *spatial, channel)`."""
+    return ops.max_pool(x, layer.window_shape, layer.strides, layer.padding)
+
+
+def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
+    """Map positions of convolutions to positions of the max pooling that may move before their bias.
+
+    Only a convolution has the same bias all over a window. Pooling cannot pass a norm: its scale may be negative.
+    """
+    pools = {}
+    for index, layer in enumerate(layers):
+        after = index + 1
+        while after < len(layers) and isinstance(between := layers[after], Activation):
+            if between.function not in NON_DECREASING:
+                break
+            after += 1
+        if isinstance(layer, Conv) and after < len(layers) and isinstance(layers[after], MaxPool):
+            pools[index] = after
+    return pools
+
+
+def initial(network: Network, key: Key[Array, ""], input_shape: Shape) -> tuple[Parameters, Statistics]:
+    """Return a network's initial parameters, drawn from `key`, and the initial statistics of its norms."""
+    variables = network.init(key, jnp.zeros((1, *input_shape), jnp.float32))
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def logits(
+    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."]
+) -> Float[Array, "batch classes"]:
+    """Return the network's output in float32, because losses are always computed in float32."""
+    return jnp.asarray(network.apply({"params": parameters, "batch_stats": statistics}, x), jnp.float32)
+
+
+def training_logits(
+    network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."], remat: bool = False
+) -> tuple[Float[Array, "batch classes"], Statistics]:
+    """Return the logits in training, where norms use the batch's statistics, and the updated running statistics.
+
+    If `remat`, only the inputs of each of the `stretches` are kept for the backward pass; the rest is recomputed.
+    """
+    changed: Statistics = {}
+    for first, end in stretches(network.layers) if remat else [(0, len(network.layers))]:
+        part = network.clone(layers=network.layers[first:end])
+        own, seen = (renamed(known, first, end, -first) for known in (parameters, statistics))
+        x, after = (computed_again(applied(part)) if remat else applied(part))(own, seen, x)
+        changed |= renamed(after, 0, end - first, first)
+    return jnp.asarray(x, jnp.float32), changed
+
+
+def applied(network: Network) -> Stretch:
+    """Return the network's training function: `apply(parameters, statistics, x) -> (output, statistics)`."""
+
+    def apply(parameters: Parameters, statistics: Statistics, x: Array) -> tuple[Array, Statistics]:
+        variables = {"params": parameters, "batch_stats": statistics}
+        output, changed = network.apply(variables, x, training=True, mutable=["batch_stats"])
+        return jnp.asarray(output), changed.get("batch_stats", {})
+
+    return apply
+
+
+def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, Any]:
+    """Return the entries of layers `first` to `end - 1`, with `by` added to the positions in their names."""
+    found = {}
+    for name, value in known.items():
+        _, number, *rest = name.split("_")
+        if first <= int(number) < end:
+            found["_".join(["layer", str(int(number) + by), *rest])] = value
+    return found
+
+
+def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
+    """Cut layers where maps are cheap to keep: after poolings and around residuals; return `(first, end)` per part."""
+    ends = {0, len(layers)}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, MaxPool | AvgPool | Residual):
+            ends.add(index + 1)
+        if isinstance(layer, Residual):
+            ends.add(index)
+    return list(itertools.pairwise(sorted(ends)))
+
+
+def computed_again(stretch: Stretch) -> Stretch:
+    """Return `stretch` with a derivative that keeps only the arguments and recomputes the rest.
+
+    `jax.checkpoint` does this with a barrier. On a CPU, XLA (jaxlib 0.10.2) removes the barrier, merges the two equal
+    computations, and so keeps the maps. Here the second computation's input depends on the incoming gradient, which
+    the compiler cannot predict: it is `x`, unless the first value of that gradient is NaN. Then the result is NaN in
+    any case.
+    """
+
+    def keep(*arguments: Any) -> tuple[Any, Any]:
+        return stretch(*arguments), arguments
+
+    def again(arguments: Any, cotangents: Any) -> Any:
+        parameters, statistics, x = arguments
+        back = cotangents[0].reshape(-1)[0]
+        x = jnp.where(back == back, x, -x)
+        return jax.vjp(stretch, parameters, statistics, x)[1](cotangents)
+
+    function = jax.custom_vjp(stretch)
+    function.defvjp(keep, again)
+    return function
+
+
+def network(model: Model, compute_dtype: DTypeLike = jnp.float32, data_axis: str | None = None) -> Network:
+    """Return the Flax module of a model; the number of classes must be set (`model.with_num_classes`)."""
+    return Network(model.layers, compute_dtype, data_axis)

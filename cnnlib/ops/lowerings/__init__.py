@@ -1,0 +1,1 @@
+"""Lowerings: how each primitive runs on a CPU, a GPU and a TPU."""

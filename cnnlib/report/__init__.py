@@ -1,0 +1,1 @@
+"""Reports of finished runs: tables, figures, the HTML page and RESULTS.md."""

@@ -1,0 +1,262 @@
+"""The plots of the HTML report: Vega-Lite specifications made with altair, and the JavaScript that draws them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cnnlib.config.schema import SETTING_FIELDS
+from cnnlib.errors import UserError
+from cnnlib.report.style import STYLE
+from cnnlib.report.summary import setting_text
+from cnnlib.spec.counts import count
+from cnnlib.spec.layers import READINGS, Conv
+from cnnlib.spec.model import Model
+from cnnlib.stats.intervals import mean_interval
+from cnnlib.system.files import is_number
+
+COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-adds an example",
+    "train_seconds_per_lane": "seconds of training",
+}
+"""What accuracy is plotted against: fields of an arm's results, with their axis titles."""
+PLACES = 5
+"""Number of positions for the points of an arm's lanes, side by side to the left of their mean."""
+MOST_NAMES = 12
+"""Most points that get a name beside them; with more, no point gets one."""
+SHAPES = {"full": "circle", "local": "square", "conv": "triangle-up"}
+DASHES = ([1, 0], [6, 3], [2, 2])
+"""Dash patterns for lines that share a colour of the palette."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+
+
+def check_extra() -> None:
+    """Raise UserError if the plotting libraries are not installed."""
+    for library in ("altair", "jinja2", "vl_convert"):
+        if importlib.util.find_spec(library) is None:
+            raise UserError("report needs cnnlib's extra `report`: pip install -e '.[report]'")
+
+
+def library() -> str:
+    """Return the JavaScript of Vega, Vega-Lite and vega-embed as one text, for a page that loads nothing."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub forgets the default
+
+
+def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lanes of an arm that have a setting's hyperparameters, diverged lanes included."""
+    names = [name for name in SETTING_FIELDS if name in setting]
+    return [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in names)]
+
+
+def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
+    """Plot test accuracy (%) against `cost`, a key of `COSTS`, on a log axis: lanes as points, means with intervals."""
+    import altair
+
+    lanes, means = [], []
+    for arm in results["arms"]:
+        for index, setting in enumerate(arm["settings"]):
+            common = {
+                "arm": arm["name"] + setting_text(results, arm, index),
+                "connectivity": arm["connectivity"],
+                "cost": float(arm[cost]),
+            }
+            lanes += [
+                {**common, "seed": lane["seed"], "accuracy": 100 * lane["test_accuracy"], "place": place % PLACES}
+                for place, lane in enumerate(lanes_of(arm, setting))
+                if lane["status"] == "ok"
+            ]
+            accuracy = setting["test_accuracy"]
+            if accuracy["mean"] is not None:
+                low, high = (accuracy["mean"] if end is None else end for end in accuracy["ci95"])
+                numbers = {"accuracy": accuracy["mean"], "low": low, "high": high}
+                means.append({**common, "n": accuracy["n"], **{name: 100 * value for name, value in numbers.items()}})
+    for mean, raised in zip(means, raises(means), strict=True):
+        mean["raised"] = raised
+    kinds = [kind for kind in STYLE if any(mean["connectivity"] == kind for mean in means)]
+    color = altair.Color(
+        "connectivity:N", scale=altair.Scale(domain=kinds, range=[STYLE[kind][0] for kind in kinds]), title=None
+    )
+    shape = altair.Shape(
+        "connectivity:N", scale=altair.Scale(domain=kinds, range=[SHAPES[kind] for kind in kinds]), title=None
+    )
+    x = altair.X("cost:Q", scale=altair.Scale(type="log", nice=False, padding=40), title=COSTS[cost])
+    form = "~g" if cost == "train_seconds_per_lane" else ".2~s"
+    x = x.axis(altair.Axis(format=form, tickCount=6, labelOverlap="greedy", labelSeparation=8))
+    y = altair.Y("accuracy:Q", scale=altair.Scale(zero=False, padding=10), title="test accuracy, %")
+    told = [altair.Tooltip("arm:N"), altair.Tooltip("cost:Q", title=COSTS[cost], format=",.6~g")]
+    percent = [altair.Tooltip("accuracy:Q", title="test accuracy, %", format=".2f")]
+    ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
+    points = altair.Chart(altair.InlineData(lanes))
+    beside = altair.ExprRef(expr="-8 - 4 * datum.place")  # pixels: the mean and equal lanes must not cover it
+    points = points.mark_point(filled=True, opacity=0.6, size=40, xOffset=beside)
+    points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=[*told, altair.Tooltip("seed:N"), *percent])
+    base = altair.Chart(altair.InlineData(means))
+    mean_told = [*told, altair.Tooltip("n:Q"), *percent, *ends]
+    bars = base.mark_rule(strokeWidth=2).encode(x=x, y="low:Q", y2="high:Q", color=color, tooltip=mean_told)
+    marks = base.mark_point(filled=True, size=110, opacity=1).encode(
+        x=x, y=y, color=color, shape=shape, tooltip=mean_told
+    )
+    layers = [points, bars, marks]
+    if len(means) <= MOST_NAMES:
+        above = altair.ExprRef(expr="-1 - datum.raised")
+        layers.append(base.mark_text(align="left", dx=9, dy=above).encode(x=x, y=y, text="arm:N"))
+    chart = altair.layer(*layers).properties(width="container", height=300)
+    return dict(chart.to_dict())
+
+
+def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) -> list[int]:
+    """Return how many pixels to raise each mean's name so that none overlap, on a plot about `side` pixels wide."""
+    x = np.log([mean["cost"] for mean in means])
+    y = np.array([mean["accuracy"] for mean in means])
+    spans = [max(float(np.ptp(each)), 1e-9) if len(means) else 1.0 for each in (x, y)]
+    placed: list[tuple[float, float, float]] = []
+    found = [0] * len(means)
+    for index in np.argsort(y, kind="stable").tolist():
+        left, height = side * (x[index] - x.min()) / spans[0], side * (y[index] - y.min()) / spans[1]
+        right = left + 7 * len(means[index]["arm"])
+        while any(
+            left < other_right
+            and other_left < right
+            and abs(height + found[index] - other) < line - 1  # - 1: rounding must not decide
+            for other_left, other_right, other in placed
+        ):
+            found[index] += line
+        placed.append((left, right, height + found[index]))
+    return found
+
+
+class Curves(NamedTuple):
+    """Points of learning curves, in percent, with the names of their arms: one per lane, and means over lanes."""
+
+    lanes: list[dict[str, Any]]
+    means: list[dict[str, Any]]
+
+
+def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
+    """Return a metric of `metrics.jsonl` by arm and epoch, at `most_epochs` epochs per arm or fewer.
+
+    Epochs are evenly spaced and include the last. Malformed lines are skipped. The result may be empty.
+    """
+    values: dict[tuple[str, int], list[tuple[int, int, float]]] = defaultdict(list)
+    for line in lines:
+        if line.get("arm") in arms and isinstance(line.get("epoch"), int) and is_number(line.get(metric)):
+            lane, seed = (line.get(name) for name in ("lane", "seed"))
+            if isinstance(lane, int) and isinstance(seed, int):
+                values[str(line["arm"]), line["epoch"]].append((lane, seed, 100 * float(line[metric])))
+    found = Curves([], [])
+    for arm in arms:
+        epochs = sorted(epoch for name, epoch in values if name == arm)
+        chosen = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), most_epochs)).round().astype(int))
+        for epoch in (epochs[index] for index in chosen):
+            at = values[arm, epoch]
+            mean, low, high, n = mean_interval([value for *_, value in at])
+            band = {"value": mean, "low": mean if low is None else low, "high": mean if high is None else high}
+            numbers = {name: round(float(value or 0.0), 3) for name, value in band.items()}
+            found.means.append({"arm": arm, "epoch": epoch, "n": n, **numbers})
+            found.lanes.extend(
+                {"arm": arm, "epoch": epoch, "lane": a, "seed": b, "value": round(c, 3)} for a, b, c in at
+            )
+    return found
+
+
+def curves_chart(found: Curves, words: str) -> dict[str, Any]:
+    """Plot a metric against the epoch: a line and a band per arm, and a fainter line per lane in `found.lanes`."""
+    import altair
+
+    names = list(dict.fromkeys(mean["arm"] for mean in found.means))
+    colors = [PALETTE[index % len(PALETTE)] for index in range(len(names))]
+    dashes = [DASHES[index // len(PALETTE) % len(DASHES)] for index in range(len(names))]
+    legend = altair.Legend(symbolType="stroke", symbolSize=300)
+    color = altair.Color("arm:N", scale=altair.Scale(domain=names, range=colors), title=None, legend=legend)
+    dash = altair.StrokeDash("arm:N", scale=altair.Scale(domain=names, range=dashes), title=None, legend=legend)
+    title = f"{words}, %"
+    x = altair.X("epoch:Q", title="epoch", axis=altair.Axis(tickMinStep=1))
+    y = altair.Y("value:Q", scale=altair.Scale(zero=False, nice=False, padding=8), title=title)
+    told = [altair.Tooltip("arm:N"), altair.Tooltip("epoch:Q")]
+    number = altair.Tooltip("value:Q", title=title, format=".2f")
+    chosen = altair.selection_point(fields=["arm"], bind="legend")
+
+    def seen(share: float) -> Any:
+        return altair.condition(chosen, altair.value(share), altair.value(share / 8))
+
+    base = altair.Chart(altair.InlineData(found.means)).encode(x=x, color=color)
+    band = base.mark_area().encode(y=altair.Y("low:Q", title=title), y2="high:Q", opacity=seen(0.2))
+    ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
+    mean_told = [*told, altair.Tooltip("n:Q"), number, *ends]
+    line = base.mark_line(strokeWidth=2.5).encode(y=y, strokeDash=dash, opacity=seen(1.0), tooltip=mean_told)
+    dots = base.mark_point(filled=True, size=28).encode(y=y, opacity=seen(1.0), tooltip=mean_told)
+    layers = [band, line, dots]
+    if found.lanes:
+        every = altair.Chart(altair.InlineData(found.lanes)).mark_line(strokeWidth=1)
+        every = every.encode(x=x, y=y, color=color, detail="lane:N", opacity=seen(0.3))
+        layers.insert(1, every.encode(tooltip=[*told, altair.Tooltip("seed:N"), number]))
+    chart = altair.layer(*layers).add_params(chosen).properties(width="container", height=300)
+    return dict(chart.to_dict())
+
+
+def growth_points(
+    sides: Sequence[int], windows: Sequence[int], channels: Sequence[int], features: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return exact counts of one zero-padded layer: one entry per size and connectivity.
+
+    Raises UserError if a window does not fit the smallest side.
+    """
+    return [
+        {
+            "side": side,
+            "window": window,
+            "channels": inputs,
+            "features": outputs,
+            "connectivity": reading,
+            "connections": counted.connections,
+            "parameters": counted.parameters,
+        }
+        for side in sides
+        for window in windows
+        for inputs in channels
+        for outputs in features
+        for reading in reversed(READINGS)
+        for counted in [count(Model((Conv(outputs, window),)).with_connectivity(reading), (side, side, inputs))]
+    ]
+
+
+def growth_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Plot the counts of `growth_points` against the side; menus choose window, channels and features."""
+    import altair
+
+    menus, chosen = [], []
+    for field, title in (("window", "side of the window"), ("channels", "channels in"), ("features", "features out")):
+        options = sorted({point[field] for point in points})
+        menu = altair.binding_select(options=options, name=f"{title}: ")
+        menus.append(altair.param(name=field, bind=menu, value=3 if 3 in options else options[0]))
+        chosen.append(f"datum.{field} == {field}")
+
+    def by_reading(channel: Any, values: Sequence[Any]) -> Any:
+        scale = altair.Scale(domain=list(STYLE), range=values)
+        return channel("connectivity:N", scale=scale, title=None, legend=altair.Legend(symbolSize=200))
+
+    color = by_reading(altair.Color, [color for color, _ in STYLE.values()])
+    shape = by_reading(altair.Shape, list(SHAPES.values()))
+    # Local layers and convolutions have equal connections: the later line is dashed, so both lines are visible.
+    dash = by_reading(altair.StrokeDash, [[1, 0], [1, 0], [6, 6]])
+    panels = []
+    for number in ("connections", "parameters"):
+        base = altair.Chart().encode(
+            x=altair.X("side:Q", scale=altair.Scale(type="log", base=2), title="side of the input, in pixels"),
+            y=altair.Y(f"{number}:Q", scale=altair.Scale(type="log"), title=number, axis=altair.Axis(format="~s")),
+            color=color,
+            tooltip=["connectivity:N", "side:Q", altair.Tooltip(f"{number}:Q", format=",")],
+        )
+        marks = base.mark_point(filled=True, size=50, opacity=1).encode(shape=shape)
+        lines = base.mark_line(strokeWidth=3).encode(strokeDash=dash)
+        panels.append(altair.layer(lines, marks).properties(width=320, height=300))
+    chart = altair.hconcat(*panels, data=altair.InlineData(list(points))).resolve_scale(y="shared")
+    chart = chart.add_params(*menus).transform_filter(" && ".join(chosen))
+    return dict(chart.to_dict())

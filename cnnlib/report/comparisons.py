@@ -1,0 +1,74 @@
+"""Comparisons of a run's arms, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from cnnlib.config.schema import SETTING_FIELDS
+from cnnlib.stats.fits import Spread, spread
+from cnnlib.stats.intervals import Difference, paired_differences
+
+MOST_ARMS = 6
+"""Up to this many arms, every pair is compared; of more arms, each is compared with the first."""
+SEEDS = ("seed", "order_seed")
+
+
+def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
+    """Return test accuracies by arm and seed, for the setting that validation chose; diverged lanes are left out.
+
+    Arms without a chosen setting are left out. So are older results, whose lanes lack some of today's hyperparameters.
+    """
+    found: dict[str, dict[Hashable, float]] = {}
+    for arm in results["arms"]:
+        chosen = arm.get("chosen_setting")
+        if chosen is None:
+            continue
+        setting = arm["settings"][chosen]
+        names = [name for name in SETTING_FIELDS if name in setting]
+        found[arm["name"]] = {
+            tuple(lane.get(name) for name in SEEDS): lane["test_accuracy"]
+            for lane in arm["lanes"]
+            if lane["status"] == "ok" and all(lane[name] == setting[name] for name in names)
+        }
+    return found
+
+
+def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Difference]:
+    """Compare the planned pairs FIRST:SECOND; the plan is `planned`, or else that of the run's configuration.
+
+    Without a plan, compare every pair of arms, or each arm with the first if there are more than `MOST_ARMS`.
+    """
+    values = accuracies(results)
+    if len(values) < 2:
+        return []
+    pairs = [tuple(pair.split(":")) for pair in planned or results.get("config", {}).get("comparisons", ())]
+    known = [(first, second) for first, second in pairs if first in values and second in values]
+    if known:
+        return paired_differences(values, pairs=known)
+    return paired_differences(values, reference=None if len(values) <= MOST_ARMS else next(iter(values)))
+
+
+def spreads(results: dict[str, Any]) -> dict[str, Spread]:
+    """Split each arm's spread of accuracy into initial weights and data order, if each seed ran with each order."""
+    found = {}
+    for arm, values in accuracies(results).items():
+        seeds, orders = (list(dict.fromkeys(pair[place] for pair in values)) for place in (0, 1))  # type: ignore[index]
+        if len(seeds) > 1 and len(orders) > 1 and len(values) == len(seeds) * len(orders):
+            found[arm] = spread([[values[seed, order] for order in orders] for seed in seeds])
+    return found
+
+
+def spread_sentence(arm: str, found: Spread) -> str:
+    """Return a spread in words: standard deviations in percentage points, with their intervals."""
+    parts = (("initial weights", found.initialisation), ("data order", found.order), ("the rest", found.rest))
+    texts = []
+    for name, part in parts:
+        estimate, low, high = (100 * math.sqrt(value) for value in (part.variance, part.low, part.high))
+        negative = " (the variance is estimated below 0)" if part.is_negative else ""
+        texts.append(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]{negative}")
+    return (
+        f"{arm}, {found.rows} initialisations by {found.columns} orders: deviations in points with 95 % intervals, "
+        f"{', '.join(texts)}"
+    )

@@ -1,0 +1,132 @@
+"""The output of `count`: the counts of a model's layers and their total, as JSON or as a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+
+from cnnlib.spec.counts import Count, Fields, LayerCount, layers
+from cnnlib.spec.layers import Residual
+from cnnlib.spec.model import Model
+from cnnlib.spec.window import Shape, shape_text
+from cnnlib.system.tables import print_table
+
+COLUMNS = ("layer", "output", "parameters", "connections", "multiply-adds", "receptive field")
+HEADERS = {"receptive field": "field"}
+
+
+def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> dict[str, Any]:
+    """Return the counts of a model, JSON-ready: `layers` has one entry per layer, `total` is their sum.
+
+    Counts are per example; bytes are those of a training step. Raises UserError if a layer does not fit its input.
+    """
+    counts = layers(model, input_shape)
+    total = sum((layer.count for layer in counts), Count())
+    return {
+        "model": str(model),
+        "connectivity": model.connectivity,
+        "input_shape": list(input_shape),
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "layers": [
+            {
+                "name": name_of(layer),
+                "layer": layer_text(layer),
+                "output_shape": list(layer.output_shape),
+                **numbers(layer.count, layer.fields, batch_size, dtype),
+            }
+            for layer in counts
+        ],
+        "total": numbers(total, counts[-1].fields, batch_size, dtype),
+    }
+
+
+def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[str, Any]:
+    """Return counts and receptive field by name; field entries have one number per axis, or are None if they vary."""
+    known = [field for field in fields if field is not None]
+    whole = len(known) == len(fields)
+    return {
+        "parameters": count.parameters,
+        "weights": count.weights,
+        "biases": count.biases,
+        "norm_parameters": count.norm_parameters,
+        "connections": count.connections,
+        "connections_without_padding": count.connections_without_padding,
+        "macs": count.macs,
+        "macs_without_padding": count.macs_without_padding,
+        "activations": count.activations,
+        "parameter_bytes": count.parameter_bytes(dtype),
+        "activation_bytes": count.activation_bytes(batch_size, dtype),
+        "receptive_field": [field.size for field in known] if whole else None,
+        "effective_stride": [field.stride for field in known] if whole else None,
+        "effective_padding": [field.padding for field in known] if whole else None,
+    }
+
+
+def name_of(layer: LayerCount) -> str:
+    """Return a layer's name: `4` for the fifth layer, `4.0` inside a residual there, `4s.0` inside its shortcut."""
+    return ".".join(part.removeprefix("layer_").replace("_shortcut", "s") for part in layer.path)
+
+
+def layer_text(layer: LayerCount) -> str:
+    """Return a layer's notation; the entry of a residual itself is its `sum`, as its layers have their own entries."""
+    return "sum" if isinstance(layer.layer, Residual) else str(layer.layer)
+
+
+def axes_text(sizes: list[int] | None) -> str:
+    """Return `5` if all axes agree, else `5x3`; `varies` if positions differ (None)."""
+    if sizes is None:
+        return "varies"
+    return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes)) or "-"
+
+
+def field_text(counted: dict[str, Any]) -> str:
+    """Return the receptive field, or `all` if every node sees the same part of the input."""
+    stride = counted["effective_stride"]
+    return "all" if stride is not None and not any(stride) else axes_text(counted["receptive_field"])
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes with a unit, such as `1.5 KiB`."""
+    power = 0 if count < 1024 else min(6, int(math.log(count, 1024)))
+    return f"{count:,} bytes" if power == 0 else f"{count / 1024**power:,.1f} {' KMGTPE'[power]}iB"
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print one row per layer, the total, and below them the facts that have no column."""
+    total = summary["total"]
+    rows = [
+        (
+            f"{layer['name']} {layer['layer']}",
+            shape_text(tuple(layer["output_shape"])),
+            *(f"{layer[name]:,}" for name in ("parameters", "connections", "macs")),
+            field_text(layer),
+        )
+        for layer in summary["layers"]
+    ]
+    rows.append(
+        (
+            "total",
+            "",
+            *(f"{total[name]:,}" for name in ("parameters", "connections", "macs")),
+            field_text(total),
+        )
+    )
+    print_table(console, COLUMNS, rows, left=2, headers=HEADERS, padding=1)
+    norms = f"{total['norm_parameters']:,} scales and biases of norms, " if total["norm_parameters"] else ""
+    said = [
+        f"{total['weights']:,} weights, {total['biases']:,} biases, {norms}{total['activations']:,} activations",
+        f"connections and multiply-adds of one example, taps on padding counted; without them "
+        f"{total['connections_without_padding']:,}",
+        f"parameters {bytes_text(total['parameter_bytes'])} in {summary['dtype']}; a training step of "
+        f"{summary['batch_size']} keeps {bytes_text(total['activation_bytes'])} of activations",
+    ]
+    if total["receptive_field"] and any(total["effective_stride"]):
+        said.append(
+            f"receptive field {axes_text(total['receptive_field'])}, effective stride "
+            f"{axes_text(total['effective_stride'])}, effective padding {axes_text(total['effective_padding'])}"
+        )
+    for line in said:
+        console.print(line, markup=False, highlight=False)

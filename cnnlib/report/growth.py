@@ -1,0 +1,145 @@
+"""Counts of layers as the input grows: a run without training, its table and its figure; needs no JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cnnlib.config.fields import to_dict
+from cnnlib.config.resolve import ResolvedArm, resolve_arms
+from cnnlib.config.schema import Growth
+from cnnlib.report.style import STYLE, pyplot_for_files
+from cnnlib.runs.folder import RunFolder, check
+from cnnlib.system import files, provenance
+from cnnlib.system.tables import markdown_table
+
+LANDMARKS = (32, 1000)
+"""Sides at which the figure labels the full layer with its count: those of the textbook argument."""
+COUNTS = {
+    "connections": "connections, taps on padding counted",
+    "connections_without_padding": "connections without taps on padding",
+    "parameters": "parameters, biases counted",
+}
+
+
+def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
+    """Return the arms by side of the input; raise UserError, with the side, if a layer does not fit."""
+    shapes = {side: (side, side, growth.channels) for side in growth.sides}
+    return {
+        side: resolve_arms(growth.arms, {arm.name: (shape, growth.num_classes) for arm in growth.arms})
+        for side, shape in shapes.items()
+    }
+
+
+def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:
+    """Count, and write `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
+
+    Return the content of `results.json`, and the folder to which the files of an earlier run were moved, or None.
+    Raises UserError, and writes nothing, if a layer does not fit its input.
+    """
+    results = {
+        "experiment": name,
+        "config": to_dict(growth),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "counts": counts(resolve_growth(growth)),
+    }
+    config = {"experiment": name, **results["config"]}
+    check(out)
+    with RunFolder(out) as held:
+        earlier = held.make_room()
+        files.write_whole(held / "config.json", lambda path: path.write_text(files.to_json(config)))
+        files.write_whole(held / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+        files.write_whole(held / "growth.png", lambda path: figure(results, path))
+        # Written last: a run that has results counts as finished.
+        files.write_whole(held / "results.json", lambda path: path.write_text(files.to_json(results)))
+    return results, earlier
+
+
+def counts(resolved: dict[int, tuple[ResolvedArm, ...]]) -> list[dict[str, Any]]:
+    """Return one entry per side and arm."""
+    return [
+        {
+            "side": side,
+            "arm": arm.name,
+            "connectivity": arm.model.connectivity,
+            "model": str(arm.model),
+            **{count: getattr(arm.count, count) for count in COUNTS},
+        }
+        for side, arms in resolved.items()
+        for arm in arms
+    ]
+
+
+def tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Return title, columns and rows of one table per count: one row per side, one column per arm."""
+    arms = tuple(dict.fromkeys(entry["arm"] for entry in results["counts"]))
+    found = []
+    for count, title in COUNTS.items():
+        numbers = {(entry["side"], entry["arm"]): f"{entry[count]:,}" for entry in results["counts"]}
+        sides = dict.fromkeys(entry["side"] for entry in results["counts"])
+        rows = [(str(side), *(numbers[side, arm] for arm in arms)) for side in sides]
+        found.append((f"{title}, of one example of {channels_text(results)}", ("side", *arms), rows))
+    return found
+
+
+def channels_text(results: dict[str, Any]) -> str:
+    """Return the number of channels in words, such as `3 channels`."""
+    channels = results["config"]["channels"]
+    return f"{channels} channel{'s'[: channels > 1]}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables in Markdown."""
+    return "\n".join(f"{title}:\n\n{markdown_table(columns, rows)}" for title, columns, rows in tables(results))
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Draw the figure of `draw` into a file."""
+    pyplot, _ = pyplot_for_files()
+    drawn = draw(results)
+    drawn.savefig(path, dpi=150)
+    pyplot.close(drawn)
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """Draw connections and parameters against the side of the input, on log axes, with one line per arm."""
+    from matplotlib import pyplot
+
+    drawn, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.4), sharey=True, layout="constrained")
+    for axes, count in ((left, "connections"), (right, "parameters")):
+        arms = dict.fromkeys(entry["arm"] for entry in results["counts"])
+        for index, arm in enumerate(arms):
+            entries = [entry for entry in results["counts"] if entry["arm"] == arm]
+            color, marker = STYLE[entries[0]["connectivity"]]
+            # Lines that coincide must all be visible: later ones are thinner and dashed.
+            axes.plot(
+                [entry["side"] for entry in entries],
+                [entry[count] for entry in entries],
+                color=color,
+                marker=marker,
+                markersize=6 - index,
+                linewidth=3.2 - index,
+                linestyle=("-", "--", ":")[index % 3],
+                label=arm,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("side of the input, in pixels")
+        axes.set_title(count)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    for entry in results["counts"]:
+        if entry["connectivity"] == "full" and entry["side"] in LANDMARKS:
+            left.annotate(
+                f"{entry['connections']:,}",
+                (entry["side"], entry["connections"]),
+                xytext=(-9, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
+    left.set_ylabel("number")
+    left.legend()
+    drawn.suptitle(f"{results['experiment']}: square inputs of {channels_text(results)}, one example")
+    return drawn

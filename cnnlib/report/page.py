@@ -1,0 +1,338 @@
+"""The report: one self-contained HTML page about finished runs. It opens from disk and loads nothing.
+
+The content of a run's files is untrusted data: it is escaped, and the page's policy forbids network access.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cnnlib.config.command import command_to_repeat
+from cnnlib.config.fields import from_dict
+from cnnlib.config.overrides import assignments
+from cnnlib.config.schema import Experiment
+from cnnlib.errors import UserError
+from cnnlib.report import charts
+from cnnlib.report.comparisons import differences, spread_sentence, spreads
+from cnnlib.report.mistakes import confusions, mistakes
+from cnnlib.report.overview import is_results, labels
+from cnnlib.report.summary import accuracy_text, setting_text
+from cnnlib.runs.folder import read_json
+from cnnlib.runs.predictions import Answers, read_answers
+from cnnlib.system.files import read_json_lines, write_whole
+
+MOST_ARMS = 24
+"""Most arms of a run for which curves, confusions and mistakes are shown."""
+MOST_BYTES = 5_000_000
+"""Most bytes of a page."""
+
+
+class Cell(NamedTuple):
+    """A cell of a sortable table: the text shown, and the number or text to sort by."""
+
+    shown: str
+    value: Any = None
+    """None if unknown: such rows stay at the bottom, in either sort order."""
+
+
+class Table(NamedTuple):
+    """A sortable table; a row has a name and further cells."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+class Plot(NamedTuple):
+    """A Vega-Lite plot; `label` is the text for screen readers."""
+
+    name: str
+    spec: dict[str, Any]
+    label: str
+    caption: str
+
+
+class Run(NamedTuple):
+    """A finished run, as read from its folder."""
+
+    label: str
+    folder: Path
+    results: dict[str, Any]
+    lines: list[dict[str, Any]]
+    answers: dict[str, Answers]
+
+
+class Detail(NamedTuple):
+    """How much detail is shown of each run."""
+
+    epochs: int
+    """Most epochs per learning curve, evenly spaced."""
+    mistakes: int
+    """Most pictures per arm."""
+    lanes: bool
+    """Whether to show a learning curve and a table row per lane."""
+
+
+DETAILS = (Detail(40, 24, True), Detail(20, 12, True), Detail(20, 6, False), Detail(10, 0, False))
+"""From most to least detail: a page uses the first that keeps it within `MOST_BYTES`."""
+UNLIKE_RESULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""Errors that arise from files that look like results but are not."""
+
+
+def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], str | None]) -> None:
+    """Write the page about runs to `out`; `note_of` returns an experiment's lab note, or None if it is unknown.
+
+    Raises UserError, and writes nothing, if a folder has no results, if the page exceeds `MOST_BYTES` even with the
+    least detail, or if the extra `report` is not installed.
+    """
+    charts.check_extra()
+    names = ", ".join(str(folder) for folder in folders)
+    try:
+        runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
+        for detail in DETAILS:
+            text = page(runs, note_of, detail).encode()
+            if len(text) <= MOST_BYTES:
+                break
+        else:
+            raise UserError(f"a page about {names} has {len(text) / 1e6:.1f} MB, more than 5: report fewer runs")
+    except UNLIKE_RESULTS as error:
+        told = repr(error)[:200]
+        raise UserError(f"results of {names} are not what this version of cnnlib writes: {told}") from error
+    write_whole(out, lambda path: path.write_bytes(text))
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Read a run from its folder; raise UserError if it has no results."""
+    results = read_json(folder / "results.json")
+    if not is_results(results):
+        raise UserError(f"there are no results in {folder}")
+    lines = read_json_lines(folder / "metrics.jsonl")
+    found = {}
+    if len(results["arms"]) <= MOST_ARMS:
+        for arm in results["arms"]:
+            if (answers := read_answers(folder, arm["name"])) is not None:
+                found[arm["name"]] = answers
+    return Run(label, folder, results, lines, found)
+
+
+def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Detail = DETAILS[0]) -> str:
+    """Return the whole page as HTML; `note_of` is as for `write_report`."""
+    import jinja2
+
+    read = resources.files("cnnlib.report").joinpath
+    template, style, script = (read(f"page.{end}").read_text(encoding="utf-8") for end in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.from_string(template).render(
+        sections=[section(f"run-{i}", run, note_of(run.results["experiment"]), detail) for i, run in enumerate(runs)],
+        shorter="" if detail == DETAILS[0] else f" To keep the page below 5 MB it shows {detail_text(detail)}.",
+        style=style,
+        script=script,
+        library=charts.library(),
+    )
+
+
+def detail_text(detail: Detail) -> str:
+    """Return a reduced level of detail in words."""
+    curves = "" if detail.lanes else " without single lanes"
+    return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
+
+
+def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, Any]:
+    """Return what `page.html` shows of one run."""
+    results, data = run.results, run.results["data"]
+    return {
+        "name": name,
+        "label": run.label,
+        "question": note.splitlines()[0] if note else f"What do the arms of {results['experiment']} reach?",
+        "answer": answer(results),
+        "arms": table(results),
+        "cost_plots": cost_plots(name, results),
+        "lanes": lane_table(results) if detail.lanes else None,
+        "curves": curves(name, run, detail),
+        "confusions": confusions(run.answers, data) if run.answers else None,
+        "mistakes": mistakes(run.answers, data, detail.mistakes),
+        "provenance": provenance(results),
+        "note": note,
+    }
+
+
+class Answer(NamedTuple):
+    """The result in words: paragraphs before and after a list of differences."""
+
+    before: list[str]
+    differences: list[str]
+    after: list[str]
+
+
+def answer(results: dict[str, Any]) -> Answer:
+    """Put the result into words, from the stored numbers alone."""
+    rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
+    if not rated:
+        told = "No arm has a test accuracy: nothing was chosen without validation data, or every lane diverged."
+        return Answer([told], [], [])
+    best = max(rated, key=lambda arm: float(arm["test_accuracy"]["mean"]))
+    before = [
+        f"Of {len(results['arms'])} arms on {results['data']['name']}, {best['name']} has the highest mean test "
+        f"accuracy: {accuracy_text(best['test_accuracy'])} %, n = {best['test_accuracy']['n']}."
+    ]
+    found = differences(results)
+    settled = [difference for difference in found if difference.verdict != "undecided"]
+    if found:
+        before.append(
+            f"Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the others are undecided, "
+            "which is no proof that there is no difference."
+        )
+    after = [f"Spread of {spread_sentence(arm, parts)}." for arm, parts in spreads(results).items()]
+    gone = sum(setting["diverged"] for arm in results["arms"] for setting in arm["settings"])
+    if gone:
+        after.append(f"{gone} lanes diverged; means are over the others.")
+    return Answer(before, [difference.sentence() for difference in found], after)
+
+
+def number_cell(value: int | float | None, form: str, scale: int = 1) -> Cell:
+    """Return a cell that shows `scale * value` in a format such as `.2f` and sorts by `value`; a dash for None."""
+    return Cell("-") if value is None else Cell(format(scale * value, form), value)
+
+
+COLUMNS = (
+    "arm",
+    "reading",
+    "parameters",
+    "connections",
+    "multiply-adds",
+    "training %",
+    "test %",
+    "95 % interval (t)",
+    "n",
+    "s a lane",
+)
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Return the table of arms: one row per setting of each arm."""
+    rows = []
+    for arm in results["arms"]:
+        for index, setting in enumerate(arm["settings"]):
+            accuracy = setting["test_accuracy"]
+            low, high = accuracy["ci95"]
+            cells = [
+                Cell(arm["connectivity"], arm["connectivity"]),
+                *(number_cell(arm[count], ",") for count in ("parameters", "connections", "macs")),
+                number_cell(setting.get("train_accuracy"), ".2f", 100),
+                number_cell(accuracy["mean"], ".2f", 100),
+                Cell("-") if low is None else Cell(f"{100 * low:.2f} to {100 * high:.2f}", low),
+                number_cell(accuracy["n"], "d"),
+                number_cell(arm["train_seconds_per_lane"], ".2f"),
+            ]
+            rows.append((arm["name"] + setting_text(results, arm, index), cells))
+    return Table("Arms, with counts and accuracies", COLUMNS, rows)
+
+
+def lane_table(results: dict[str, Any]) -> Table:
+    """Return the table of lanes, one row per lane: the small points of the plots, for readers who cannot see them."""
+    rows = [
+        (
+            arm["name"] + setting_text(results, arm, index),
+            [
+                number_cell(lane["seed"], "d"),
+                *(number_cell(lane.get(f"{part}_accuracy"), ".2f", 100) for part in ("train", "validation", "test")),
+                Cell(str(lane["status"]), lane["status"]),
+            ],
+        )
+        for arm in results["arms"]
+        for index, setting in enumerate(arm["settings"])
+        for lane in charts.lanes_of(arm, setting)
+    ]
+    columns = ("arm", "seed", "training %", "validation %", "test %", "status")
+    return Table("Lanes", columns, rows)
+
+
+def cost_plots(name: str, results: dict[str, Any]) -> list[Plot]:
+    """Plot accuracy against parameters, multiply-adds and seconds."""
+    found = []
+    for cost, words in charts.COSTS.items():
+        if all(arm[cost] > 0 for arm in results["arms"]):
+            label = f"Test accuracy against {words}, on a log axis; the numbers are in the table of arms"
+            caption = f"Against {words}: small points are lanes, large ones means with 95 % intervals."
+            found.append(Plot(f"{name}-{cost}", charts.accuracy_chart(results, cost), label, caption))
+    return found
+
+
+class Curves(NamedTuple):
+    """Learning curves, and their means as titled tables; `missing` says why there are none."""
+
+    plots: list[Plot]
+    tables: list[tuple[str, Table]]
+    missing: str = "No metrics.jsonl with accuracies is in the folder."
+
+
+def curves(name: str, run: Run, detail: Detail) -> Curves:
+    """Plot training and validation accuracy per epoch, with bands."""
+    arms = [arm["name"] for arm in run.results["arms"]]
+    if len(arms) > MOST_ARMS:
+        return Curves([], [], f"Left out: {len(arms)} arms are more than a plot can tell apart.")
+    plots, tables = [], []
+    for metric in ("train_accuracy", "validation_accuracy"):
+        found = charts.curve_points(run.lines, arms, metric, detail.epochs)
+        if not found.means:
+            continue
+        words = metric.replace("train_", "training_").replace("_", " ")
+        every = ", every lane a thin line" if detail.lanes else ""
+        caption = f"{words.capitalize()}: means with 95 % bands{every}. An arm clicked in the legend stands out."
+        if metric == "train_accuracy":
+            caption += " Measured while the parameters change, on augmented examples."
+        label = f"{words} against the epoch, a line per arm; the means are in a table below the plots"
+        spec = charts.curves_chart(found if detail.lanes else found._replace(lanes=[]), words)
+        plots.append(Plot(f"{name}-{metric}", spec, label, caption))
+        means = {(mean["arm"], mean["epoch"]): mean["value"] for mean in found.means}
+        rows = [
+            (str(epoch), [number_cell(means.get((arm, epoch)), ".2f") for arm in arms])
+            for epoch in sorted({epoch for _, epoch in means})
+        ]
+        title = f"{words.capitalize()} by epoch, %, as a table"
+        tables.append((title, Table(title, ("epoch", *arms), rows)))
+    return Curves(plots, tables)
+
+
+class Provenance(NamedTuple):
+    """The command that repeats a run, the origin of its numbers, and its configuration."""
+
+    command: str
+    facts: list[tuple[str, str]]
+    fields: str
+
+
+def provenance(results: dict[str, Any]) -> Provenance:
+    """Return the command, the machine and versions, and the whole configuration."""
+    try:
+        command = command_to_repeat(results) or "not a registered experiment"
+        fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
+    except UserError as error:  # from another version: show the configuration as stored
+        command = f"not known to this version of cnnlib: {error}"
+        fields = json.dumps(results["config"], indent=2)
+    device, machine = results["device"], results.get("machine", {})
+    where = {
+        "finished": results.get("finished", "unknown"),
+        "commit": results["commit"] or "unknown",
+        "device": f"{device['count']} x {device['kind']}, {device['kernels']} kernels",
+        "machine": f"{machine.get('cores', '?')} cores, {machine.get('processor', 'unknown')}",
+        "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        "data": ", ".join(f"{key} {value}" for key, value in results["data"].items() if key != "class_names"),
+        "seconds": f"{results['wall_seconds']:.0f}",
+        "resumed": f"{len(results.get('resumed', []))} times",
+    }
+    return Provenance(command, list(where.items()), fields)

@@ -1,0 +1,268 @@
+"""RESULTS.md: one section per stored run. Numbers come from its `results.json`, words from the `note.md` beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cnnlib.config.command import command_to_repeat
+from cnnlib.errors import UserError
+from cnnlib.report.comparisons import accuracies, differences, spread_sentence, spreads
+from cnnlib.report.overview import is_results
+from cnnlib.report.style import STYLE
+from cnnlib.report.summary import accuracy_figure, accuracy_text, match_text, setting_text
+from cnnlib.runs.folder import read_json
+from cnnlib.stats import fits
+from cnnlib.stats.intervals import mean_interval
+from cnnlib.system.files import write_whole
+from cnnlib.system.tables import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
+MOST_ROWS = 40
+"""Most arms in a table; a larger sweep shows only what was fitted to it."""
+Analysis = Callable[[dict[str, Any]], str]
+
+
+def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, ...]]:
+    """Return one row per setting of each arm; `train %` is the final models' accuracy on their training examples."""
+    table: list[tuple[str, ...]] = []
+    for arm in results["arms"]:
+        for index, setting in enumerate(arm["settings"]):
+            accuracy, train = setting["test_accuracy"], setting.get("train_accuracy")
+            diverged = f" ({setting['diverged']} diverged)" if setting["diverged"] else ""
+            table.append(
+                (
+                    arm["name"] + setting_text(results, arm, index),
+                    arm["connectivity"],
+                    f"{arm['parameters']:,}",
+                    f"{arm['macs']:,}",
+                    "-" if train is None else f"{100 * train:.2f}",
+                    accuracy_text(accuracy),
+                    published.get(arm["name"], "") if index == (arm["chosen_setting"] or 0) else "",
+                    f"{accuracy['n']}{diverged}",
+                )
+            )
+    return table
+
+
+def facts(results: dict[str, Any], command: str | None) -> str:
+    """Return the provenance of the numbers in one line: command, machine, versions, commit, date, data and time."""
+    device, versions, data = results["device"], results["versions"], results["data"]
+    machine = results.get("machine", {})
+    where = f"{machine.get('cores', '?')} cores of {machine.get('processor', 'an unknown processor')}"
+    if device["platform"] != "cpu":
+        where = f"{device['count']} x {device['kind']}"
+    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax", "cnnlib"))
+    return (
+        f"`{command or 'not a registered experiment'}` on {where}, {device['kernels']} kernels; {used}; commit "
+        f"{(results['commit'] or 'unknown')[:12]}; {results.get('finished', 'date unknown')[:10]}; {data['name']}, "
+        f"{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test examples; "
+        f"{results['wall_seconds']:.0f} s."
+    )
+
+
+class Asked(NamedTuple):
+    """The question of an experiment."""
+
+    question: str
+    comparisons: tuple[str, ...]
+    """The pairs of arms to compare, FIRST:SECOND."""
+
+
+def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str, str]) -> str:
+    """Return the section of one stored run, or of an experiment that could not be run and has only a note.
+
+    Raises UserError if the folder has no note.
+    """
+    results, note = read_json(folder / "results.json"), folder / "note.md"
+    if not note.is_file():
+        raise UserError(f"there is no {note}: what the results mean is for people to say")
+    if not is_results(results):
+        return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
+    name = results["experiment"]
+    command = command_to_repeat(results)
+    words = note.read_text(encoding="utf-8").strip()
+    parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
+    if len(results["arms"]) <= MOST_ROWS:
+        parts.append(markdown_table(COLUMNS, rows(results, published), left=2).rstrip())
+        matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
+        parts += [f"Matched: {'; '.join(matched)}."] if matched else []
+    parts += [ANALYSES[name](results)] if name in ANALYSES else []
+    parts += [f"Spread of {spread_sentence(arm, found)}." for arm, found in spreads(results).items()]
+    told = [f"- {difference.sentence()}" for difference in differences(results, asked_of(name).comparisons)]
+    if told and len(results["arms"]) <= MOST_ROWS:
+        parts.append("\n".join(told))
+    picture = "curves.png" if name in ANALYSES else "accuracy.png"
+    parts.append(f"![{folder.name}]({folder.name}/{picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Results
+
+Every number below is from the `results.json` beside its figure: `cnnlib results docs` writes this page
+from them, and a test holds the two together. Intervals are Student's t over n lanes, 95 %: they speak of other seeds,
+not of other test sets. Differences are paired by seed; where the interval of one, made wide enough for all comparisons
+of its section, holds zero, it is undecided. The machine was shared with other work, so the seconds are what a run took,
+not what it could. All of it again, and resumable: `cnnlib all`.
+"""
+
+
+def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: dict[str, dict[str, str]]) -> str:
+    """Return the page; `asked_of` maps an experiment to its question, `published` has accuracies by folder and arm.
+
+    Raises UserError if a folder has no note.
+    """
+    sections = [section(folder, asked_of, published.get(folder.name, {})) for folder in folders]
+    return "\n".join((HEAD, *sections))
+
+
+def stored(folder: Path) -> list[Path]:
+    """Return the folders that get a section, sorted by name: those with results of trained models or with a note."""
+    with_results = {path.parent for path in folder.glob("*/results.json") if is_results(read_json(path))}
+    return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
+
+
+def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
+    """Write RESULTS.md and its figures into `folder`, which holds one folder per run; return the path of RESULTS.md."""
+    figures = read_json(folder / "published.json")
+    if not isinstance(figures, dict):
+        raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
+    runs = stored(folder)
+    for run in runs:
+        results = read_json(run / "results.json")
+        if not is_results(results):
+            continue
+        if results["experiment"] in ANALYSES:
+            write_whole(run / "curves.png", curves_figure(results).savefig)
+        else:
+            write_whole(run / "accuracy.png", accuracy_figure(results).savefig)
+    text = page(runs, asked_of, figures)
+    write_whole(folder / "RESULTS.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / "RESULTS.md"
+
+
+def sample_sizes(results: dict[str, Any]) -> str:
+    """Return a table of the training-set size that each connectivity needs per accuracy level: means over seeds."""
+    levels = (0.85, 0.9, 0.94)
+    smallest = min(arm["data"]["train"] for arm in results["arms"])
+    curves = by_seed(results)
+    lines = []
+    for reading, seeds in curves.items():
+        needed = [[fits.needed(sizes, values, level) for sizes, values in seeds] for level in levels]
+        lines.append((reading, *(needed_text(sizes, smallest) for sizes in needed)))
+    columns = ("reading", *(f"digits for {100 * level:.0f} %" for level in levels))
+    return (
+        markdown_table(columns, lines).rstrip()
+        + "\n\nGeometric means over the seeds that are not told apart, with intervals of Student's t."
+    )
+
+
+def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
+    """Return how the training-set size needed for accuracy `level` grows with k (patches) and d (their length).
+
+    Exponents have intervals. Seeds whose size lies outside the sizes tried are counted but not fitted.
+    """
+    lines, needed_lines = [], []
+    tasks: dict[str, list[tuple[int, int, float | None]]] = {}
+    smallest = min(arm["data"]["train"] for arm in results["arms"])
+    for name, seeds in by_seed(results).items():
+        reading, k, d = name.split("_")
+        for sizes, values in seeds:
+            tasks.setdefault(reading, []).append((int(k[1:]), int(d[1:]), fits.needed(sizes, values, level)))
+    theory = {"conv": "k + d", "local": "k d", "full": "k^2 d"}
+    for reading, found in tasks.items():
+        known = [(k, d, size) for k, d, size in found if size is not None and size > smallest]
+        design = {"k": [float(k) for k, _, _ in known], "d": [float(d) for _, d, _ in known]}
+        cells = ["not to be told"] * 2
+        if all(len(set(values)) > 1 for values in design.values()):
+            fitted = fits.log_linear(design, [size for _, _, size in known]).exponents
+            cells = [f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in (fitted["k"], fitted["d"])]
+        lines.append((reading, theory[reading], *cells, f"{len(known)} of {len(found)}"))
+        for task in dict.fromkeys((patches, length) for patches, length, _ in found):
+            of_task = [size for patches, length, size in found if (patches, length) == task]
+            text = needed_text(of_task, smallest)
+            needed_lines.append((reading, str(task[0]), str(task[1]), text))
+    columns = ("reading", "theory", "exponent of k", "exponent of d", "seeds fitted")
+    needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")
+    return "\n\n".join(
+        (markdown_table(columns, lines, left=2).rstrip(), markdown_table(needed_columns, needed_lines).rstrip())
+    )
+
+
+def curves_figure(results: dict[str, Any]) -> Figure:
+    """Draw test accuracy against the size of the training set: one panel per task, one line per connectivity."""
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
+
+    names = list(by_seed(results))
+    tasks = list(dict.fromkeys(name.partition("_")[2] for name in names))
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (max(6.0, 3.0 * columns), 4.2 if lines == 1 else 2.6 * lines)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for task, panel in zip(tasks, panels.flat, strict=False):
+        for arms in (name for name in names if name.partition("_")[2] == task):
+            reading = arms.partition("_")[0]
+            own = [arm for arm in results["arms"] if arm["name"].rpartition("_")[0] == arms]
+            shown = [(arm["data"]["train"], arm["test_accuracy"]) for arm in own if arm["test_accuracy"]["n"]]
+            x, mean = [size for size, _ in shown], [100 * accuracy["mean"] for _, accuracy in shown]
+            ends = [
+                accuracy["ci95"] if accuracy["ci95"][0] is not None else [accuracy["mean"]] * 2 for _, accuracy in shown
+            ]
+            spread = [[m - 100 * low for m, (low, _) in zip(mean, ends, strict=True)]]
+            spread.append([100 * high - m for m, (_, high) in zip(mean, ends, strict=True)])
+            color, marker = STYLE[reading]
+            panel.errorbar(x, mean, spread, color=color, marker=marker, markersize=4, capsize=3, label=reading)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        panel.set_title(task.replace("_", ", ").replace("k", "k = ").replace("d", "d = "), fontsize=10)
+        panel.grid(alpha=0.3)
+    figure.supxlabel("training examples", fontsize=10)
+    figure.supylabel("test accuracy, %", fontsize=10)
+    panels.flat[0].legend()
+    return figure
+
+
+def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """Return curves `(sizes, accuracies)`, one per seed, of arms named CONNECTIVITY_..._SIZE; keys omit the size."""
+    values = accuracies(results)
+    found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
+    sizes = {arm["name"]: float(arm["data"]["train"]) for arm in results["arms"]}
+    for arm, seeds in values.items():
+        for seed, value in seeds.items():
+            curve = found.setdefault(arm.rpartition("_")[0], {}).setdefault(seed, ([], []))
+            curve[0].append(sizes[arm])
+            curve[1].append(value)
+    return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def needed_text(needed: Sequence[float | None], smallest: float) -> str:
+    """Return the geometric mean of the sizes needed; count apart seeds at the `smallest` size and seeds at None."""
+    never, at_once = sum(size is None for size in needed), sum(size == smallest for size in needed)
+    inside = [size for size in needed if size is not None and size > smallest]
+    parts = [geometric(inside)] if inside else []
+    parts += [f"{at_once} of {len(needed)} seeds with {smallest:g} or fewer"] if at_once else []
+    parts += [f"not reached by {never} of {len(needed)} seeds"] if never else []
+    return "; ".join(parts)
+
+
+def geometric(sizes: Sequence[float]) -> str:
+    """Return the geometric mean of sizes with its interval."""
+    mean, low, high, _ = mean_interval(np.log(sizes))
+    assert mean is not None, "there is a size"
+    text = f"{math.exp(mean):.0f}"
+    return text if low is None or high is None else f"{text} [{math.exp(low):.0f}, {math.exp(high):.0f}]"
+
+
+ANALYSES: dict[str, Analysis] = {"sample_efficiency": sample_sizes, "dsd": dsd_exponents}
+"""By experiment: the function that fits its results."""

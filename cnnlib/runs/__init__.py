@@ -1,0 +1,1 @@
+"""A run on disk: training, the run's folder, resuming, and callbacks."""

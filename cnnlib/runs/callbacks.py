@@ -1,0 +1,92 @@
+"""Callbacks, which receive the events of a run: for the terminal, the log and Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Beginning(NamedTuple):
+    """A run whose folder is open. All checks have passed, and training is about to begin."""
+
+    identity: str
+    """The run's ID, which stays the same when the run is resumed."""
+    experiment: str
+    folder: Path
+    config: dict[str, Any]
+    data: str
+    platform: str
+    arms: dict[str, dict[str, Any]]
+    """For each arm name: connectivity, counts, and the configuration with the arm's overrides."""
+    lanes: dict[str, list[dict[str, Any]]]
+    """For each arm name: one entry per lane with its seed, learning rate and other hyperparameters."""
+    is_resumed: bool
+    command: str | None
+
+
+class EpochReport(NamedTuple):
+    """The metrics of one epoch of one arm."""
+
+    arm: str
+    epoch: int
+    epochs: int
+    lanes: int
+    diverged: int
+    means: dict[str, float]
+    """Means of `train_loss`, `validation_accuracy` and so on, over the lanes that have not diverged."""
+    lane_steps_per_second: float
+    lines: list[dict[str, Any]]
+    """The lines of `metrics.jsonl`, one per lane."""
+
+
+class Watcher:
+    """Base class of callbacks. Its methods do nothing; subclasses override the methods that they need."""
+
+    def says(self, text: str) -> None:
+        """Called with one line of text that the user should read."""
+
+    def arm_begins(self, name: str, lanes: int, epochs: int) -> None:
+        """Called before an arm's programs compile. The first `MOST_AHEAD` arms compile before any arm trains."""
+
+    def run_begins(self, beginning: Beginning) -> None:
+        """Called when everything fits, the first programs are compiled, and the folder is open."""
+
+    def training_begins(self, name: str, epoch: int) -> None:
+        """Called before an arm trains. `epoch` is the number of epochs it has finished: above 0 if it is resumed."""
+
+    def epoch_ends(self, report: EpochReport) -> None:
+        """Called after an epoch of an arm. The device already computes the next epoch."""
+
+    def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
+        """Called after an arm. `result` is its part of `results.json`; `epoch` counts epochs of earlier sessions."""
+
+    def run_ends(self, results: dict[str, Any]) -> None:
+        """Called after `results.json` is written. `results` is its content."""
+
+
+class Notice(Watcher):
+    """A callback that gives the user one message when the run begins."""
+
+    def __init__(self, text: str, says: Callable[[str], None]) -> None:
+        self._text, self._says = text, says
+
+    def run_begins(self, beginning: Beginning) -> None:
+        """Give the message to the user."""
+        self._says(self._text)
+
+
+class Watchers(Watcher):
+    """Several callbacks, called in order."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        def told(name: str, *what: Any) -> None:
+            for watcher in watchers:
+                getattr(watcher, name)(*what)
+
+        for name in EVENTS:
+            setattr(self, name, partial(told, name))
+
+
+EVENTS = tuple(name for name in vars(Watcher) if not name.startswith("_"))

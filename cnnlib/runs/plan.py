@@ -1,0 +1,126 @@
+"""Predict a run before it starts: programs, lanes, steps and approximate seconds. This module needs no JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from cnnlib.config.resolve import TrainedArm
+from cnnlib.runs.callbacks import Watcher
+from cnnlib.system.cache import cache_folder, is_writable, keep_file
+from cnnlib.system.files import is_number, read_json_lines
+from cnnlib.system.tables import print_table
+
+USUAL_RATE = 3e9
+"""Forward multiply-adds per second of a whole training step, backward pass included. Used if no run on this machine has
+measured a rate. The middle of what the arms of fc_vs_conv reach on 2 cores of an AVX-512 server processor."""
+MOST_RATES = 500
+"""Number of measured rates to keep. The latest are kept."""
+
+
+class Rate(NamedTuple):
+    """The measured time of one lane's step in a run on this machine."""
+
+    connectivity: str
+    macs: int
+    """Multiply-adds of one step's forward pass over a batch."""
+    seconds: float
+
+
+class Cost(NamedTuple):
+    """The expected cost of an arm."""
+
+    lanes: int
+    steps: int
+    """Steps per lane."""
+    seconds: float
+    """Seconds for all lanes, without compilation."""
+    is_measured: bool
+    """True if `seconds` follows from earlier runs on this machine; False if from `USUAL_RATE`."""
+
+
+def rates_path() -> Path:
+    """Return the path of the file with measured rates, in the user's cache folder."""
+    return cache_folder("rates") / "rates.jsonl"
+
+
+def known_rates() -> list[Rate]:
+    """Return the rates that runs on this machine have measured. Skip lines that cannot be read."""
+    found = []
+    for line in read_json_lines(rates_path()):
+        connectivity, macs, seconds = (line.get(name) for name in Rate._fields)
+        if isinstance(connectivity, str) and is_number(macs) and is_number(seconds) and macs >= 1 and seconds > 0:  # type: ignore[operator]
+            found.append(Rate(connectivity, int(macs), float(seconds)))  # type: ignore[arg-type]
+    return found
+
+
+class RateKeeper(Watcher):
+    """A callback that saves the measured speed of a run's arms."""
+
+    def run_ends(self, results: dict[str, Any]) -> None:
+        """Add one rate per arm to the saved rates."""
+        rates = [
+            Rate(arm["connectivity"], arm["macs"] * arm["batch_size"], arm["train_seconds_per_lane"] / arm["steps"])
+            for arm in results["arms"]
+            if arm["steps"] and arm["train_seconds_per_lane"]
+        ]
+        lines = [json.dumps(rate._asdict()) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
+        if is_writable(rates_path().parent):
+            with contextlib.suppress(OSError):  # harmless: the next estimate just does not improve
+                keep_file(rates_path(), "".join(lines).encode())
+
+
+def cost_of(arm: TrainedArm, rates: Sequence[Rate]) -> Cost:
+    """Estimate an arm's cost from the measured step of its connectivity that is nearest in size, else `USUAL_RATE`.
+
+    Among equally near steps, the latest counts. The estimate assumes that time is proportional to multiply-adds. This
+    is right for large layers. For small layers it is close only if a measured step has about the same size.
+    """
+    macs, steps, lanes = arm.count.macs * arm.experiment.batch_size, arm.steps, len(arm.lanes)
+    fitting = [rate for rate in rates if rate.connectivity == arm.model.connectivity]
+    if fitting:
+        nearest = min(reversed(fitting), key=lambda rate: abs(math.log(rate.macs / max(1, macs))))
+        return Cost(lanes, steps, lanes * steps * nearest.seconds * macs / nearest.macs, True)
+    return Cost(lanes, steps, lanes * steps * macs / USUAL_RATE, False)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `45 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_plan(arms: Sequence[TrainedArm], programs: int, console: Console) -> None:
+    """Print one row per arm and the total below. `programs` is the number of training programs to compile."""
+    rates = known_rates()
+    costs = [cost_of(arm, rates) for arm in arms]
+    columns = ("arm", "connectivity", "parameters", "connections", "multiply-adds", "lanes", "steps", "about")
+    rows = []
+    for arm, cost in zip(arms, costs, strict=True):
+        counts = (f"{number:,}" for number in (arm.count.parameters, arm.count.connections, arm.count.macs))
+        times = (str(cost.lanes), f"{cost.steps:,}", duration(cost.seconds) if cost.steps else "-")
+        rows.append((arm.name, arm.model.connectivity, *counts, *times))
+    headers = {
+        "connectivity": "connec-\ntivity",
+        "parameters": "para-\nmeters",
+        "connections": "connec-\ntions",
+        "multiply-adds": "multiply-\nadds",
+    }
+    print_table(console, columns, rows, left=2, headers=headers)
+    measured = sum(cost.is_measured for cost in costs)
+    by = "runs on this machine" if measured == len(costs) else "the usual rate of 2 CPU cores"
+    if 0 < measured < len(costs):
+        by = f"runs on this machine ({measured} of {len(costs)} arms) and the usual rate of 2 CPU cores"
+    lanes, seconds = sum(cost.lanes for cost in costs), sum(cost.seconds for cost in costs)
+    what = f"{programs} programs, {lanes} lanes" if programs != 1 else f"1 program, {lanes} lanes"
+    when = (
+        f"about {duration(seconds)} of training by {by}" if all(cost.steps for cost in costs) else "data not prepared"
+    )
+    console.print(f"{what}, {when}", markup=False, highlight=False, soft_wrap=True)

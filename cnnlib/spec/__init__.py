@@ -1,0 +1,1 @@
+"""Architectures as data: layers, notation, registered architectures, exact counts, receptive fields, budgets."""

@@ -1,0 +1,222 @@
+"""Fits to the values of many runs: variance components, power laws, training-set sizes from a learning curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from cnnlib.errors import UserError
+from cnnlib.stats.intervals import t_quantile
+
+
+class Component(NamedTuple):
+    """A variance component, in the squared unit of the values.
+
+    estimate: unbiased; it can be negative if the component is small. low, high: the confidence interval, at least 0.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def variance(self) -> float:
+        """The estimate to show: 0 if `estimate` is negative."""
+        return max(0.0, self.estimate)
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether `estimate` is negative, so that `variance` shows 0."""
+        return self.estimate < 0
+
+
+class Spread(NamedTuple):
+    """The variance between runs of one arm, split by its sources.
+
+    initialisation, order: the parts due to the seed of the initial weights and to the seed of the data order.
+    rest: their interaction and everything else. rows, columns: number of initialisation seeds and of order seeds.
+    """
+
+    initialisation: Component
+    order: Component
+    rest: Component
+    rows: int
+    columns: int
+
+
+def spread(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) -> Spread:
+    """Split the variance of a table of runs: one row per initialisation seed, one column per data-order seed.
+
+    The estimates are those of analysis of variance for two crossed random effects. The rest has a chi-square interval.
+    The effects have Williams' intervals ("A confidence interval for variance components", Biometrika 49, 1962). Their
+    coverage is at least 1 - 2 (1 - level); 95 % intervals covered 95 to 97.5 % of simulated tables of 2 x 2 to 10 x 10.
+    All three intervals assume normal effects and stay wide for few seeds: with five, the upper end is eight times the
+    estimate. Raises UserError if the table is smaller than 2 x 2 or a value is not finite.
+    """
+    table = _finite("the table of seeds", values)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise UserError(f"the table of seeds is {' x '.join(map(str, table.shape))}: it takes 2 x 2 at least")
+    rows, columns = table.shape
+    by_row = table.mean(axis=1, keepdims=True) - table.mean()
+    by_column = table.mean(axis=0, keepdims=True) - table.mean()
+    residual = table - table.mean() - by_row - by_column
+    freedom = (rows - 1) * (columns - 1)
+    rest = float(np.sum(residual**2)) / freedom
+    return Spread(
+        _effect(columns * float(np.sum(by_row**2)) / (rows - 1), rows - 1, rest, freedom, columns, level),
+        _effect(rows * float(np.sum(by_column**2)) / (columns - 1), columns - 1, rest, freedom, rows, level),
+        Component(rest, *(freedom * rest / chi for chi in _chi_squares(freedom, level))),
+        rows,
+        columns,
+    )
+
+
+def _effect(square: float, freedom: int, rest: float, rest_freedom: int, cells: int, level: float) -> Component:
+    f_low, f_high = special.fdtri(freedom, rest_freedom, [0.5 - level / 2, 0.5 + level / 2])
+    chi_high, chi_low = _chi_squares(freedom, level)
+    low = freedom * (square - float(f_high) * rest) / (cells * chi_high)
+    high = freedom * (square - float(f_low) * rest) / (cells * chi_low)
+    return Component((square - rest) / cells, max(0.0, low), max(0.0, high))
+
+
+def _chi_squares(freedom: int, level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise UserError(f"level={level}: a confidence level lies between 0 and 1, such as 0.95")
+    return float(special.chdtri(freedom, 0.5 - level / 2)), float(special.chdtri(freedom, 0.5 + level / 2))
+
+
+class Coefficient(NamedTuple):
+    """A fitted coefficient and its Student's t interval; None without one (as many coefficients as points)."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class LogLinear(NamedTuple):
+    """The fit log y = constant + sum of exponent log x.
+
+    constant: natural logarithm of y if every x is 1. exponents: by the names in the design. deviation: residual
+    standard deviation of log y; None without degrees of freedom. n: number of points.
+    """
+
+    constant: Coefficient
+    exponents: dict[str, Coefficient]
+    deviation: float | None
+    n: int
+
+
+class PowerLaw(NamedTuple):
+    """The fit log y = constant + exponent log x.
+
+    constant: natural logarithm of y at x = 1. deviation: residual standard deviation of log y; None without degrees of
+    freedom. lack_of_fit: p value of the F test that the means of log y at each x lie on the line; None if no x has
+    several different y, or with fewer than three x. n: number of points.
+    """
+
+    constant: Coefficient
+    exponent: Coefficient
+    deviation: float | None
+    lack_of_fit: float | None
+    n: int
+
+
+def log_linear(
+    design: Mapping[str, Sequence[float] | np.ndarray], y: Sequence[float] | np.ndarray, level: float = 0.95
+) -> LogLinear:
+    """Fit y ~ c k^p d^q ... by least squares in logarithms. `design` maps a name, such as "k", to one value per point.
+
+    The intervals assume that residuals of log y are independent and normal, with equal variance. Points that share a
+    seed are correlated, and then the intervals are too short. Leaving out points whose y was out of reach biases the
+    exponents. Raises UserError if a value is not positive, or if the points do not determine the exponents.
+    """
+    logs = {name: _logarithms(name, x) for name, x in design.items()}
+    target = _logarithms("y", y)
+    for name, values in logs.items():
+        if values.shape != target.shape:
+            raise UserError(f"{name} has {len(values)} values and y has {len(target)}: it takes one of each a point")
+    matrix = np.stack([np.ones(len(target)), *logs.values()], axis=1)
+    n, unknowns = matrix.shape
+    solution, _, rank, _ = np.linalg.lstsq(matrix, target)
+    if rank < unknowns:
+        raise UserError(f"{n} points do not tell the exponents of {', '.join(logs)} apart: vary each by itself")
+    freedom = n - unknowns
+    if freedom == 0:
+        constant, *exponents = (Coefficient(float(value), None, None) for value in solution)
+        return LogLinear(constant, dict(zip(logs, exponents, strict=True)), None, n)
+    deviation = math.sqrt(float(np.sum((target - matrix @ solution) ** 2)) / freedom)
+    # Invert R, not X'X: the condition number of X'X is the square of R's.
+    errors = deviation * np.linalg.norm(np.linalg.inv(np.linalg.qr(matrix).R), axis=1)
+    halves = t_quantile(freedom, level) * errors
+    constant, *exponents = (
+        Coefficient(float(value), float(value - half), float(value + half))
+        for value, half in zip(solution, halves, strict=True)
+    )
+    return LogLinear(constant, dict(zip(logs, exponents, strict=True)), deviation, n)
+
+
+def power_law(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float = 0.95) -> PowerLaw:
+    """Fit y = c x^b by least squares in logarithms. Several points may have the same x. See `log_linear`.
+
+    A small `lack_of_fit` says that the points do not follow a power law; then the exponent's interval means little.
+    """
+    constant, exponents, deviation, n = log_linear({"x": x}, y, level)
+    return PowerLaw(constant, exponents["x"], deviation, _lack_of_fit(_logarithms("x", x), _logarithms("y", y)), n)
+
+
+def _lack_of_fit(x: np.ndarray, y: np.ndarray) -> float | None:
+    places, group, count = np.unique(x, return_inverse=True, return_counts=True)
+    means = np.bincount(group, y) / count
+    deviations = y - means[group]
+    # The mean of three equal numbers can differ from them by rounding. Such differences are no scatter to test with.
+    if len(places) < 3 or np.abs(deviations).max() <= 1e-12 * max(1.0, np.abs(y).max()):
+        return None
+    pure = float(np.sum(deviations**2))
+    matrix = np.stack([np.ones(len(places)), places], axis=1) * np.sqrt(count)[:, np.newaxis]
+    target = means * np.sqrt(count)
+    lack = float(np.sum((target - matrix @ np.linalg.lstsq(matrix, target)[0]) ** 2))
+    freedom, rest = len(places) - 2, len(y) - len(places)
+    return float(special.fdtrc(freedom, rest, (lack / freedom) / (pure / rest)))
+
+
+def needed(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float) -> float | None:
+    """Return the training-set size at which one seed's learning curve reaches accuracy `level`; None if it never does.
+
+    The curve is the isotonic regression of y (accuracies) on x (sizes), linear in log x between its points. A running
+    maximum would keep every lucky point and give sizes that are too small. Isotonic regression averages a lucky point
+    with the worse ones after it. If the curve starts at `level` or above, return the smallest x, an upper bound.
+    """
+    sizes, accuracies = _logarithms("x", x), _finite("y", y)
+    if sizes.shape != accuracies.shape or len(np.unique(sizes)) != len(sizes) or not len(sizes):
+        raise UserError("a learning curve takes one y for each x, and each x once")
+    from scipy.optimize import isotonic_regression  # imported here: the import takes half a second
+
+    order = np.argsort(sizes)
+    sizes, curve = sizes[order], isotonic_regression(accuracies[order]).x
+    reached = curve >= level - 1e-12 * abs(level)  # a mean of equal numbers can be less by rounding
+    if not reached[-1]:
+        return None
+    after = int(np.argmax(reached))
+    if after == 0:
+        return float(np.min(x))
+    share = min(1.0, (level - curve[after - 1]) / (curve[after] - curve[after - 1]))
+    return math.exp(sizes[after - 1] + share * (sizes[after] - sizes[after - 1]))
+
+
+def _finite(name: str, values: Sequence[float] | Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    for place in np.argwhere(~np.isfinite(array)):
+        raise UserError(f"{name} has {array[tuple(place)]} at {', '.join(map(str, place))}: it takes finite numbers")
+    return array
+
+
+def _logarithms(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = _finite(name, values)
+    if array.ndim != 1 or np.any(array <= 0):
+        raise UserError(f"{name} takes a list of positive numbers: their logarithms are fitted")
+    logarithms: np.ndarray = np.log(array)
+    return logarithms

@@ -1,0 +1,259 @@
+"""Confidence intervals of means, paired comparisons of arms by seed, and the number of seeds a difference needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from cnnlib.errors import UserError
+
+Verdict = Literal["first ahead", "second ahead", "undecided"]
+MOST_SEEDS = 1_000_000
+
+
+class Interval(NamedTuple):
+    """A mean of n values with its confidence interval. `mean` is None if n = 0; `low` and `high` are None if n < 2."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def kind(self) -> str:
+        """Name of the method, for a caption."""
+        return "Student's t"
+
+
+class BootstrapInterval(Interval):
+    """A confidence interval from bootstrap resampling."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """Name of the method, for a caption."""
+        return "BCa bootstrap"
+
+
+def t_quantile(freedom: int, level: float) -> float:
+    """Return t so that |T| > t has probability 1 - level, for Student's T with `freedom` degrees of freedom."""
+    if not 0 < level < 1:
+        raise UserError(f"level={level}: a confidence level lies between 0 and 1, such as 0.95")
+    return float(special.stdtrit(freedom, 0.5 + level / 2))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Return the mean and its Student's t interval with n - 1 degrees of freedom: mean +- t s / sqrt(n).
+
+    The interval covers the mean of a normal population with probability `level` (Student 1908). It needs n >= 2.
+    """
+    n = len(values)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    mean = float(np.mean(values))
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = t_quantile(n - 1, level) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> BootstrapInterval:
+    """Return the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987), which assumes no shape.
+
+    It needs dozens of values; with fewer it is too short. In simulations, a 95 % interval covered the mean of normal
+    samples in 84 % for n = 5, 90 % for n = 10 and 93 % for n = 40. For exponential samples it was 78, 87 and 92 %, and
+    Student's interval covered 90 to 92 %. There is no interval (None) if n < 2 or if all values are equal, because
+    resampling equal values gives no information.
+    """
+    t_quantile(1, level)  # raises UserError if `level` is invalid
+    n = len(values)
+    mean = float(np.mean(values)) if n else None
+    if n == 0 or np.ptp(values) == 0:
+        return BootstrapInterval(mean, None, None, n)
+    from scipy.stats import bootstrap  # imported here: the import takes a second, and few need it
+
+    found = bootstrap(
+        (np.asarray(values, np.float64),),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="BCa",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return BootstrapInterval(mean, float(found.low), float(found.high), n)
+
+
+class Difference(NamedTuple):
+    """The first arm's values minus the second's, paired by the seeds that both have. Higher values are better.
+
+    first, second: names of the arms. n: number of common seeds. mean: mean difference; None if n = 0. If n < 2, all
+    fields from `deviation` to `simultaneous_high` are None. deviation: standard deviation of the differences.
+    low, high: Student's t interval of this difference alone. p: p value of the two-sided t test of no difference.
+    holm: `p` corrected over all comparisons (Holm 1979). simultaneous_low, simultaneous_high: the wider Bonferroni
+    interval; all `comparisons` of them hold together with probability `level`. verdict: follows from that interval.
+    """
+
+    first: str
+    second: str
+    n: int
+    mean: float | None
+    deviation: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    holm: float | None
+    simultaneous_low: float | None
+    simultaneous_high: float | None
+    comparisons: int
+    level: float
+    verdict: Verdict
+
+    def sentence(self) -> str:
+        """Return the result as a sentence in percentage points. Values must be fractions of 1, such as accuracies."""
+        seeds = f"{self.n} seed{'' if self.n == 1 else 's'}"
+        if self.mean is None:
+            return f"{self.first} and {self.second}: no seed in common, undecided"
+        if self.simultaneous_low is None or self.simultaneous_high is None:
+            return f"{self.first} and {self.second}: {_points(self.mean)} points, undecided (paired by {seeds})"
+        over = f" simultaneous over {self.comparisons} comparisons" if self.comparisons > 1 else " interval"
+        how = f"(paired by {seeds}, {100 * self.level:g} %{over}{'' if self.deviation else ', differences all equal'})"
+        numbers = (self.mean, self.simultaneous_low, self.simultaneous_high)
+        if self.verdict == "undecided":
+            mean, low, high = (_points(number) for number in numbers)
+            return f"{self.first} and {self.second}: {mean} points [{low}, {high}], undecided {how}"
+        ahead, behind = self.first, self.second
+        if self.verdict == "second ahead":
+            ahead, behind, numbers = behind, ahead, (-numbers[0], -numbers[2], -numbers[1])
+        decimals = 2
+        while decimals < 12 and round(100 * numbers[1], decimals) <= 0:  # never show a clear lead as [0.00, ...
+            decimals += 1
+        mean, low, high = (_points(number, decimals) for number in numbers)
+        return f"{ahead} is ahead of {behind} by {mean} points [{low}, {high}] {how}"
+
+
+def _points(share: float, decimals: int = 2) -> str:
+    return f"{round(100 * share, decimals) + 0.0:.{decimals}f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def paired_differences(
+    values: Mapping[str, Mapping[Hashable, float]],
+    level: float = 0.95,
+    reference: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> list[Difference]:
+    """Compare every pair of arms, every arm with `reference`, or the planned `pairs`, by the seeds that both arms have.
+
+    `values` maps an arm's name to its values by seed. A verdict needs a simultaneous interval without zero. Comparisons
+    with fewer than two common seeds are undecided and not counted. Accuracies of few examples can give differences that
+    are all equal up to rounding. Then the intervals are a single point, p is that of the sign test (each sign by a fair
+    coin), 2^(1-n), and the verdict rests on p. The intervals are about further seeds, not about further data sets. They
+    assume independent seeds and normal differences.
+    Raises UserError for unknown arms and for values that are not finite: leave diverged lanes out, and say so.
+    """
+    for name in (*([reference] if reference is not None else []), *(name for pair in pairs for name in pair)):
+        if name not in values:
+            raise UserError(f"no arm {name!r} to compare with: there are {', '.join(values)}")
+    for arm, by_seed in values.items():
+        for seed, value in by_seed.items():
+            if not math.isfinite(value):
+                raise UserError(f"{arm} has {value} for {seed!r}: differences want finite numbers")
+    if not pairs:
+        others = [(arm, reference) for arm in values if arm != reference and reference is not None]
+        pairs = list(combinations(values, 2)) if reference is None else others
+    samples = [_paired(values[first], values[second]) for first, second in pairs]
+    comparisons = sum(len(sample) > 1 for sample in samples)
+    results = []
+    for (first, second), sample in zip(pairs, samples, strict=True):
+        n = len(sample)
+        if n < 2:
+            rest = (None,) * 7
+            results.append(
+                Difference(first, second, n, sample[0] if n else None, *rest, comparisons, level, "undecided")
+            )
+            continue
+        equal = np.ptp(sample) == 0  # then np.mean and np.std would add rounding errors
+        mean, deviation = (float(sample[0]), 0.0) if equal else (float(np.mean(sample)), float(np.std(sample, ddof=1)))
+        error = deviation / math.sqrt(n)
+        half = t_quantile(n - 1, level) * error
+        wide = t_quantile(n - 1, 1 - (1 - level) / comparisons) * error
+        p = 2 * float(special.stdtr(n - 1, -abs(mean) / error)) if error else 2.0 ** (1 - n) if mean else 1.0
+        verdict: Verdict = "undecided"
+        if error or comparisons * p < 1 - level:
+            verdict = "first ahead" if mean - wide > 0 else "second ahead" if mean + wide < 0 else "undecided"
+        ends = (mean - half, mean + half, p, None, mean - wide, mean + wide)
+        results.append(Difference(first, second, n, mean, deviation, *ends, comparisons, level, verdict))
+    corrected = iter(holm([result.p for result in results if result.p is not None]))
+    return [result if result.p is None else result._replace(holm=next(corrected)) for result in results]
+
+
+def _paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> list[float]:
+    pairs = [(float(value), float(second[seed])) for seed, value in first.items() if seed in second]
+    differences = [one - other for one, other in pairs]
+    # In binary, 0.05 - 0.03 differs from 0.31 - 0.29. Treat such differences as equal; otherwise t would be huge.
+    noise = 4 * float(np.finfo(np.float64).eps) * max((abs(value) for pair in pairs for value in pair), default=0.0)
+    if differences and max(differences) - min(differences) <= noise:
+        return [differences[0] if abs(differences[0]) > noise else 0.0] * len(differences)
+    return differences
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values in the given order, corrected by Holm's step-down method for the family-wise error rate.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * np.asarray(p, np.float64)[order])
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in corrected]
+
+
+def detectable_difference(
+    deviation: float, n: int, level: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> float:
+    """Return the least true mean difference that n seeds detect with probability `power`.
+
+    To detect means that the interval lies on the same side of zero as the true difference.
+    `deviation` is the standard deviation of the paired differences; the result has its unit. If it is a guess from few
+    seeds, the result is as rough. Several `comparisons` use Bonferroni intervals. The result comes from the noncentral
+    t distribution; its power is accurate to about 1e-6.
+    """
+    if not (math.isfinite(deviation) and deviation > 0):
+        raise UserError(f"deviation={deviation}: the deviation of the differences is a positive number")
+    if n < 2 or comparisons < 1:
+        raise UserError(f"n={n}, comparisons={comparisons}: it takes two seeds and one comparison at least")
+    threshold = t_quantile(n - 1, 1 - (1 - level) / comparisons)
+    if not (1 - level) / comparisons < power < 1:
+        raise UserError(f"power={power}: a power lies between 1 - level and 1, such as 0.8")
+    return deviation * float(special.nctdtrinc(n - 1, 1 - power, threshold)) / math.sqrt(n)
+
+
+def seeds_needed(
+    difference: float, deviation: float, level: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> int:
+    """Return the smallest number of seeds that detects a true mean difference; see `detectable_difference`.
+
+    Raises UserError if a million seeds are not enough.
+    """
+
+    def enough(n: int) -> bool:
+        return detectable_difference(deviation, n, level, power, comparisons) <= abs(difference)
+
+    most = 2
+    while not enough(most):
+        if most > MOST_SEEDS:
+            raise UserError(f"a difference of {difference} needs more than {MOST_SEEDS:,} seeds")
+        most *= 2
+    fewest = most // 2  # too few seeds, or 1
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if enough(middle) else (middle, most)
+    return most

@@ -1,0 +1,1 @@
+"""Machine and files: cores, memory, signals, cache folder, JSON files, provenance, tables for the terminal."""

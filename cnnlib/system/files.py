@@ -1,0 +1,131 @@
+"""Read and write files: whole or not at all, standard JSON, and JSON Lines (one JSON object per line)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from cnnlib.errors import UserError
+from cnnlib.system.provenance import MOST_BYTES
+
+
+def plain(value: Any) -> Any:
+    """Return a JSON-ready copy. NaN and infinities become None, since JSON cannot express them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value: Any) -> str:
+    """Return `value` as indented JSON that ends in a newline."""
+    return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it, so that nobody sees `path` half-written."""
+    beside = path.with_name(f".{path.name}.part{path.suffix}")
+    with cannot_write(path):
+        try:
+            beside.unlink(missing_ok=True)  # if a link has this name, `write` would follow it
+            write(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+class JsonLines:
+    """A file with one JSON object per line, flushed after every write."""
+
+    def __init__(self, path: Path, lines: Sequence[dict[str, Any]] = ()) -> None:
+        """Replace the file's content by `lines`. Raises UserError if the file cannot be written."""
+        self._path = path
+        with cannot_write(path):
+            write_whole(path, lambda beside: beside.write_text(_json_lines(lines), encoding="utf-8"))
+            self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Append lines in one write. If the process is killed, at worst the last line is truncated."""
+        with cannot_write(self._path):
+            self._file.write(_json_lines(lines))
+            self._file.flush()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # disk full: `write` has already raised the error for these lines
+            self._file.close()
+
+
+def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
+
+
+def read_regular(path: Path) -> str:
+    """Return the text of an untrusted file. Raises OSError if it is no regular file or has over `MOST_BYTES` bytes."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise OSError(f"{path} is no file of at most {MOST_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number between -1e300 and 1e300, which a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file up to the first damaged line; an empty list if there is no file."""
+    found: list[dict[str, Any]] = []
+    try:
+        text = read_regular(path)
+    except (OSError, ValueError):  # missing or unreadable
+        return found
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # truncated: the run was killed
+            break
+        if not isinstance(value, dict):
+            break
+        found.append(value)
+    return found
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row without None, NaN and infinite values, such as the loss of a diverged lane."""
+    return {key: value for key, value in plain(row).items() if value is not None}
+
+
+def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> Iterator[list[dict[str, Any]]]:
+    """Yield batches of new JSON lines from byte `begin` on, until `is_over()` is true and all lines are read."""
+    rest = b""
+    with path.open("rb") as file:
+        file.seek(begin)
+        ends = False
+        while not ends:
+            ends = is_over()  # call before reading, so that no line written until then is missed
+            *whole, rest = (rest + file.read()).split(b"\n")
+            yield [json.loads(line) for line in whole]
+
+
+@contextlib.contextmanager
+def cannot_write(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)

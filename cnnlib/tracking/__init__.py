@@ -1,0 +1,1 @@
+"""Copies of a run's metrics for Weights & Biases and TensorBoard."""

@@ -1,0 +1,104 @@
+"""Build optax chains with traced hyperparameters, so that the lanes of one program may differ in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnnlib.config.schema import LaneNumbers, Optim
+
+
+def schedule(name: str, total_steps: int) -> optax.Schedule:
+    """Return the learning rate relative to its peak: `constant`, `cosine` (1 to 0), or `one_cycle` (Smith 2018).
+
+    `one_cycle` is optax's `cosine_onecycle_schedule` with its defaults. It rises from 1/25 to 1 over the first 30 % of
+    the steps, then falls to 1/250,000, both along a cosine.
+    """
+    if name == "constant":
+        return optax.constant_schedule(1.0)
+    if name == "cosine":
+        return optax.cosine_decay_schedule(1.0, total_steps)
+    return optax.cosine_onecycle_schedule(total_steps, peak_value=1.0)
+
+
+def optimizer(optim: Optim, numbers: LaneNumbers, total_steps: int) -> optax.GradientTransformation:
+    """Return the update rule of one lane: static settings from `optim`, traced scalar hyperparameters from `numbers`.
+
+    If any lane of the arm has an L1 term, all lanes have one, with a lambda that may be zero. If none has, the program
+    contains no L1 term.
+    """
+    relative = schedule(optim.schedule, total_steps)
+
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return jnp.multiply(numbers.learning_rate, relative(step))
+
+    decay = optax.add_decayed_weights(numbers.weight_decay)
+    if optim.name == "sgd":
+        rule = optax.chain(decay, optax.trace(numbers.momentum))
+    elif optim.name == "adam":
+        rule = optax.chain(decay, optax.scale_by_adam(b1=numbers.momentum))
+    else:
+        rule = optax.chain(optax.scale_by_adam(b1=numbers.momentum), decay)
+    rule = optax.chain(rule, optax.scale_by_learning_rate(learning_rate))
+    if any(optim.l1):
+        smallest = jnp.multiply(numbers.l1_threshold, numbers.l1)
+        rule = optax.chain(add_l1_subgradient(numbers.l1), rule, drop_small_weights(smallest))
+    return rule
+
+
+# beta-LASSO (Neyshabur 2020, arXiv 2007.13657, algorithm 1): SGD on the loss plus lambda |theta|. After each step,
+# every weight of magnitude below beta lambda becomes zero. Kernels only: a bias or scale near zero saves no connection.
+
+
+def add_l1_subgradient(strength: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """Add `strength` times the sign of each weight (0 at 0) to the gradient of every kernel.
+
+    Put it first in a chain, so that momentum and Adam's moments are those of the penalised loss.
+    """
+
+    def update(gradient: jax.Array, weights: jax.Array) -> jax.Array:
+        return gradient + jnp.asarray(strength, gradient.dtype) * jnp.sign(weights)
+
+    return _of_kernels(update)
+
+
+def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """Set each kernel weight to zero if its magnitude after the update would be below `smallest`.
+
+    Put it last in a chain, after the learning rate.
+    """
+
+    def update(step: jax.Array, weights: jax.Array) -> jax.Array:
+        # `<`, not `<=`: `smallest` 0 changes nothing.
+        return jnp.where(jnp.abs(weights + step) < jnp.asarray(smallest, weights.dtype), -weights, step)
+
+    return _of_kernels(update)
+
+
+def sparsity(parameters: Any) -> float:
+    """Return the share (0 to 1) of a model's kernel weights that are exactly zero, computed on the host.
+
+    A local layer's weights on padding count as well: only an L1 term changes them.
+    """
+    kernels = [np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parameters) if _is_kernel(path)]
+    return sum(int((kernel == 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
+
+
+def _of_kernels(change: Callable[[jax.Array, jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """Return a stateless transformation that applies `change(update, weights)` to kernels only."""
+
+    def update(updates: Any, parameters: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, value, weights: change(value, weights) if _is_kernel(path) else value, updates, parameters
+        )
+
+    return optax.stateless(update)
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return getattr(path[-1], "key", None) == "kernel"

@@ -1,0 +1,250 @@
+"""Spread lanes over a mesh of devices with the axes (lane, data).
+
+Lanes are spread over the first axis, and never communicate. Devices along the second axis share each batch of the same
+lanes, and add up their gradients.
+
+`use_cores` makes each CPU core a device before JAX starts. A small model's step is as fast on one core as on several,
+so N models on N cores train N times faster (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from cnnlib.errors import UserError
+from cnnlib.system.machine import cores_here
+from cnnlib.train.multihost import ALONE, Hosts
+
+LANE, DATA = "lane", "data"
+ALIGNMENT = 64
+"""Bytes. A host array whose address is a multiple of this needs no copy: all CPU devices share it."""
+
+
+def use_cores(count: int | None = None) -> None:
+    """Make each core that this process may use, or `count` of them, a device of JAX's CPU backend.
+
+    Call this function before JAX computes anything; later it has no effect. A device count in `XLA_FLAGS` wins.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count or cores_here())
+
+
+def devices(most: int | None = None) -> tuple[jax.Device, ...]:
+    """Return the devices of JAX's default platform: `most` per host, or all if `most` is None.
+
+    Raise UserError if a host has fewer than `most`, or if the requested platform has none.
+    """
+    try:
+        found = tuple(jax.devices())
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or "no such platform").splitlines()[0]
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}"
+        ) from error
+    of_hosts = by_host(found)
+    if most is not None and (fewest := min(of_hosts, key=len)) and most > len(fewest):
+        where = "" if len(of_hosts) == 1 else f"process {fewest[0].process_index} of {len(of_hosts)}: "
+        raise UserError(f"{where}devices={most}: JAX has {len(fewest)} ({found[0].platform})")
+    return tuple(device for own in of_hosts for device in own[:most])
+
+
+def by_host(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Return the devices of each process, in the order of the processes."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(device.process_index, []).append(device)
+    return [own for _, own in sorted(found.items())]
+
+
+def evenly(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
+    """Pick `count` devices, balanced over hosts."""
+    of_hosts = by_host(devices)
+    places = sorted((place, host) for host, own in enumerate(of_hosts) for place in range(len(own)))
+    taken = [sum(host == wanted for _, host in places[:count]) for wanted in range(len(of_hosts))]
+    return tuple(device for own, number in zip(of_hosts, taken, strict=True) for device in own[:number])
+
+
+class Spread(NamedTuple):
+    """How an arm's lanes are spread: equally many per device. Copies of the last lane (padding) fill up the devices."""
+
+    lanes: int
+    devices: tuple[jax.Device, ...]
+    """In the order of the lanes."""
+    shards: int = 1
+    """Number of devices that share the batches of the same lanes."""
+    hosts: Hosts = ALONE
+    """The processes that own the devices. The devices of process 0 come first."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of devices that the lanes are divided over."""
+        return len(self.devices) // self.shards
+
+    @property
+    def data_axis(self) -> str | None:
+        """Mesh axis along which devices share batches; None if they do not."""
+        return DATA if self.shards > 1 else None
+
+    @property
+    def lanes_a_device(self) -> int:
+        """Number of lanes per device, padding included."""
+        return math.ceil(self.lanes / self.groups)
+
+    @property
+    def own_device(self) -> jax.Device:
+        """The first device of this host."""
+        return next(device for device in self.devices if device.process_index == self.hosts.process)
+
+    @property
+    def sharing(self) -> int:
+        """Number of this host's devices that share one memory."""
+        own = [device for device in self.devices if device.process_index == self.hosts.process]
+        return len(own) if self.devices[0].platform == "cpu" else 1
+
+    @property
+    def by_lane(self) -> Sharding:
+        """Sharding of arrays with a leading lane axis."""
+        if len(self.devices) == 1:
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self._mesh, PartitionSpec(LANE))
+
+    @property
+    def _mesh(self) -> Mesh:
+        grid = np.array(self.devices).reshape(self.groups, self.shards)
+        return Mesh(grid, (LANE, DATA), axis_types=(AxisType.Auto,) * 2)
+
+    def compiled_for(
+        self, function: Callable[..., Any], lane_arguments: int = 1, shared_arguments: int = 0, **options: Any
+    ) -> Any:
+        """Return `jax.jit` of `function`; each device runs it on its own lanes (first axis of the lane arguments)."""
+        if len(self.devices) == 1:
+            return jax.jit(function, **options)
+        specs = (PartitionSpec(LANE),) * lane_arguments + (PartitionSpec(),) * shared_arguments
+        # check_vma=False: our primitives have no rules for it. They need none: they never see other devices' lanes.
+        mapped = jax.shard_map(
+            function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(LANE), check_vma=False
+        )
+        shardings = tuple(NamedSharding(self._mesh, spec) for spec in specs)
+        return jax.jit(mapped, in_shardings=shardings, **options)
+
+    def filled(self, tree: Any) -> Any:
+        """Append padding lanes to host arrays with a leading lane axis, so that all devices have equally many."""
+        copies = self.lanes_a_device * self.groups - self.lanes
+        if not copies:
+            return tree
+        return jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], copies, axis=0)]), tree)
+
+    def put(self, tree: Any) -> Any:
+        """Put host arrays with a leading lane axis on the devices."""
+        if self.hosts.count == 1:
+            return jax.device_put(self.filled(tree), self.by_lane)
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_callback(rows.shape, self.by_lane, lambda own: rows[own]),
+            self.filled(tree),
+        )
+
+    def fetched(self, tree: Any) -> Any:
+        """Fetch arrays with a leading lane axis to every host, without padding lanes."""
+        arrays = jax.device_get(tree) if self.hosts.count == 1 else process_allgather(tree, tiled=True)
+        return jax.tree.map(lambda rows: rows[: self.lanes], arrays)
+
+    def own(self, tree: Any) -> list[Any]:
+        """Return one tree per lane whose first device belongs to this host, without padding lanes."""
+        of_hosts = [device.process_index for device in self.devices[:: self.shards]]
+        if self.hosts.process not in of_hosts:
+            return []
+        first = of_hosts.index(self.hosts.process) * self.lanes_a_device
+        count = min(of_hosts.count(self.hosts.process) * self.lanes_a_device, self.lanes - first)
+        own = jax.tree.map(self._own_rows, tree)
+        return [jax.tree.map(itemgetter(lane), own) for lane in range(count)]
+
+    def _own_rows(self, array: jax.Array) -> np.ndarray:
+        by_device = {shard.device: shard.data for shard in array.addressable_shards}
+        own = [np.asarray(by_device[device]) for device in self.devices[:: self.shards] if device in by_device]
+        return np.concatenate(own)
+
+    def shared(self, tree: Any) -> Any:
+        """Restrict arrays that `replicated` put on a larger set of devices to these devices."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+
+        def on_these(array: jax.Array) -> Any:
+            by_device = {shard.device: shard.data for shard in array.addressable_shards}
+            parts = [by_device[device] for device in self.devices if device in by_device]
+            if len(self.devices) == 1:
+                return parts[0]
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+        return jax.tree.map(on_these, tree)
+
+
+def spread(
+    lanes: int,
+    devices: Sequence[jax.Device],
+    batch_size: int,
+    mesh: tuple[int, int] | None = None,
+    hosts: Hosts = ALONE,
+) -> Spread:
+    """Return the requested `mesh`, or spread lanes first, then share batches among the remaining devices.
+
+    5 lanes use 3 of 4 devices, since some device has 2 lanes anyway; 3 lanes on 8 devices use 2 devices per lane. The
+    number of devices that share a batch divides `batch_size`. The cores of a CPU never share one: a lane keeps them
+    busy, and adding gradients costs more than it gains (`python -m benchmarks mesh`). Raise UserError if the mesh
+    needs more devices or lanes than there are, or if it leaves a host without work.
+    """
+    if mesh is None:
+        a_device = math.ceil(lanes / min(lanes, len(devices)))
+        groups = math.ceil(lanes / a_device)
+        left = 1 if devices[0].platform == "cpu" else len(devices) // groups
+        shards = max(number for number in range(1, left + 1) if batch_size % number == 0)
+    else:
+        groups, shards = mesh
+        if groups * shards > len(devices):
+            raise UserError(
+                f"mesh={groups},{shards} needs {groups * shards} devices: "
+                f"JAX has {len(devices)} ({devices[0].platform})"
+            )
+        if math.ceil(lanes / math.ceil(lanes / groups)) != groups:
+            raise UserError(
+                f"mesh={groups},{shards}: {lanes} lanes leave some of {groups} groups of devices without any"
+            )
+    if hosts.count == 1:
+        return Spread(lanes, tuple(devices[: groups * shards]), shards)
+    used = evenly(devices, groups * shards)
+    if idle := set(range(hosts.count)) - {device.process_index for device in used}:
+        raise UserError(
+            f"a mesh of {groups},{shards} leaves nothing to do for process {', '.join(map(str, sorted(idle)))} of "
+            f"{hosts.count}: {lanes} lanes need fewer hosts, or mesh=LANES,SHARDS to share batches"
+        )
+    return Spread(lanes, used, shards, hosts)
+
+
+def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Put host arrays, whole, on each device of this host. CPU devices share one copy."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    if len(devices) == 1:
+        return jax.device_put(tree)
+    mesh = Mesh(np.array(own), (LANE,), axis_types=(AxisType.Auto,))
+    return jax.device_put(jax.tree.map(aligned, tree), NamedSharding(mesh, PartitionSpec()))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """Return the array if its address is a multiple of `ALIGNMENT`, else a copy at such an address."""
+    array = np.ascontiguousarray(array)
+    if array.ctypes.data % ALIGNMENT == 0:
+        return array
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy: np.ndarray = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

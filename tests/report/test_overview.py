@@ -1,0 +1,170 @@
+"""`runs` and `compare`: what they say of folders that are known."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import pytest
+
+from cnnlib.cli.main import main
+from cnnlib.errors import UserError
+from cnnlib.report import overview
+from cnnlib.runs.folder import RunFolder
+
+RESULTS = {
+    "experiment": "tiny",
+    "commit": None,
+    "config": {"epochs": 4, "arms": [{"name": "a", "model": "dense:3"}], "optim": {"learning_rate": [0.1]}},
+    "versions": {"jax": "0.10.2"},
+    "data": {"name": "lines"},
+    "device": {"platform": "cpu"},
+    "arms": [
+        {
+            "name": name,
+            "parameters": 1234,
+            "macs": 1200,
+            "train_seconds_per_lane": 1.5,
+            "test_accuracy": {"mean": mean, "ci95": [mean - 0.01, mean + 0.01], "n": 2},
+            "lanes": [{"parameters_sha256": "0" * 64}, {"parameters_sha256": name * 64}],
+        }
+        for name, mean in (("a", 0.9), ("b", 0.8))
+    ],
+}
+
+
+def made(folder, state, results=None, epochs=0):
+    with RunFolder(folder) as held:
+        held.begin_session({"experiment": "tiny", "identity": {}})
+        (folder / "config.json").write_text(
+            json.dumps({"experiment": "tiny", "epochs": 4, "arms": [{"name": "a"}] * 2})
+        )
+        lines = [
+            {"arm": "a", "lane": lane, "epoch": epoch, "validation_accuracy": 0.5 + 0.1 * lane}
+            for epoch in range(1, epochs + 1)
+            for lane in (0, 1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"arm": "a", "ep')
+        if results:
+            (folder / "results.json").write_text(json.dumps(results))
+        if state != "running":
+            held.end_session(state, "the disk is full")
+
+
+def table(tmp_path):
+    return {
+        row[0]: row[1:2] + row[3:]
+        for row in (overview.described(run, tmp_path) for run in overview.found_runs(tmp_path))
+    }
+
+
+def test_runs_are_listed_with_state_progress_and_result(tmp_path, capsys, monkeypatch):
+    made(tmp_path / "tiny_done", "finished", RESULTS, epochs=4)
+    made(tmp_path / "deep" / "cut", "running", epochs=3)  # and then the process was killed
+    made(tmp_path / "tiny_failed", "failed", epochs=1)
+    (tmp_path / "tiny_done" / "earlier" / "x").mkdir(parents=True)
+    (tmp_path / "tiny_done" / "earlier" / "x" / "results.json").write_text("{}")
+    assert table(tmp_path) == {
+        "tiny_done": ("finished", "50 %", "a 90.00 [89.00, 91.00]"),
+        "deep/cut (tiny)": ("interrupted", "37 %", "a 3/4, validation 55.00 %"),
+        "tiny_failed": ("failed", "12 %", "the disk is full"),
+    }
+    with RunFolder(tmp_path / "deep" / "cut"):
+        assert table(tmp_path)["deep/cut (tiny)"][0] == "running"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 80 and shown[1].split() == ["run", "state", "began", "done", "result"]
+
+
+def test_where_there_are_no_runs_it_is_said(tmp_path, capsys):
+    for place, part in ((tmp_path, "there are no runs in"), (tmp_path / "none", "there is no folder")):
+        assert main(["runs", str(place)]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_runs_side_by_side_show_accuracies_and_what_differs(tmp_path, capsys):
+    other = copy.deepcopy(RESULTS)
+    other["config"]["epochs"] = 8
+    other["arms"][1]["lanes"][1]["parameters_sha256"] = "f" * 64
+    made(tmp_path / "x", "finished", RESULTS)
+    made(tmp_path / "y", "finished", other)
+    made(tmp_path / "z" / "x", "finished", RESULTS)
+    made(tmp_path / "cut", "interrupted")
+    assert main(["compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in shown if line.startswith("a ")] == [["a", "x", "1,234"], ["a", "y", "1,234"]]
+    assert shown[-2:] == ["epochs: x 4, y 8", "the same parameters, bit for bit: a"]
+    assert main(["compare", str(tmp_path / "x"), str(tmp_path / "z" / "x")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the parameters of every lane are the same, bit for bit"
+    for folders, part in (
+        ([tmp_path / "cut"], "its run is interrupted"),
+        ([tmp_path / "x"], "different runs"),
+        ([], "two runs"),
+    ):
+        assert main(["compare", str(tmp_path / "x"), *map(str, folders)]) == 2
+        assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "told"),
+    [
+        ("device", "kind", "TPU v5e", "x on cpu, precision default, y on TPU v5e, precision default"),
+        ("config", "precision", "highest", "x on cpu, precision default, y on cpu, precision highest"),
+    ],
+)
+def test_devices_and_precisions_are_not_mixed_unless_asked_for(part, field, value, told, tmp_path, capsys):
+    first = {**RESULTS, "device": {"kind": "cpu"}}
+    other = copy.deepcopy(first)
+    other[part][field] = value
+    made(tmp_path / "x", "finished", first)
+    made(tmp_path / "y", "finished", other)
+    folders = [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert main(["compare", *folders]) == 2
+    text = capsys.readouterr().err
+    assert told in text and "--mixed compares them all the same" in text and len(text.splitlines()) == 1
+    assert main(["compare", *folders, "--mixed"]) == 0
+    assert value in capsys.readouterr().out
+
+
+def test_runs_of_other_arms_have_no_parameters_in_common(tmp_path):
+    other = copy.deepcopy(RESULTS)
+    del other["arms"][0]
+    assert overview.fingerprints([RESULTS, other]) == []
+    with pytest.raises(UserError, match="different runs"):
+        overview.labels([tmp_path, tmp_path])
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
+    made(tmp_path / "run", "interrupted", epochs=1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")  # whoever opens one waits until somebody writes
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": 10**400, "ci95": [0.1, 0.2], "n": 2},
+        {"mean": 0.9, "ci95": [0.1, "high"], "n": 2},
+        {"mean": True, "ci95": [None, None], "n": 2},
+        {"ci95": [None, None], "n": 2},
+    ],
+)
+def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):
+    results = copy.deepcopy(RESULTS)
+    results["arms"][0]["test_accuracy"] = change
+    for name in ("one", "two"):
+        made(tmp_path / name, "finished", results)
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "there are no results in" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_text_that_cannot_be_shown_is_no_error(tmp_path, capsys):
+    results = copy.deepcopy(RESULTS)
+    results["experiment"] = "\ud800 half a pair"
+    made(tmp_path / "one", "finished", results)
+    assert main(["runs", str(tmp_path)]) == 0
