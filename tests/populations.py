@@ -13,7 +13,7 @@ from cnnlib.data.sets import make_lines
 from cnnlib.nn.network import network
 from cnnlib.spec.notation import parse_model
 from cnnlib.train import step as train
-from cnnlib.train.step import Examples, Recipe
+from cnnlib.train.types import Examples, Recipe
 
 CONV = "conv:4@3 relu max:2 conv:6@3:valid relu max:2 dense:3"
 FULL = "dense:16 relu dense:3"

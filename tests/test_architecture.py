@@ -97,13 +97,14 @@ def test_shapes_are_checked_in_every_file_that_writes_them_in_signatures():
     assert checked.split(",") == [*(f"cnnlib.{name}" for name in sorted(writing)), "beartype.beartype"]
 
 
-PYTHON = [path for folder in ("cnnlib", "experiments", "benchmarks", "tests") for path in (ROOT.parent / folder).rglob("*.py")]
+FOLDERS = ("cnnlib", "experiments", "benchmarks", "tests")
+PYTHON = [path for folder in FOLDERS for path in (ROOT.parent / folder).rglob("*.py")]
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT.parent)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 450
+    assert len(text.splitlines()) <= (250 if path.name == "step.py" and path.is_relative_to(ROOT) else 450)
     for node in ast.walk(ast.parse(text)) if path.is_relative_to(ROOT) else ():
         if isinstance(node, ast.FunctionDef):
             arguments = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]

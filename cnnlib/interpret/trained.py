@@ -30,7 +30,7 @@ from cnnlib.train.programs import (
     recipe_of,
     spread_of,
 )
-from cnnlib.train.step import Examples
+from cnnlib.train.types import Examples
 
 
 class Net(NamedTuple):

@@ -21,7 +21,7 @@ from cnnlib.system.tables import print_table
 from cnnlib.train import programs, step
 from cnnlib.train.programs import size_text
 from cnnlib.train.sharding import Spread
-from cnnlib.train.step import Examples
+from cnnlib.train.types import Examples
 
 EXPENSIVE = 5
 """Number of most expensive operations to show per arm."""

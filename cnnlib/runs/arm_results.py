@@ -18,7 +18,7 @@ from cnnlib.train.feeds import Tested
 from cnnlib.train.multihost import Hosts
 from cnnlib.train.optim import sparsity
 from cnnlib.train.programs import Programs
-from cnnlib.train.step import State, Sums
+from cnnlib.train.types import State, Sums
 
 
 @dataclass

@@ -27,7 +27,7 @@ from cnnlib.train.feeds import ArmFeed, Feed
 from cnnlib.train.loop import Epoch, Loop
 from cnnlib.train.multihost import ALONE, Hosts
 from cnnlib.train.programs import Programs, numbers_of, size_text, state_shapes
-from cnnlib.train.step import Keys, State, Sums
+from cnnlib.train.types import Keys, State, Sums
 
 
 class Pace:

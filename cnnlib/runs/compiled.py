@@ -11,18 +11,12 @@ from cnnlib.config.resolve import TrainedArm
 from cnnlib.data.declaration import Data
 from cnnlib.ops import kernels
 from cnnlib.runs.callbacks import Watcher
-from cnnlib.runs.resume import (
-    Left,
-)
+from cnnlib.runs.resume import Left
 from cnnlib.spec.layers import Conv, Local, MaxPool
 from cnnlib.spec.model import walk
 from cnnlib.train.feeds import Feed
 from cnnlib.train.multihost import Hosts
-from cnnlib.train.programs import (
-    Programs,
-    compile_cache,
-    compile_programs,
-)
+from cnnlib.train.programs import Programs, compile_cache, compile_programs
 
 if TYPE_CHECKING:
     pass

@@ -20,23 +20,11 @@ from cnnlib.runs.compiled import kernels_for
 from cnnlib.runs.folder import JOBS, RunFolder, require_format
 from cnnlib.runs.merged import Merged
 from cnnlib.runs.predictions import write_answers
-from cnnlib.runs.resume import (
-    FinishedArm,
-    Left,
-    differences,
-    fingerprint,
-    latest,
-    read_arm,
-    refusal,
-    write_arm,
-)
+from cnnlib.runs.resume import FinishedArm, Left, differences, fingerprint, latest, read_arm, refusal, write_arm
 from cnnlib.system import files
 from cnnlib.train import feeds
 from cnnlib.train.multihost import Hosts
-from cnnlib.train.programs import (
-    spread_of,
-    state_shapes,
-)
+from cnnlib.train.programs import spread_of, state_shapes
 
 
 def identity_with_data(known: dict[str, Any], data_sets: Iterable[DataSet | StreamedSet]) -> dict[str, Any]:

@@ -20,13 +20,7 @@ from cnnlib.data.sets import DataSet, StreamedSet, describe
 from cnnlib.runs.arms import Pace, Training, train_arm, write_finished
 from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.compiled import MOST_AHEAD, Compiled, kernels_for
-from cnnlib.runs.earlier import (
-    changes_in_jobs,
-    changes_since,
-    identities_of_parts,
-    identity_with_data,
-    what_is_left,
-)
+from cnnlib.runs.earlier import changes_in_jobs, changes_since, identities_of_parts, identity_with_data, what_is_left
 from cnnlib.runs.folder import PROFILES
 from cnnlib.runs.resume import FinishedArm, Left, check_alike, identity, streamed_in
 from cnnlib.runs.session import Options, RunSession

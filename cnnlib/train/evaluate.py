@@ -14,7 +14,8 @@ from cnnlib.nn.equivalence import project
 from cnnlib.nn.network import Parameters, Statistics, logits
 from cnnlib.spec.model import Model
 from cnnlib.train.augment import central, normalize
-from cnnlib.train.step import Answers, Examples, Recipe, Sums, own_examples
+from cnnlib.train.step import own_examples
+from cnnlib.train.types import Answers, Examples, Recipe, Sums
 
 
 def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Answers]:

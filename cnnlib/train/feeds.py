@@ -25,7 +25,8 @@ from cnnlib.errors import UserError
 from cnnlib.train import sharding
 from cnnlib.train.programs import Programs, size_text
 from cnnlib.train.sharding import Spread
-from cnnlib.train.step import Answers, Examples, Place, State, Sums
+from cnnlib.train.step import Place
+from cnnlib.train.types import Answers, Examples, State, Sums
 
 STREAM_SHARE = 0.25
 """A data set that needs more than this share of the free memory is streamed, unless `data.stream` is set."""

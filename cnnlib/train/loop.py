@@ -16,7 +16,7 @@ from cnnlib.config.schema import LaneNumbers
 from cnnlib.train.checkpoint import Snapshot
 from cnnlib.train.feeds import ArmFeed
 from cnnlib.train.programs import Programs
-from cnnlib.train.step import Keys, State, Sums
+from cnnlib.train.types import Keys, State, Sums
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from cnnlib.spec.model import Model, walk
 from cnnlib.spec.window import Shape
 from cnnlib.system import machine
 from cnnlib.system.cache import cache_folder, refusal
-from cnnlib.train import checkpoint, evaluate, sharding, step
+from cnnlib.train import checkpoint, evaluate, sharding, step, types
 from cnnlib.train.multihost import ALONE, Hosts
 from cnnlib.train.sharding import Spread
-from cnnlib.train.step import Examples, Recipe, State
+from cnnlib.train.types import Examples, Recipe, State
 
 CPU_GROUP = 8
 """Most lanes of a full net to vectorise on a CPU. More outgrow its cache (`python -m benchmarks lanes`)."""
@@ -284,17 +284,17 @@ class _Compiler:
         return own + waiting
 
 
-def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, step.Keys]]:
+def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, types.Keys]]:
     """Return a function that makes a model's state and its keys, as words. The keys follow from its seeds; checkpoints
     store the keys so that a resumed run can compare them."""
     initialize = step.initialize(recipe)
-    return lambda numbers: (initialize(numbers), step.Keys(*map(jax.random.key_data, step.keys_of(numbers))))
+    return lambda numbers: (initialize(numbers), types.Keys(*map(jax.random.key_data, step.keys_of(numbers))))
 
 
-def state_shapes(arm: TrainedArm, spread: Spread) -> tuple[State, step.Keys]:
+def state_shapes(arm: TrainedArm, spread: Spread) -> tuple[State, types.Keys]:
     """Return the shapes and shardings of what a checkpoint of an arm stores. Compile nothing."""
     numbers = spread.filled(numbers_of(arm))
-    made: tuple[State, step.Keys]
+    made: tuple[State, types.Keys]
     made = jax.eval_shape(step.over_lanes(begin(recipe_of(arm)), at_a_time=1), numbers)
     shape: Any = jax.ShapeDtypeStruct
     made = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype, sharding=spread.by_lane), made)

@@ -12,12 +12,7 @@ import pytest
 
 from cnnlib.data import sets as data_module
 from cnnlib.data.declaration import Data
-from cnnlib.data.sets import (
-    describe,
-    load,
-    open_splits,
-    size_in_bytes,
-)
+from cnnlib.data.sets import describe, load, open_splits, size_in_bytes
 from cnnlib.errors import UserError
 
 # A TFDS builder of our own, which prepares without TensorFlow: PNG bytes in, array_record out.

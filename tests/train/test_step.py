@@ -28,7 +28,7 @@ from cnnlib.spec.notation import parse_model
 from cnnlib.train import evaluate as evaluation
 from cnnlib.train import step as train
 from cnnlib.train.augment import normalize
-from cnnlib.train.step import Examples
+from cnnlib.train.types import Examples
 
 
 @pytest.mark.parametrize("reading", [pytest.param("local", marks=pytest.mark.slow), "full"])
