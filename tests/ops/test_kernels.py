@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(bool(kernels.register()), reason="kernels.cc
 
 
 def chosen_in_a_process(**environment):
-    code = "from cnnlib import kernels; print(kernels.is_compiled(), kernels.chosen(), kernels.register())"
+    code = "from cnnlib.ops import kernels; print(kernels.is_compiled(), kernels.chosen(), kernels.register())"
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
