@@ -1,1 +1,1 @@
-"""Measurements of speed, peers beside us in the same run; nothing here asserts a time."""
+"""Measure speed beside stock Flax and PyTorch in the same run. Nothing here asserts a time."""

@@ -51,7 +51,7 @@ BENCHMARKS = (
 
 
 def tables(options: argparse.Namespace) -> Iterator[Table]:
-    """What the chosen benchmark finds, table by table."""
+    """Run the chosen benchmark and yield its tables."""
     nets = options.net or step.NETS
     rows = options.rows or Path(f"{options.benchmark}.jsonl")
     match options.benchmark:
@@ -88,7 +88,7 @@ def tables(options: argparse.Namespace) -> Iterator[Table]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a benchmark, prints its tables as they come, and writes them to `--json`."""
+    """Run a benchmark, print each table when it is ready, and write all tables to `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="for agreement: as of `experiments run`")
@@ -116,11 +116,11 @@ def main(arguments: list[str]) -> int:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
     if options.benchmark == "aot":
         set_environment()
-        jax.config.update("jax_platforms", "cpu")  # JAX is imported already, and read no variables since
+        jax.config.update("jax_platforms", "cpu")  # JAX is imported already and ignores new variables
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `cnnlib run` does
     if options.benchmark == "gpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes take their part
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory for PyTorch and other processes
     device = jax.devices()[0]
     used = {**versions(), "kernels": kernels.chosen() if device.platform == "cpu" else "xla"}
     if (missing := peers.torch_is_missing()) is None:

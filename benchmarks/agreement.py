@@ -1,9 +1,8 @@
-"""Every arm of every experiment, compiled with and without the CPU's library fusions: do the numbers agree?
+"""Compile every arm of every experiment with and without the CPU's library fusions, and compare the losses.
 
-XLA's CPU compiler hands some products and sums to a library (YNNPACK). A fusion that computes wrong numbers shows here
-as an arm whose losses differ by more than rounding; one that crashes ends the process after the arm before it.
-What the library does not compute is compiled fast rather than well: that changes neither what the library is given nor
-what it does, and takes half the time.
+XLA's CPU compiler hands some products and sums to a library (YNNPACK). If a fusion computes wrong numbers, the losses
+of its arm differ by more than rounding. If a fusion crashes, the process ends after the previous arm. All other code is
+compiled with fewer optimisations, in half the time. This does not change the library's inputs or its work.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from cnnlib.train.programs import evaluation_batch, numbers_of, preferred_at_a_t
 from cnnlib.train.step import Examples
 
 NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Options of the compiler that leave all products and sums to XLA itself; jaxlib has them from 0.9.2 on."""
+"""Compiler options that leave all products and sums to XLA itself. jaxlib has them from 0.9.2 on."""
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
-    # Later versions do not know the option. With level 0 it gives wrong gradients (tests/processes.py).
+    # Later versions do not have this option. With level 0 it gives wrong gradients (tests/processes.py).
     FAST["xla_cpu_use_fusion_emitters"] = False
-"""Options of the compiler with which the rest compiles in half the time."""
+"""Compiler options that halve the compile time of all other code."""
 NUDGES = 8
-"""How often initial weights are changed at random, for the largest difference that rounding may make."""
+"""Number of random changes of the initial weights. They estimate the largest difference due to rounding."""
 FUSION = "__ynn_fusion"
-"""In the text of a compiled program, where the library computes."""
+"""Marks a library call in the text of a compiled program."""
 
 
 def measure(
@@ -49,16 +48,16 @@ def measure(
     """Train every arm for one short epoch and test it, with and without library fusions.
 
     Args:
-        lanes: Numbers of lanes; 0 is the number that the experiment declares.
-        steps: Steps of the epoch; fewer where an arm has fewer examples.
-        only: The one experiment to look at; empty means all.
-        overrides: Further fields of the experiments, such as `data.name=mnist5k`.
-        chosen: Takes the arms of an experiment and returns those to look at; by default all.
+        lanes: Lane counts to test; 0 means the number that the experiment declares.
+        steps: Steps of the epoch; fewer if an arm has fewer examples.
+        only: The only experiment to test; empty means all.
+        overrides: Overrides of the experiments, such as `data.name=mnist5k`.
+        chosen: Selects the arms of an experiment to test; by default all.
 
     Yields:
-        A table per arm, a row per number of lanes: fusions in its programs, and the largest difference of a loss
-        relative to the largest loss, by fusions and by initial weights that are changed by a millionth (`nudged`). An
-        arm whose programs are those of an arm before it has no table.
+        One table per arm with one row per lane count. A row has the number of fusions and the largest loss difference,
+        relative to the largest loss: from fusions, and from initial weights changed by a millionth (`nudged`). An arm
+        has no table if an earlier arm has the same programs.
     """
     seen: set[tuple[Any, ...]] = set()
     for name in EXPERIMENTS:
@@ -81,7 +80,7 @@ def measure(
 
 
 def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> step.Recipe:
-    """The arm's recipe for one epoch of so many steps."""
+    """Return the arm's recipe for one epoch of `steps` steps."""
     one = arm.experiment
     kept = min(steps * one.batch_size, one.data.train or len(data.train.y))
     short = replace(one, data=replace(one.data, train=kept), passes=1, epochs=1)
@@ -89,7 +88,7 @@ def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> step.Recipe:
 
 
 def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) -> dict[str, Any]:
-    """The row of an arm with so many lanes."""
+    """Return an arm's row for this number of lanes."""
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
     at_a_time = preferred_at_a_time(arm.model.connectivity, arm.input_shape, lanes, jax.devices()[0].platform)
@@ -110,7 +109,7 @@ def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) ->
 
 
 def nudged(states: step.State, seed: int) -> step.State:
-    """The same initial weights, each changed by up to a millionth of itself: what training makes of rounding."""
+    """Change each initial weight at random by up to a millionth of itself, to show how training amplifies rounding."""
     random = np.random.RandomState(seed)
     change = lambda leaf: np.asarray(leaf) * (1 + 1e-6 * random.uniform(-1, 1, leaf.shape)).astype(leaf.dtype)  # noqa: E731
     return states._replace(parameters=jax.tree.map(change, states.parameters))
@@ -119,7 +118,7 @@ def nudged(states: step.State, seed: int) -> step.State:
 def outcome(
     programs: Sequence[Any], states: step.State, numbers: Any, training: Examples, test: Examples
 ) -> np.ndarray:
-    """The training loss of each lane's epoch, then its loss on each test example."""
+    """Return for each lane its training loss of the epoch, then its loss on each test example."""
     epoch, predict = programs
     trained, sums = epoch(states, numbers, training)
     statistics: Statistics = trained.statistics

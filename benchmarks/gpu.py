@@ -1,6 +1,6 @@
-"""Lanes on a GPU: their speed beside stock Flax and PyTorch, and whether the GPU computes what a CPU does.
+"""Time lanes on a GPU beside stock Flax and PyTorch, and compare the GPU's results with a CPU's.
 
-Each row goes to `--rows FILE` as it is made. The rows that choose cnnlib's defaults come first.
+Each row goes to `--rows FILE` when it is ready. The rows that choose cnnlib's defaults come first.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from cnnlib.train.step import Examples
 Key = tuple[Any, ...]
 Row = dict[str, Any]
 TIMED = ("lenet5", "two_conv", "mnist1d_cnn", "lenet_300_100")
-"""Networks that are timed, of `NETS`."""
+"""Networks of `NETS` to time."""
 PRECISIONS = ("highest", "default")
-"""Of float32 products, where losses are compared."""
+"""Precisions of float32 products for the comparison of losses."""
 CALLS = 3
-"""Calls that are timed, after one that is not."""
+"""Timed calls, after one warm-up call."""
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Form(NamedTuple):
-    """How lanes run."""
+    """A way to run lanes."""
 
     kernels: Kernels
     """Form of cnnlib's operations."""
     at_a_time: int | None
-    """Lanes that are vectorised; None for all."""
+    """Number of vectorised lanes; None means all."""
     is_stock: bool = False
-    """Whether XLA's convolutions and pooling take the place of cnnlib's operations."""
+    """Whether XLA's convolutions and pooling replace cnnlib's operations."""
 
 
 FORMS = {
@@ -69,26 +69,26 @@ FORMS = {
 
 
 class Sizes(NamedTuple):
-    """How much is computed."""
+    """Sizes of the measurements."""
 
     batch: int = BATCH
     examples: int = EXAMPLES
     lanes: tuple[int, ...] = (64, 8, 1, 256)
-    """The first of them chooses the defaults."""
+    """Lane counts. The first one chooses the defaults."""
     product: int = 8192
     """Rows and columns of the matrix product."""
     copied: int = 2**30
-    """Bytes."""
+    """Bytes to copy."""
     steps: int = 100
-    """Training steps before losses are compared for the second time."""
+    """Training steps before the second comparison of losses."""
     experiments: tuple[str, ...] = ("fc_vs_conv", "mnist1d")
     """Experiments that run whole."""
     overrides: tuple[str, ...] = ()
     """Overrides of these experiments."""
     resumed: tuple[str, ...] = ("arms=lenet5", "lanes.seed=0,1", "epochs=1000")
-    """Overrides of `fc_vs_conv` for the run that is killed. It must be long enough for a checkpoint."""
+    """Overrides of `fc_vs_conv` for the killed run. The run must be long enough for a checkpoint."""
     checks: bool = True
-    """Whether `experiments check` runs."""
+    """Whether to run `cnnlib check`."""
 
 
 TINY = Sizes(
@@ -103,16 +103,16 @@ TINY = Sizes(
     resumed=("arms=mlp_75_33", "data.train=200", "epochs=20", "lanes.seed=0,1"),
     checks=False,
 )
-"""For a test on a CPU."""
+"""Sizes for a test on a CPU."""
 
 
 def target_here() -> Target | None:
-    """Return the device as a target of estimates; None where its published figures are not in `GPUS`."""
+    """Return the device as a target of estimates; None if `GPUS` lacks its published figures."""
     kind = jax.devices()[0].device_kind.lower()
     return next((Target("cuda", known, name, 1) for name, known in GPUS.items() if name in kind), None)
 
 
-# Ceilings.
+# Upper limits of the hardware.
 
 
 def product_row(size: int, dtype: str, precision: str) -> Row:
@@ -123,13 +123,13 @@ def product_row(size: int, dtype: str, precision: str) -> Row:
 
 
 def copy_row(size: int) -> Row:
-    """Time a copy in the main memory: `size` bytes read, and as many written."""
+    """Time a copy in device memory that reads `size` bytes and writes `size` bytes."""
     seconds = median(blocked(jax.jit(lambda a: a + 1), jnp.ones(size // 4, jnp.float32)))
     return {"bytes": size, "gigabytes_per_second": 2 * size / seconds / 1e9}
 
 
 def median(work: Callable[[], Any], units: int = 1) -> float:
-    """Return seconds per unit of `work`: the median of some calls, after one that is not counted."""
+    """Return seconds per unit of `work`: the median of `CALLS` calls after one warm-up call."""
     work()
     return float(np.median([timed(Contestant("", work, units)) for _ in range(CALLS)]))
 
@@ -138,9 +138,9 @@ def median(work: Callable[[], Any], units: int = 1) -> float:
 
 
 def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
-    """Make numbers for each lane, and examples that can be learned: noise, brighter at a place that follows the class.
+    """Make each lane's hyperparameters, and learnable examples: noise with a brighter band whose place is the class.
 
-    NumPy's arrays, so that any device can take them.
+    Returns NumPy arrays, which any device accepts.
     """
     lanes = len(epoch.numbers.seed)
     seeds = np.arange(lanes, dtype=np.uint32)
@@ -164,7 +164,7 @@ def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
 
 
 def lanes_row(sizes: Sizes, net: str, lanes: int, dtype: str, form: str) -> Row:
-    """Time epochs of a population, and estimate the same from its compiled program."""
+    """Time epochs of all lanes, and estimate their time from the compiled program."""
     how = FORMS[form]
     epoch = epoch_of(net, lanes, dtype, how.at_a_time or lanes, sizes.batch, sizes.examples, "sgd")
     numbers, examples = jax.device_put(arrays_of(epoch))
@@ -208,17 +208,17 @@ def torch_row(sizes: Sizes, net: str, lanes: int, how: str) -> Row:
     return {"microseconds_per_lane_step": 1e6 * seconds, "lane_steps_per_second": 1 / seconds}
 
 
-# Whether results are right.
+# Are the results correct?
 
 
 def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
-    """Train the same 2 lanes here and on the CPU, and compare their losses after 1 step and after more."""
+    """Train the same 2 lanes here and on the CPU; compare losses after 1 step and after `sizes.steps` steps."""
     found: Row = {}
     for steps in (1, sizes.steps):
         losses = []
         for device, kernels in ((jax.devices()[0], None), (jax.devices("cpu")[0], "xla")):
             epoch = epoch_of(net, 2, "float32", 1, sizes.batch, steps * sizes.batch, "sgd")
-            # The default device is where JAX puts arrays; what is traced goes by `compiled_for`.
+            # `default_device` decides where JAX puts arrays; `compiled_for` decides which operations are traced.
             with jax.default_device(device), jax.default_matmul_precision(precision), compiled_for(kernels):
                 numbers, examples = jax.device_put(arrays_of(epoch), device)
                 state = jax.jit(train.over_lanes(train.initialize(epoch.recipe), 1))(numbers)
@@ -235,12 +235,12 @@ def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
 
 
 def experiments_command(*arguments: str) -> list[str]:
-    """Return `cnnlib` with arguments."""
+    """Return the command that runs `cnnlib` with these arguments."""
     return [sys.executable, "-m", "cnnlib", *arguments]
 
 
 def completed(*arguments: str) -> str:
-    """Run `cnnlib`, and return what it prints; raise RuntimeError with its last line where it fails."""
+    """Run `cnnlib` and return its output; if it fails, raise RuntimeError with its last line."""
     done = subprocess.run(experiments_command(*arguments), capture_output=True, text=True, cwd=DOCS.parent)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
@@ -253,12 +253,12 @@ def accuracies(results: Row) -> dict[str, float]:
 
 
 def fingerprints(results: Row) -> list[str]:
-    """Return those of all trained parameters."""
+    """Return the fingerprint of each lane's trained parameters."""
     return [lane["parameters_sha256"] for arm in results["arms"] for lane in arm["lanes"]]
 
 
 def run_row(name: str, overrides: Sequence[str]) -> Row:
-    """Run an experiment whole, beside the stored results of a CPU."""
+    """Run a whole experiment, and report its results beside the stored results of a CPU."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         completed("run", name, *overrides, "--out", folder)
@@ -274,7 +274,7 @@ def run_row(name: str, overrides: Sequence[str]) -> Row:
 
 
 def resumed_row(overrides: Sequence[str]) -> Row:
-    """Run `fc_vs_conv` whole and once more, killed when its first checkpoint is there, and resumed."""
+    """Run `fc_vs_conv` twice, once whole and once killed after its first checkpoint and resumed; compare the two."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("whole", "killed"):
@@ -297,11 +297,11 @@ def resumed_row(overrides: Sequence[str]) -> Row:
 
 
 def check_row() -> Row:
-    """Check the backend: `cnnlib check`."""
+    """Check the backend with `cnnlib check`."""
     return {"says": completed("check").strip().splitlines()[-1]}
 
 
-# Everything.
+# All rows.
 
 
 def device_row() -> Row:
@@ -315,7 +315,7 @@ def device_row() -> Row:
 
 
 def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Name all rows with the functions that make them, the most telling first."""
+    """Yield the key of each row with the function that makes it, the most informative rows first."""
     yield ("device",), device_row
     for dtype, precision in (("bfloat16", "default"), ("float32", "default"), ("float32", "highest")):
         yield ("product", dtype, precision), functools.partial(product_row, sizes.product, dtype, precision)
@@ -338,10 +338,9 @@ def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
 
 
 def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Name the rows of one number of lanes.
+    """Yield the rows of one lane count.
 
-    Left out are forms that are another one under another name: of operations where a net has no windows, and as many
-    lanes at a time as there are.
+    Skips forms that equal another one: other operations if a net has no windows, and `at_a_time` of all lanes or more.
     """
     for net, (form, how) in itertools.product(TIMED, FORMS.items()):
         has_windows = model_of(net).connectivity != "full"
@@ -351,13 +350,13 @@ def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callab
 
 
 def torch_of(sizes: Sizes, net: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Name the rows of PyTorch."""
+    """Yield the rows of PyTorch."""
     for count, how in ((1, "eager"), (1, "CUDA graph"), (sizes.lanes[0], "vmap")):
         yield ("PyTorch", net, count, how), functools.partial(torch_row, sizes, net, count, how)
 
 
 def measure(seconds: float, path: Path, sizes: Sizes) -> Iterator[Table]:
-    """Make rows until the time is over; what runs then is finished. Yield tables of all rows of the file."""
+    """Start rows for up to `seconds` seconds, finish the last one, and yield tables of all rows in the file."""
     made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     until, rows, wanted = time.monotonic() + seconds, Rows(path, made_with), list(plan(sizes))
     for key, make in wanted:
@@ -373,7 +372,7 @@ def measure(seconds: float, path: Path, sizes: Sizes) -> Iterator[Table]:
 
 
 def tables(rows: Rows) -> Iterator[Table]:
-    """Arrange rows for people."""
+    """Arrange the rows as readable tables."""
     of: dict[str, list[tuple[Key, Row]]] = {}
     for (kind, *key), row in rows.known.items():
         of.setdefault(kind, []).append((tuple(key), row))

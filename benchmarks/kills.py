@@ -1,4 +1,4 @@
-"""Kill runs at random moments, resume them, and compare fingerprints with those of a run that was left alone."""
+"""Kill runs at random moments, resume them, and compare their fingerprints with those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ MOMENTS = {"at a moment of its whole time": False, "inside a save": True}
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Start a run with a process group of its own."""
+    """Start a run in its own process group."""
     nothing = subprocess.DEVNULL
     return subprocess.Popen([*RUN, "--out", str(out), *more], stdout=nothing, stderr=nothing, process_group=0)
 
 
 def fingerprints(out: Path) -> list[str]:
-    """Return those of all lanes of a finished run."""
+    """Return the parameter fingerprints of all lanes of a finished run."""
     arms = json.loads((out / "results.json").read_text())["arms"]
     return [lane["parameters_sha256"] for arm in arms for lane in arm["lanes"]]
 
 
 def unfinished(out: Path) -> bool:
-    """Return whether a checkpoint has been begun and is not whole."""
+    """Return whether the run has an unfinished checkpoint."""
     return any(out.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
 
 
 def killed(out: Path, random: np.random.RandomState, seconds: float, inside: bool) -> bool:
-    """Kill a run, and return whether that was while it went on (and, if asked for, inside a save)."""
+    """Kill a run; return whether it was still running and, if `inside`, saving a checkpoint."""
     process = start(out)
     until = time.monotonic() + random.uniform(0, seconds)
     while process.poll() is None and time.monotonic() < until:
@@ -58,7 +58,7 @@ def killed(out: Path, random: np.random.RandomState, seconds: float, inside: boo
 
 
 def measure(rounds: int) -> Iterator[Table]:
-    """So many runs killed at any moment, and a quarter as many inside a save."""
+    """Kill `rounds` runs at any moment and a quarter as many inside a save; resume and compare each."""
     with tempfile.TemporaryDirectory() as folder:
         start(Path(folder, "warm")).wait()
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Populations: milliseconds a lane-step over the number of lanes, ours beside every other way to train many models."""
+"""Measure milliseconds per lane-step for several lane counts, for cnnlib and other ways to train many models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cnnlib.train.programs import free_memory
 
 LANES = (1, 2, 4, 8, 16, 64, 256)
 LONGEST = 20.0
-"""Seconds: a contestant whose call takes longer is not timed, and is not given more lanes either."""
+"""Seconds. A contestant whose call takes longer is not timed, here and at all higher lane counts."""
 
 
 def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -> list[Contestant]:
-    """Every way to train `lanes` models a step, except those that are `left_out`."""
+    """Return every way to train `lanes` models for a step, except those in `left_out`."""
     x, y = batch_of(batch_size)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     init, step = peers.stock_step(model)
     stepped = jax.jit(step)
-    steps = {64: 8, 256: 3}.get(lanes, 16)  # an epoch has many: what it does once, it does not do at every step
+    steps = {64: 8, 256: 3}.get(lanes, 16)  # spreads the fixed cost of an epoch over its steps
 
     def looped() -> Any:
         states = [jax.jit(init)(jax.random.key(lane), images) for lane in range(lanes)]
@@ -56,12 +56,12 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
 
 
 def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LANES) -> Table:
-    """A row a contestant, a column a number of lanes; None where a call would take too long or too much memory."""
+    """Return one row per contestant and one column per lane count; None means too slow or too much memory."""
     model = model_of(net)
     left_out: set[str] = set()
     columns: dict[int, dict[str, float]] = {}
     names: list[str] = []
-    # What PyTorch's vmap takes is not known before it takes it: every map of every model, forward and backward.
+    # PyTorch's vmap does not tell its memory in advance. Estimate every map of every model, forward and backward.
     bytes_a_lane = 4 * 4 * batch_size * count(model, INPUT_SHAPE).activations
     for lanes in counts:
         if bytes_a_lane * lanes > free_memory(jax.devices()[0]):

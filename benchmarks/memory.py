@@ -1,4 +1,4 @@
-"""Peak memory a lane: what the compiler says that the program of a step takes, arguments and results included."""
+"""Report peak memory per lane: the compiler's figure for one step's program, with arguments and results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnnlib.train.programs import memory_of
 
 
 def measure(net: str, batch_size: int) -> Table:
-    """MiB of each program, and that over its lanes."""
+    """Return MiB of each program, in total and per lane."""
     model = model_of(net)
     x, y = batch_of(batch_size)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)

@@ -1,4 +1,4 @@
-"""The two axes of a mesh on the cores of a CPU: lanes or batches over them, beside one device of all cores."""
+"""Time a mesh of CPU cores that shards lanes or batches, beside one device of all cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = {"one device of all cores": (1, 1), "lanes over devices": (2, 1), "batche
 
 
 def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) -> Any:
-    """A call that trains `lanes * STEPS` steps on a mesh of this shape."""
+    """Return a call that trains `lanes * STEPS` steps on a mesh of this shape."""
     devices = jax.devices()[: shape[0] * shape[1]]
     spread = sharding.spread(lanes, devices, batch_size, shape)
     x, y = batch_of(batch_size)
@@ -43,7 +43,7 @@ def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) 
 
 
 def measure(net: str, batch_size: int, rounds: int) -> Table:
-    """Milliseconds a lane-step of one lane and of two; times are those of one device of all cores."""
+    """Return milliseconds per lane-step for one lane and two, and the ratio to one device of all cores."""
     model = model_of(net)
     entries = {
         (lanes, way): Contestant(f"{lanes} {way}", epoch_of(model, batch_size, lanes, shape), lanes * STEPS)
@@ -60,5 +60,5 @@ def measure(net: str, batch_size: int, rounds: int) -> Table:
 
 
 def named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the column named for what it is."""
+    """Rename the column `times_ours` to "times one device"."""
     return [{("times one device" if key == "times_ours" else key): value for key, value in row.items()} for row in rows]

@@ -1,8 +1,8 @@
-"""Seeds a minute on MNIST-1D: the experiment `mnist1d` beside the protocol of the paper's notebook in PyTorch.
+"""Compare seeds per minute on MNIST-1D: the experiment `mnist1d`, and the protocol of the paper's notebook in PyTorch.
 
-The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order, the loss
-of each step fetched, accuracy measured every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train the
-same nets for as many steps, and neither counts the making of the data. Ours is timed compiled, and with compilation.
+The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order. It fetches
+the loss of each step and measures accuracy every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train
+the same nets for as many steps. Neither time includes making the data. Ours is timed with and without compilation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVALUATE_EVERY = 250
 
 
 def torch_net(name: str) -> Any:
-    """The notebook's nets, in its order of axes: signals are `(batch, channel, place)` where they convolve."""
+    """Return one of the notebook's nets. Its convolutions take signals of shape `(batch, channel, place)`."""
     from torch import nn
 
     class Mlp(nn.Module):
@@ -57,7 +57,7 @@ def torch_net(name: str) -> Any:
 
 
 def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
-    """Seconds in which the notebook's loop trains one seed."""
+    """Return the seconds in which the notebook's loop trains one seed."""
     import torch
 
     torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
 
 
 def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
-    """A call that trains all lanes of the experiment's arm from their start, and the seconds its compilation took."""
+    """Return a call that trains all lanes of the experiment's arm from scratch, and its compile time in seconds."""
     (arm,) = resolve(experiment)
     devices = sharding.devices()
     feed = Resident(load(arm.data), devices)
@@ -99,7 +99,7 @@ def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
 
 
 def measure(rounds: int, epochs: int, lanes: int) -> Table:
-    """Seeds a minute of each net, ours with all lanes in one program; a round is one seed of theirs and all of ours."""
+    """Compare seeds per minute of each net. A round trains one seed in PyTorch and all lanes in our one program."""
     if missing := torch_is_missing():
         raise UserError(missing)
     names = ("logistic", "mlp", "cnn")
@@ -127,7 +127,7 @@ def measure(rounds: int, epochs: int, lanes: int) -> Table:
 
 
 def row(name: str, ours: Any, theirs: Any, compiled: Any) -> dict[str, Any]:
-    """Medians, and the median of the ratios round by round."""
+    """Return the median times, and the median of the ratios per round."""
     return {
         "net": name,
         "PyTorch, s a seed": float(np.median(theirs)),

@@ -1,4 +1,4 @@
-"""The networks of `aot` and `gpu`: one epoch of each as a program, by cnnlib's operations or by stock ones."""
+"""Build the networks of `aot` and `gpu`: one epoch of each as a program, with cnnlib's or stock operations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from cnnlib.train import step
 from cnnlib.train.step import Examples, Recipe
 
 BATCH, EXAMPLES = 100, 3500
-"""Of `fc_vs_conv`."""
+"""Batch size and number of training examples of `fc_vs_conv`."""
 FASHION = next(arm.model for arm in EXPERIMENTS.get("fashion").arms if arm.name == "two_conv")
-"""With batch normalisation."""
+"""A network with batch normalisation."""
 NETS: dict[str, tuple[Model, Shape]] = {
     "lenet_300_100": (ARCHITECTURES.get("lenet_300_100"), (28, 28, 1)),
     "lenet5": (ARCHITECTURES.get("lenet5"), (28, 28, 1)),
@@ -37,7 +37,7 @@ NETS: dict[str, tuple[Model, Shape]] = {
     "neyshabur_d": (neyshabur_d(), (28, 28, 1)),
     "fashion": (FASHION, (28, 28, 1)),
 }
-"""Models with the shapes of their inputs."""
+"""Models and their input shapes."""
 DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
@@ -47,7 +47,7 @@ def each_axis(value: Any, axes: int) -> tuple[Any, ...]:
 
 
 def pairs(padding: Any, axes: int) -> Any:
-    """Return padding as JAX wants it: a name, or before and after per axis."""
+    """Return padding in JAX's form: a name, or (before, after) per axis."""
     if isinstance(padding, str):
         return padding
     return [(n, n) if isinstance(n, int) else tuple(n) for n in each_axis(padding, axes)]
@@ -63,7 +63,7 @@ def stock_convolution(
     feature_group_count: int = 1,
     pool: MaxPool | None = None,
 ) -> jax.Array:
-    """Convolve as Flax's `nn.Conv` does, then pool where that is asked for."""
+    """Convolve as Flax's `nn.Conv` does, then pool if `pool` is given."""
     axes = x.ndim - 2
     each, pads = [each_axis(n, axes) for n in (strides, dilation)], pairs(padding, axes)
     y = lax.conv_general_dilated(x, kernel, each[0], pads, None, each[1], DIMENSIONS[axes], feature_group_count)
@@ -79,7 +79,7 @@ def stock_local(
     dilation: PerAxis = 1,
     feature_group_count: int = 1,
 ) -> jax.Array:
-    """Compute a local layer as Flax's `nn.ConvLocal` does, which knows no groups."""
+    """Compute a local layer as Flax's `nn.ConvLocal` does, which has no groups."""
     if feature_group_count != 1:
         raise ValueError(f"ConvLocal has no groups, not {feature_group_count}")
     axes = x.ndim - 2
@@ -92,14 +92,14 @@ def stock_local(
 
 
 def stock_max_pool(x: jax.Array, window: PerAxis, strides: PerAxis | None = None, padding: Any = "VALID") -> jax.Array:
-    """Pool by Flax's `nn.max_pool`."""
+    """Pool with Flax's `nn.max_pool`."""
     each = [each_axis(n, x.ndim - 2) for n in (window, strides or window)]
     return nn.max_pool(x, each[0], each[1], padding)
 
 
 @contextlib.contextmanager
 def stock_operations() -> Iterator[None]:
-    """Inside, networks run on stock operations; they still pool before bias and activation."""
+    """Trace networks with stock operations inside this context. They still pool before bias and activation."""
     exchanged = {
         "conv2d": stock_convolution,
         "conv1d": stock_convolution,
@@ -118,27 +118,27 @@ def stock_operations() -> Iterator[None]:
 
 
 class Epoch(NamedTuple):
-    """An epoch of a network, with the shapes of what it takes."""
+    """An epoch of a network, with the shapes of its arguments."""
 
     recipe: Recipe
     function: Any
-    """Jitted; takes states, numbers and examples, and gives the next states and the sums. The states are donated."""
+    """Jitted: (states, numbers, examples) to (next states, sums). The states are donated."""
     states: Any
     numbers: LaneNumbers
     examples: Examples
     steps: int
-    """Lane-steps of one call."""
+    """Lane-steps per call."""
 
 
 def model_of(net: str) -> Model:
-    """Return one of `NETS` for ten classes."""
+    """Return the model of `NETS` with this name, for ten classes."""
     return NETS[net][0].with_num_classes(10)
 
 
 def epoch_of(
     net: str, lanes: int, dtype: str, at_a_time: int, batch: int = BATCH, examples: int = EXAMPLES, optim: str = "adam"
 ) -> Epoch:
-    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised; nothing is traced yet."""
+    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised. Traces nothing yet."""
     shape, struct = NETS[net][1], jax.ShapeDtypeStruct
     recipe = Recipe(network.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
     seeds = ("seed", "order_seed")
@@ -153,11 +153,11 @@ def epoch_of(
 
 
 class Rows:
-    """Rows in a file of JSON lines. Each is written when it is made, and one that is there is not made again.
+    """Rows in a file of JSON lines. Each row is written when it is ready. Existing rows are not made again.
 
     Args:
         path: The file.
-        made_with: What rows depend on beside their keys, such as versions. Rows made with something else do not count.
+        made_with: Further conditions of the rows, such as versions. Rows with other values are ignored.
     """
 
     def __init__(self, path: Path, made_with: dict[str, str]) -> None:
@@ -169,9 +169,10 @@ class Rows:
                 self.known[tuple(one["key"])] = one
 
     def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of that key. Where making it fails, the row has the reason as `failed`, and others can follow.
+        """Return the row of this key; make it if it is missing. If that fails, the row has the reason as `failed`.
 
-        Raises UserError where nothing can be made, such as without a compiler.
+        Raises:
+            UserError: No row can be made, for example without a compiler.
         """
         if key not in self.known:
             try:

@@ -1,4 +1,4 @@
-"""Each operation and its gradients: ours and stock, in and out of a loop, one kernel and eight at once."""
+"""Time each operation and its gradients: ours and stock, in and out of a loop, one kernel and eight at once."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Operation = Callable[..., Any]
 
 
 def stock_conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """The convolution as JAX has it."""
+    """Compute JAX's own convolution."""
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The local layer as JAX has it, which wants taps and channels in one axis, channels first."""
+    """Compute JAX's own local layer. It takes taps and channels in one axis, channels first."""
     flat = kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
     pads = ((padding, padding),) * 2
     spec = ("NHWC", "HWIO", "NHWC")
@@ -51,7 +51,7 @@ def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> j
 
 
 def parts(operation: Operation) -> dict[str, Operation]:
-    """The operation of (x, kernel, gradient of its output) and its gradients, each on its own."""
+    """Split an operation into forward and gradients, each a function of (x, kernel, gradient of the output)."""
     return {
         "forward": lambda x, kernel, _: operation(x, kernel),
         "input gradient": lambda x, kernel, g: jax.vjp(lambda x: operation(x, kernel), x)[1](g)[0],
@@ -61,7 +61,7 @@ def parts(operation: Operation) -> dict[str, Operation]:
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """What is traced inside runs on these CPU kernels."""
+    """Trace with these CPU kernels inside this context."""
     before = os.environ.get("CNNLIB_KERNELS", "auto")
     os.environ["CNNLIB_KERNELS"] = implementation
     try:
@@ -71,14 +71,14 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def implementations() -> list[str]:
-    """Ours: one on an accelerator; on a CPU kernels.cc where it can be compiled, and XLA's."""
+    """Return our implementations: XLA's, and on a CPU also kernels.cc if it compiles."""
     if jax.devices()[0].platform != "cpu":
         return ["xla"]
     return ["xla"] if kernels.register() else ["native", "xla"]
 
 
 def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: Any) -> list[Contestant]:
-    """Outside a loop, in `lax.map`, and under `vmap` over LANES kernels; compiled here, inside the caller's `using`."""
+    """Compile an operation alone, in `lax.map`, and under `vmap` over `LANES` kernels. Call it inside `using`."""
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * REPEATS), (x, kernel, gradient))
     lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * LANES), (x, kernel, gradient))
     alone = jax.jit(operation).lower(x, kernel, gradient).compile()
@@ -92,9 +92,10 @@ def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: A
 
 
 def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
-    """A table an operation: milliseconds a call alone, in a loop and under vmap; of convolutions the best share.
+    """Return one table per operation with `only` in its name.
 
-    Of all operations those with `only` in their name.
+    Tables have milliseconds per call alone, in a loop and under vmap, and the share of the matrix product's rate in a
+    loop (not for pooling).
     """
     tables = []
     random = np.random.RandomState(0)
@@ -138,14 +139,14 @@ def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
 def race(
     title: str, bodies: dict[str, Operation], x: Any, kernel: Any, gradient: Any, rounds: int, operations: float | None
 ) -> Table:
-    """Every part of every implementation, all three ways, in turn."""
+    """Time every part of every implementation in all three ways, in turn."""
     yardstick, product = matrix_product()
     entries, labels = [yardstick], []
     for name, body in bodies.items():
         with using(name.removeprefix("cnnlib, ") if name.startswith("cnnlib") else "auto"):
             for part, operation in parts(body).items():
                 if part == "weight gradient" and operations is None:
-                    continue  # pooling has none
+                    continue  # pooling has no weights
                 labels.append(f"{part}, {name}")
                 entries += three_ways(labels[-1], operation, x, kernel, gradient)
     seconds = interleaved(entries, rounds)

@@ -1,4 +1,4 @@
-"""The same networks as people write them without cnnlib: stock Flax, and PyTorch where it is installed."""
+"""Build the same networks without cnnlib: in stock Flax, and in PyTorch if it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEARNING_RATE, MOMENTUM = 0.05, 0.9
 
 
 class StockFlax(nn.Module):
-    """A model of cnnlib built from `nn.Conv`, `nn.Dense` and `nn.max_pool`."""
+    """A cnnlib model built from `nn.Conv`, `nn.Dense` and `nn.max_pool`."""
 
     model: Model
 
@@ -44,7 +44,7 @@ class StockFlax(nn.Module):
 
 
 def stock_step(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`init(key, x)` and `step(state, x, y)` of one stock Flax model under SGD with momentum."""
+    """Return `init(key, x)` and `step(state, x, y)` of one stock Flax model, trained by SGD with momentum."""
     net, rule = StockFlax(model), optax.sgd(LEARNING_RATE, MOMENTUM)
 
     def init(key: jax.Array, x: jax.Array) -> Any:
@@ -64,12 +64,12 @@ def stock_step(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def stacked_init(init: Callable[..., Any], x: jax.Array, lanes: int) -> Any:
-    """The states of `lanes` stock models, stacked for `jax.vmap`."""
+    """Return the states of `lanes` stock models, stacked for `jax.vmap`."""
     return jax.jit(jax.vmap(init, (0, None)))(jax.random.split(jax.random.key(0), lanes), jnp.asarray(x))
 
 
 def torch_is_missing() -> str | None:
-    """Why PyTorch takes no part, in one line: it is a peer, not a dependency."""
+    """Return in one line why PyTorch is left out, or None if it can run. PyTorch is no dependency."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (extra `bench`): its rows are missing"
     import torch
@@ -80,7 +80,7 @@ def torch_is_missing() -> str | None:
 
 
 def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
-    """The model as a `torch.nn.Sequential` for examples of channels-last `shape`."""
+    """Return the model as a `torch.nn.Sequential` for examples of channels-last `shape`."""
     import torch
 
     layers: list[Any] = []
@@ -106,7 +106,7 @@ def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
 
 
 def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any, Any]:
-    """The batch as PyTorch has it, on the device that JAX runs on; `x` is channels-last float32."""
+    """Return the batch as PyTorch tensors on JAX's device. `x` is channels-last float32."""
     import torch
 
     device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
@@ -117,7 +117,7 @@ def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any,
 
 
 def torch_finished() -> None:
-    """Waits for PyTorch's GPU; a CPU has finished when a call returns."""
+    """Wait for PyTorch's GPU. On a CPU, a call returns only when it has finished."""
     import torch
 
     if torch.cuda.is_available():
@@ -127,7 +127,7 @@ def torch_finished() -> None:
 def torch_step(
     model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool, models: int = 1, compiled: bool = False
 ) -> Callable[[], None]:
-    """One training step of each of `models` networks, one after another, in place: eager, or with `torch.compile`."""
+    """Return a call that trains `models` networks for one step each, in turn: eager or with `torch.compile`."""
     import torch
 
     images, labels = torch_batch(x, y, channels_last)
@@ -149,7 +149,7 @@ def torch_step(
 
 
 def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> Callable[[], None]:
-    """One training step of all of `models` networks at once: `torch.func.vmap` over their stacked parameters."""
+    """Return a call that trains `models` networks for one step at once: `torch.func.vmap` over stacked parameters."""
     import torch
     from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -176,10 +176,12 @@ def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> 
 
 
 def torch_graph_step(model: Model, x: np.ndarray, y: np.ndarray) -> Callable[[], None]:
-    """One training step of one network, in place, recorded and replayed as a CUDA graph.
+    """Return a call that trains one network for one step, recorded and replayed as a CUDA graph.
 
-    Recorded as PyTorch's documentation of CUDA graphs says: after some steps on a stream beside. Raises RuntimeError
-    without a GPU.
+    Records as PyTorch's documentation of CUDA graphs says: after some steps on a side stream.
+
+    Raises:
+        RuntimeError: There is no GPU.
     """
     import torch
 

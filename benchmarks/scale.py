@@ -1,4 +1,4 @@
-"""The pieces that docs/scale.md reckons with: what lanes, image sides, checkpoints, lines, hosts and streams take."""
+"""Measure the costs that docs/scale.md uses: of lanes, image sides, checkpoints, lines, hosts and streams."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) -> tuple[float, int]:
-    """Median seconds of an epoch of all lanes, and the bytes that its program takes."""
+    """Return the median seconds of an epoch of all lanes, and the bytes of its program."""
     (arm,) = resolve(experiment)
     found = sharding.devices(devices)
     feed = Resident(load(arm.data), found)
@@ -59,7 +59,7 @@ def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) 
 
 
 def experiment_of(side: int, lanes: int, count: int, net: str = NET, **fields: object) -> Experiment:
-    """One arm on generated images."""
+    """Return an experiment of one arm on generated images."""
     return Experiment(
         arms=(Arm("net", parse_model(net)),),
         data=Data(f"lines_{side}x{count}", stream=False),
@@ -73,7 +73,7 @@ def experiment_of(side: int, lanes: int, count: int, net: str = NET, **fields: o
 
 
 def lanes_and_devices(rounds: int) -> Table:
-    """Seconds of 32 steps of a batch of 32 for all lanes, on one device of all cores and on a device a core."""
+    """Time 32 steps of batch 32 for all lanes, on one device of all cores and on one device per core."""
     rows = []
     for lanes in LANES:
         one, _ = seconds_of(experiment_of(32, lanes, 1024), rounds, 1)
@@ -86,7 +86,7 @@ def lanes_and_devices(rounds: int) -> Table:
 
 
 def sides(rounds: int) -> Table:
-    """What a larger image takes: time and memory of a step of 32 images, whole and in pieces with maps anew."""
+    """Measure time and memory of a step of 32 images for each image side, whole and with `accumulate` and `remat`."""
     rows = []
     for side in SIDES:
         whole, memory = seconds_of(experiment_of(side, 1, 32), rounds, 1)
@@ -99,7 +99,7 @@ def sides(rounds: int) -> Table:
 
 
 def computed_again(rounds: int) -> Table:
-    """What `remat` saves and costs, by the compiler's account, where it is the maps between two poolings that count."""
+    """Measure time and compiled memory with and without `remat`, on nets whose maps between two poolings dominate."""
     rows = []
     for what, net in NETS.items():
         kept, memory = seconds_of(experiment_of(64, 1, 32, net), rounds, 1)
@@ -112,7 +112,7 @@ def computed_again(rounds: int) -> Table:
 
 
 def checkpoints(rounds: int) -> Table:
-    """Megabytes per second from a snapshot on the device to a checkpoint that is whole, and what training waits for."""
+    """Time writing a device snapshot to a complete checkpoint, in MiB per second, and the wait of the training."""
     rows = []
     for size in (8, 64):
         taken = checkpoint.snapshot({"words": jax.numpy.arange(size * MIB // 4, dtype=np.uint32).reshape(8, -1)})
@@ -125,14 +125,14 @@ def checkpoints(rounds: int) -> Table:
                 kept.wait()
                 assert kept.seconds is not None
                 whole.append(kept.seconds)
-        # The first one waits for imports.
+        # The first save includes the time of imports.
         seconds, wait = (float(np.median(times[1:])) for times in (whole, waits))
         rows.append({"MiB": str(size), "seconds": seconds, "training waits, s": wait, "MiB a second": size / seconds})
     return Table("checkpoints", rows)
 
 
 def lines(rounds: int) -> Table:
-    """What telling of each lane after each epoch takes, in `metrics.jsonl`."""
+    """Time one line of `metrics.jsonl`, per lane and epoch."""
     line = {"arm": "net", "lane": 123, "seed": 123, "order_seed": 123, "learning_rate": 0.01, "momentum": 0.9}
     line |= {"weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0, "epoch": 12}
     line |= {f"{part}_{kind}": 0.123456789 for part in ("train", "validation") for kind in ("loss", "accuracy")}
@@ -162,7 +162,7 @@ os._exit(0)
 
 
 def hosts() -> Table:
-    """What it takes two processes of this machine to agree on something."""
+    """Time an agreement between two processes of this machine."""
     port = str(np.random.RandomState().randint(20_000, 30_000))
     command = [sys.executable, "-c", TELL, port]
     other = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL)
@@ -172,7 +172,7 @@ def hosts() -> Table:
 
 
 def streams() -> Table:
-    """Examples a second that are read ahead of the training, by one core and another, without training."""
+    """Measure examples per second of the read-ahead stream without training, for several worker counts."""
     rows = []
     for data, batch_size, workers in (("mnist5k", 100, 0), ("lines_256x8192", 64, 0), ("lines_256x8192", 64, 2)):
         source = open_splits(Data(data)).train
@@ -194,7 +194,7 @@ def streams() -> Table:
 
 
 def decoding() -> Table:
-    """Examples a second that are read from PNG files as TFDS keeps them, by one core, without training."""
+    """Measure examples per second read from TFDS's PNG files by one core, without training."""
     rows = []
     for side in (32, 224):
         drawn, _ = open_splits(Data(f"lines_{side}x512")).train.read(np.arange(512))
@@ -215,7 +215,7 @@ def decoding() -> Table:
 
 
 def feeds(rounds: int) -> Table:
-    """An epoch of 60,000 images of 28x28 in the host's memory: all on the device, or as a stream of chunks."""
+    """Time an epoch of 60,000 images of 28x28: all on the device, or streamed in chunks from the host's memory."""
     random = np.random.RandomState(0)
     x = random.randint(0, 256, (60_000, 28, 28, 1)).astype(np.uint8)
     y = random.randint(0, 10, 60_000).astype(np.int32)
@@ -275,7 +275,7 @@ LARGE = {
 
 
 def large() -> Table:
-    """Whole runs, streamed: seconds, and the most memory that the training process had."""
+    """Time whole streamed runs, and measure the peak memory of the training process."""
     rows = []
     for what, (net, data, fields) in LARGE.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -308,5 +308,5 @@ PIECES: dict[str, Callable[[int], Table]] = {
 
 
 def measure(rounds: int, only: str) -> Iterator[Table]:
-    """All pieces, or those with this in their name."""
+    """Yield the table of every piece with `only` in its name."""
     yield from (piece(rounds) for name, piece in PIECES.items() if only in name)

@@ -1,4 +1,4 @@
-"""One training step of one model: ours inside the epoch program, against stock Flax and PyTorch."""
+"""Time one training step of one model: ours inside the epoch program, stock Flax and PyTorch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ LANES, STEPS, LOOP_STEPS = 8, 16, 4
 
 
 def batch_of(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images and labels: what they show does not change the time."""
+    """Return random images and labels. Their content does not change the time."""
     random = np.random.RandomState(0)
     return random.normal(size=(batch_size, *INPUT_SHAPE)).astype(np.float32), random.randint(0, 10, batch_size)
 
 
 def default_at_a_time(model: Model, lanes: int) -> int:
-    """How many lanes cnnlib vectorises by default."""
+    """Return how many lanes cnnlib vectorises by default."""
     return preferred_at_a_time(model.connectivity, INPUT_SHAPE, lanes, jax.devices()[0].platform)
 
 
 def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: int) -> tuple[Any, tuple[Any, ...]]:
-    """The compiled epoch of `steps` steps for a population, with its arguments."""
+    """Return the compiled epoch of `steps` steps for `lanes` lanes, with its arguments."""
     x, y = batch_of(batch_size)
     optim = Optim("sgd", learning_rate=(peers.LEARNING_RATE,), momentum=(peers.MOMENTUM,))
     recipe = Recipe(network(model), INPUT_SHAPE, optim, Augment(), batch_size, epochs=1)
@@ -52,20 +52,22 @@ def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: 
 
 
 def ours(model: Model, batch_size: int, lanes: int, steps: int = STEPS, at_a_time: int | None = None) -> Any:
-    """A call that trains `lanes * steps` steps."""
+    """Return a call that trains `lanes * steps` steps."""
     program, arguments = our_epoch(model, batch_size, lanes, at_a_time or default_at_a_time(model, lanes), steps)
     return blocked(program, *arguments)
 
 
 def step_operations(model: Model, batch_size: int) -> float:
-    """Floating-point operations of a step: forward, and backward to weights and inputs, three times the multiply-adds,
-    two operations each; the first layer has no input gradient."""
+    """Return the floating-point operations of a step, two per multiply-add.
+
+    Counts the forward pass, weight gradients and input gradients, as many each. The first layer has no input gradient.
+    """
     first = count(Model(model.layers[:1]), INPUT_SHAPE).macs
     return 2.0 * batch_size * (3 * count(model, INPUT_SHAPE).macs - first)
 
 
 def contestants(model: Model, batch_size: int) -> list[Contestant]:
-    """Everybody who trains `model`."""
+    """Return all contestants that train `model`."""
     x, y = batch_of(batch_size)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     init, step = peers.stock_step(model)
@@ -104,7 +106,7 @@ def contestants(model: Model, batch_size: int) -> list[Contestant]:
 
 
 def measure(net: str, batch_size: int, rounds: int) -> Table:
-    """Milliseconds a lane-step of every contestant on one net, and its share of the matrix-product rate."""
+    """Return each contestant's milliseconds per lane-step on one net, and its share of the matrix-product rate."""
     model = model_of(net)
     yardstick, operations = matrix_product()
     entries = contestants(model, batch_size)

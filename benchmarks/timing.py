@@ -1,4 +1,4 @@
-"""Timing that can be read on a noisy machine: contestants in turn, warm, blocked, medians with their spread."""
+"""Time contestants on a noisy machine: in turn, warm and blocked, with medians and their spread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Contestant:
 
 
 def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
-    """Seconds a unit of each contestant: one measurement a round, all in turn, after one warm-up each."""
+    """Return each contestant's seconds per unit, one value per round. All run in turn, after one warm-up each."""
     for contestant in contestants:
         contestant.work()
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -33,28 +33,28 @@ def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[fl
 
 
 def timed(contestant: Contestant) -> float:
-    """Seconds a unit of one call."""
+    """Return the seconds per unit of one call."""
     start = time.perf_counter()
     contestant.work()
     return (time.perf_counter() - start) / contestant.units
 
 
 def blocked(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """A call that returns only when its result is there: JAX returns before the work is done."""
+    """Return a call that waits for its result, since JAX returns before the work is done."""
     return lambda: jax.block_until_ready(function(*arguments))
 
 
 def matrix_product(side: int = 2048) -> tuple[Contestant, float]:
-    """A large float32 matrix product as the yardstick of the machine, and its floating-point operations."""
+    """Return a large float32 matrix product, the yardstick of the machine, and its floating-point operations."""
     a = jnp.ones((side, side), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     return Contestant("matrix product", blocked(product, a)), 2.0 * side**3
 
 
 def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, float]:
-    """Median, lowest and highest, in milliseconds; and how many times `ours`, round by round, the median of that.
+    """Return median, lowest and highest time in milliseconds and, if `ours` is given, the median ratio to it.
 
-    Round by round, so that a machine that slows down slows both.
+    Ratios are taken per round, so that a slow phase of the machine affects both.
     """
     found = {
         "median_ms": 1e3 * float(np.median(seconds)),
@@ -66,13 +66,13 @@ def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Table:
-    """What a benchmark found: rows of one shape, None where something was not measured."""
+    """Results of a benchmark: rows with the same columns. None means not measured."""
 
     title: str
     rows: list[dict[str, Any]]
 
     def text(self, markdown: bool) -> str:
-        """For a terminal, or for a README."""
+        """Return the table as text for a terminal, or as Markdown for a README."""
         header = [name.replace("_", " ") for name in self.rows[0]]
         cells = [[cell_text(name, value) for name, value in row.items()] for row in self.rows]
         if markdown:
@@ -89,7 +89,7 @@ class Table:
 
 
 def cell_text(name: str, value: Any) -> str:
-    """A number as its column's name says: shares in percent, times in milliseconds, bytes in MiB."""
+    """Format a value: a dash for None, percent if the column's name begins with "share", two decimals for a float."""
     if value is None:
         return "-"
     if name.startswith("share"):

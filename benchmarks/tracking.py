@@ -1,7 +1,7 @@
-"""What keeping and following a run costs: the main job with and without, as whole processes, in turn.
+"""Measure the cost of checkpoints and tracking: whole processes with and without them, in turn.
 
-A W&B that hangs is a server on this machine that takes connections and never answers; the process may wait for it at
-its end, so the seconds of training stand beside those of the whole process.
+The hanging W&B is a local server that accepts connections and never answers. The process may wait for it at its end,
+so the table has the seconds of training beside those of the whole process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRAS = {
 
 
 def measure(experiment: str, rounds: int) -> Table:
-    """Seconds of each way of running an experiment, one run of each a round, and times the first of the same round.
+    """Time each way to run an experiment, once per round, and divide by the first way's time in the same round.
 
     A warm-up before the first round compiles the programs.
     """

@@ -1,10 +1,10 @@
 """What do shifted images teach, and whom?
 
-Question: training images shifted at random by 0 to 3 pixels, for a convolutional and a full net, and mirrored ones,
-    which digits are not.
+Question: how does accuracy change with training images shifted at random by 0 to 3 pixels, and with mirrored ones, for
+    a convolutional and a full net? Mirrored digits are no digits.
 Command: cnnlib run augmentation
-Expected: shifts of 1 to 2 pixels help both, the full net more, since nothing else tells it that a digit may move;
-    mirroring hurts both.
+Expected: shifts of 1 to 2 pixels help both nets. They help the full net more, since nothing else tells it that a digit
+    may move. Mirroring hurts both.
 Cost: about 2 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """

@@ -1,8 +1,9 @@
 """Does a deeper net do better, at equal cost?
 
-Question: one to four 3x3 convolutions, the map halved after the first two, as they are and at the multiply-adds of two.
+Question: what do one to four 3x3 convolutions reach, as they are and at the multiply-adds of two? The first two are
+    each followed by pooling that halves the map.
 Command: cnnlib run depth
-Expected: the second layer gains most; at equal multiply-adds the third and fourth gain little on digits.
+Expected: the second layer gains most. At equal multiply-adds the third and fourth gain little on digits.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """

@@ -1,13 +1,13 @@
 """How does the number of examples that a net needs grow with the size of its input, beside what theory says?
 
 Question: a signal of d numbers hides in one of k patches. Theory says that a convolution needs about k + d examples, a
-    local layer k d, a full one k^2 d. What are the exponents of k and of d when the nets are trained?
+    local layer k d, a full one k^2 d. What are the exponents of k and of d for trained nets?
 Command: cnnlib run dsd
-Expected: the exponents of k ordered as the theory has them, conv below local below full; those of d near 1 or below.
-    The theory bounds what is enough in the worst case, so exponents below its own are no contradiction.
+Expected: the exponents of k have the order of the theory: conv below local below full. Those of d are near 1 or below.
+    The theory bounds what is enough in the worst case, so lower exponents do not contradict it.
 Cost: about 5 minutes on 2 CPU cores, most of it compiling.
 Source: Lahoti, Karp, Winston, Singh and Li, "Role of locality and weight sharing in image-based tasks", ICLR 2024
-    (arXiv 2403.15707). Their nets have an activation of their own; these are one layer of 8 maps, ReLU, a mean.
+    (arXiv 2403.15707). Their nets have a special activation. These nets have one layer of 8 maps, ReLU and a mean.
 """
 
 from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim

@@ -1,10 +1,10 @@
 """How many different filters does the first layer need?
 
-Question: 1 to 32 filters in the first layer, all else as it is.
+Question: how does accuracy change with 1 to 32 filters in the first layer, if all else stays the same?
 Command: cnnlib run filters
-Expected: a net with one filter works, and each doubling gains less; from 8 on ten seeds settle no difference.
+Expected: a net with one filter works, and each doubling gains less. From 8 on ten seeds show no clear difference.
 Cost: about 2 minutes on 2 CPU cores.
-Source: the article's one small filter that slides over the image; training as in fc_vs_conv.
+Source: the article's single small filter that slides over the image; training as in fc_vs_conv.
 """
 
 import itertools

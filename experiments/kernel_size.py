@@ -1,8 +1,10 @@
 """How large should a filter be?
 
-Question: filters of 1, 3, 5, 7 and 9 places a side in the same two layers, as they are and at the parameters of 5x5.
+Question: what do 1x1, 3x3, 5x5, 7x7 and 9x9 filters reach in the same two layers, as they are and at the parameters of
+    5x5?
 Command: cnnlib run kernel_size
-Expected: 1x1, which sees no neighbours, far behind; from 3x3 on more accurate and dearer, with little left after 5x5.
+Expected: 1x1 sees no neighbours and is far behind. Larger filters are more accurate and cost more. After 5x5 they gain
+    little.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """

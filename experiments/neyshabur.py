@@ -1,15 +1,15 @@
 """Can a full net find convolutions by itself, and what is left of the order at equal budgets?
 
-Question: the table of Neyshabur sets conv, local and full readings of a shallow (S) and a deep net (D) side by side,
-    one run each, the nodes equal, so parameters far apart. With seeds: what are the differences, what is left of them
-    at the parameters and at the multiply-adds of the full net, and does beta-LASSO bring the full net nearer?
+Question: Neyshabur's table compares conv, local and full connectivity of a shallow (S) and a deep net (D), one run
+    each. Nodes are equal, so parameters are far apart. What are the differences over several seeds? What is left at the
+    parameters and at the multiply-adds of the full net? Does beta-LASSO bring the full net nearer?
 Command: cnnlib run neyshabur
-    (as published but small, on CIFAR-10: data.name=cifar10 data.validation=5000 augment.shift=4 augment.flip=true)
-Expected: on digits conv, local, full in this order for both nets; at equal budgets the same order, nearer together.
-    beta-LASSO empties most of the full net's weights and gains little in so few epochs: the paper trained 4,000.
+    (as published but smaller, on CIFAR-10: data.name=cifar10 data.validation=5000 augment.shift=4 augment.flip=true)
+Expected: on digits the order is conv, local, full for both nets. At equal budgets it is the same, with smaller gaps.
+    beta-LASSO sets most of the full net's weights to 0. It gains little in so few epochs: the paper trained 4,000.
 Cost: about 8 minutes on 2 CPU cores.
 Source: Neyshabur, "Towards learning convolutions from scratch", 2020 (arXiv 2007.13657), table 1: 400 to 4,000 epochs
-    on CIFAR-10 with heavy augmentation, and nets of 256M parameters where they are full. Here alpha is 4 (S) and 1 (D).
+    on CIFAR-10 with heavy augmentation. Its full nets have 256M parameters. Here alpha is 4 (S) and 1 (D).
 """
 
 from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim

@@ -1,9 +1,9 @@
 """Does it cost anything that a convolution without padding loses the rim of the map?
 
-Question: zero padding keeps the size of the map, none makes it n - k + 1. The same two layers both ways, with what that
-    changes in connections and in the parameters of the last layer; and with these parameters made equal.
+Question: zero padding keeps the size n of the map; without padding it is n - k + 1. What do the same two layers reach
+    both ways? Connections and the last layer's parameters change with it. A third arm has equal parameters.
 Command: cnnlib run padding
-Expected: no difference that ten seeds settle: digits lie in the middle of their images.
+Expected: no clear difference with ten seeds, since digits lie in the middle of their images.
 Cost: about 1 minute on 2 CPU cores.
 Source: the article's "slightly smaller" maps; training as in fc_vs_conv.
 """

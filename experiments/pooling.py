@@ -1,11 +1,11 @@
 """Does pooling reduce overfitting, as the article says?
 
-Question: one net with max pooling, mean pooling, a stride of 2 in its place, and neither. What are accuracy, cost and
-    the gap between the accuracy on training and on test images? And the gap that is left when the net without pooling
-    has no more parameters than the others?
+Question: one net has max pooling, mean pooling, a stride of 2 instead, or neither. What are accuracy, cost and the gap
+    between training and test accuracy? What gap is left if the net without pooling has no more parameters than the
+    others?
 Command: cnnlib run pooling
-Expected: all reach 100 % on what they were trained on, so the gap is what is missing on the test images: smallest with
-    max pooling. The net without pooling has the most parameters and multiply-adds.
+Expected: all reach 100 % on their training images, so the gap is the error on the test images. It is smallest with max
+    pooling. The net without pooling has the most parameters and multiply-adds.
 Cost: about 2 minutes on 2 CPU cores.
 Source: the article's claim that pooling makes the representation more abstract and reduces overfitting.
 """

@@ -1,10 +1,10 @@
 """Does one fixed permutation of the pixels take a convolution's advantage away?
 
-Question: a full net cannot tell an order of its inputs from another; a convolution assumes that neighbours belong
-    together. Put the places of all images in one other order: does the full net stay inside its interval, and does the
+Question: a full net treats every order of its inputs alike. A convolution assumes that neighbours belong together. If
+    one permutation reorders the pixels of all images, does the full net stay inside its interval, and does the
     convolution lose its advantage?
 Command: cnnlib run shuffled_pixels
-Expected: LeNet-300-100 as before; LeNet-5 ahead of it on images, behind it or level on shuffled ones.
+Expected: LeNet-300-100 stays the same. LeNet-5 is ahead of it on images, and behind or level on shuffled ones.
 Cost: about 2 minutes on 2 CPU cores.
 Source: the argument of Greydanus and Kobak (arXiv 2011.14439) for signals, on digits; training as in fc_vs_conv.
 """

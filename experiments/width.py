@@ -1,9 +1,8 @@
 """How much does width buy?
 
-Question: a two-layer convolutional net with a quarter to twice its filters in every layer.
+Question: what does a two-layer convolutional net reach with a quarter to twice its filters in every layer?
 Command: cnnlib run width
-Expected: accuracy grows by less with each doubling, while parameters grow with the width and multiply-adds with its
-    square.
+Expected: accuracy grows by less with each doubling. Parameters grow with the width, and multiply-adds with its square.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """

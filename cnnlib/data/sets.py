@@ -22,7 +22,7 @@ import numpy as np
 
 from cnnlib.data.declaration import Data
 from cnnlib.data.sources import LINE_CLASSES as LINE_CLASSES
-from cnnlib.data.sources import Origin, Part, Shuffled, SizedLines, spaced
+from cnnlib.data.sources import Origin, Shuffled, SizedLines, Subset, spaced
 from cnnlib.data.sources import Source as Source
 from cnnlib.data.sources import Split as Split
 from cnnlib.data.sources import make_dsd as make_dsd
@@ -169,9 +169,9 @@ def open_splits(data: Data) -> StreamedSet:
     kept_aside = stratified(train.labels(), data.validation) if data.validation else np.zeros(train.count, bool)
     if data.shuffle_pixels is not None:
         train, test = (Shuffled(source, data.shuffle_pixels) for source in (train, test))
-    validation = Part(train, np.flatnonzero(kept_aside))
+    validation = Subset(train, np.flatnonzero(kept_aside))
     if data.validation:
-        train = Part(train, np.flatnonzero(~kept_aside))
+        train = Subset(train, np.flatnonzero(~kept_aside))
     mean, deviation = _measured(train)
     return StreamedSet(description, train, validation, test, mean, deviation)
 
@@ -185,7 +185,7 @@ def fingerprint_of_stream(data_set: StreamedSet) -> str:
     parts = (data_set.train, data_set.validation, data_set.test)
     counts = [source.count for source in parts]
     digest = hashlib.sha256(f"{known.name} {counts} {known.input_shape} {data_set.train.dtype}\n".encode())
-    if isinstance(data_set.validation, Part):
+    if isinstance(data_set.validation, Subset):
         digest.update(data_set.validation.indices.astype("<i8").tobytes())
     for source in parts:
         for array in source.read(spaced(source.count, FINGERPRINTED)):

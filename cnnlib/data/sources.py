@@ -115,7 +115,7 @@ class Derived:
 
 
 @dataclass(frozen=True)
-class Part(Derived):
+class Subset(Derived):
     """A subset of a source: the examples at `indices`, in that order."""
 
     indices: np.ndarray

@@ -74,11 +74,11 @@ def train_models(experiment: Experiment) -> tuple[dict[str, list[Net]], DataSet]
     with compile_cache(experiment.compile_cache, says=warnings.warn):
         splits = on_devices(data, devices)
         with ThreadPoolExecutor(max_workers=2) as pool:
-            nets = list(pool.map(lambda arm: train_arm(arm, data, splits, devices), arms))
+            nets = list(pool.map(lambda arm: train_lanes(arm, data, splits, devices), arms))
     return {arm.name: lanes for arm, lanes in zip(arms, nets, strict=True)}, data
 
 
-def train_arm(
+def train_lanes(
     arm: TrainedArm, data: DataSet, splits: dict[str, Examples], devices: tuple[jax.Device, ...]
 ) -> list[Net]:
     """Train every lane of one arm; return one model per lane."""

@@ -16,7 +16,7 @@ from cnnlib.errors import UserError
 from cnnlib.runs.arm_results import headline_of, settings_of
 from cnnlib.runs.folder import JOBS, RECORD, RunFolder, inside, read_json, require_format, state
 from cnnlib.runs.merged import Merged
-from cnnlib.runs.predictions import Answers, answers_of, read_answers
+from cnnlib.runs.predictions import Predictions, answers_of, read_answers
 from cnnlib.runs.resume import FinishedArm, read_arm
 from cnnlib.system import files
 
@@ -58,7 +58,7 @@ def read_jobs(out: Path) -> Merged:
     return Merged(name, experiment, finished, answers, identities, sessions)
 
 
-def _part_of(place: Path, part: Part, arms: Sequence[TrainedArm]) -> tuple[FinishedArm, Answers]:
+def _part_of(place: Path, part: Part, arms: Sequence[TrainedArm]) -> tuple[FinishedArm, Predictions]:
     (arm,) = part.of(arms)
     with RunFolder(place) as held:
         found, answers = read_arm(held, arm), read_answers(place, arm.name)
@@ -109,7 +109,7 @@ def numbers_of(lane: Mapping[str, Any]) -> LaneNumbers:
     return LaneNumbers(*(lane[name] for name in LaneNumbers._fields))
 
 
-def merged_answers(arm: TrainedArm, parts: Sequence[tuple[FinishedArm, Answers]]) -> Answers:
+def merged_answers(arm: TrainedArm, parts: Sequence[tuple[FinishedArm, Predictions]]) -> Predictions:
     """Merge the answers of an arm's parts, in the order of its lanes; read the test examples from its data set."""
     rows = {
         numbers_of(lane): (answers.predicted[row], answers.loss[row])

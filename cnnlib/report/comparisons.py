@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from cnnlib.config.schema import SETTING_FIELDS
-from cnnlib.stats.fits import Spread, spread
+from cnnlib.stats.fits import VarianceComponents, variance_components
 from cnnlib.stats.intervals import Difference, paired_differences
 
 MOST_ARMS = 6
@@ -50,17 +50,17 @@ def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Di
     return paired_differences(values, reference=None if len(values) <= MOST_ARMS else next(iter(values)))
 
 
-def spreads(results: dict[str, Any]) -> dict[str, Spread]:
+def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
     """Split each arm's spread of accuracy into initial weights and data order, if each seed ran with each order."""
     found = {}
     for arm, values in accuracies(results).items():
         seeds, orders = (list(dict.fromkeys(pair[place] for pair in values)) for place in (0, 1))  # type: ignore[index]
         if len(seeds) > 1 and len(orders) > 1 and len(values) == len(seeds) * len(orders):
-            found[arm] = spread([[values[seed, order] for order in orders] for seed in seeds])
+            found[arm] = variance_components([[values[seed, order] for order in orders] for seed in seeds])
     return found
 
 
-def spread_sentence(arm: str, found: Spread) -> str:
+def spread_sentence(arm: str, found: VarianceComponents) -> str:
     """Return a spread in words: standard deviations in percentage points, with their intervals."""
     parts = (("initial weights", found.initialisation), ("data order", found.order), ("the rest", found.rest))
     texts = []

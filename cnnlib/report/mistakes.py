@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnnlib.runs.predictions import Answers
+from cnnlib.runs.predictions import Predictions
 
 MOST_CLASSES = 20
 """Most classes of a confusion matrix that is shown."""
@@ -22,7 +22,7 @@ def class_name(data: Mapping[str, Any], number: int) -> str:
     return str(names[number]) if known else str(number)  # type: ignore[index]
 
 
-def confusion_shares(found: Answers, classes: int) -> np.ndarray:
+def confusion_shares(found: Predictions, classes: int) -> np.ndarray:
     """Return shares `(true class, answer)`, means over lanes that have not diverged; rows sum to 1."""
     fine = found.predicted[(found.predicted >= 0).all(axis=1)]
     counts = np.zeros((classes, classes))
@@ -41,7 +41,7 @@ class Confusions(NamedTuple):
     """`confusion_shares`; None if there are no lanes, or more than `MOST_CLASSES` classes."""
 
 
-def confusions(answers: Mapping[str, Answers], data: Mapping[str, Any]) -> list[Confusions]:
+def confusions(answers: Mapping[str, Predictions], data: Mapping[str, Any]) -> list[Confusions]:
     """Return one confusion matrix per arm."""
     parts = []
     for arm, found in answers.items():
@@ -64,7 +64,7 @@ class Mistake(NamedTuple):
     """Points of one line per channel, within 60 by 60; empty for an image."""
 
 
-def mistakes(answers: Mapping[str, Answers], data: Mapping[str, Any], most: int) -> list[tuple[str, list[Mistake]]]:
+def mistakes(answers: Mapping[str, Predictions], data: Mapping[str, Any], most: int) -> list[tuple[str, list[Mistake]]]:
     """Return the examples that most lanes of an arm get wrong, highest mean loss first, at most `most` per arm."""
     parts = []
     for arm, found in answers.items():

@@ -22,7 +22,7 @@ from cnnlib.report.mistakes import confusions, mistakes
 from cnnlib.report.overview import is_results, labels
 from cnnlib.report.summary import accuracy_text, setting_text
 from cnnlib.runs.folder import read_json
-from cnnlib.runs.predictions import Answers, read_answers
+from cnnlib.runs.predictions import Predictions, read_answers
 from cnnlib.system.files import read_json_lines, write_whole
 
 MOST_ARMS = 24
@@ -63,7 +63,7 @@ class Run(NamedTuple):
     folder: Path
     results: dict[str, Any]
     lines: list[dict[str, Any]]
-    answers: dict[str, Answers]
+    answers: dict[str, Predictions]
 
 
 class Detail(NamedTuple):

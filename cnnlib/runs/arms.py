@@ -24,7 +24,7 @@ from cnnlib.runs.resume import FinishedArm, Left, Progress, checkpoints_folder, 
 from cnnlib.system import files
 from cnnlib.train.checkpoint import Checkpoints, Snapshot
 from cnnlib.train.feeds import ArmFeed, Feed
-from cnnlib.train.loop import Epoch, Loop
+from cnnlib.train.loop import Epoch, TrainingLoop
 from cnnlib.train.multihost import ALONE, Hosts
 from cnnlib.train.programs import Programs, numbers_of, size_text, state_shapes
 from cnnlib.train.types import Keys, State, Sums
@@ -166,7 +166,7 @@ def run_arm(
         last = arm.experiment.epochs
         is_due = lambda epoch: epoch == last or training.is_due(epoch)  # noqa: E731
         trace = partial(profiled, training, arm)
-        loop = Loop(programs, feed, numbers, states, keys, is_due, training.is_to_stop, trace)
+        loop = TrainingLoop(programs, feed, numbers, states, keys, is_due, training.is_to_stop, trace)
         validation = None
         for epoch in loop.epochs(so_far.epoch, last):
             validation = epoch.validation

@@ -20,7 +20,7 @@ from cnnlib.runs.compiled import kernels_for
 from cnnlib.runs.folder import JOBS, RunFolder, require_format
 from cnnlib.runs.merged import Merged
 from cnnlib.runs.predictions import write_answers
-from cnnlib.runs.resume import FinishedArm, Left, differences, fingerprint, latest, read_arm, refusal, write_arm
+from cnnlib.runs.resume import FinishedArm, Left, fingerprint, identity_changes, latest, read_arm, refusal, write_arm
 from cnnlib.system import files
 from cnnlib.train import feeds
 from cnnlib.train.multihost import Hosts
@@ -74,7 +74,7 @@ def changes_since(
 
     Raise UserError if a change makes the results incomparable and `force` is false.
     """
-    found = differences(held.record["identity"], this)
+    found = identity_changes(held.record["identity"], this)
     if found.refused and not force:
         raise refusal(held.path, found)
     changes = [*found.refused, *found.told]
@@ -148,7 +148,7 @@ def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], forc
     """
     changes: list[str] = []
     for job, own in merged.identities.items():
-        found = differences(own, expected[Part.named(job).arm])
+        found = identity_changes(own, expected[Part.named(job).arm])
         if found.refused and not force:
             raise UserError(
                 f"job {job} has computed something else than this run: {'; '.join(found.refused)}; --force merges it"

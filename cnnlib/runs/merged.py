@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cnnlib.config.schema import Experiment
-from cnnlib.runs.predictions import Answers
+from cnnlib.runs.predictions import Predictions
 from cnnlib.runs.resume import FinishedArm
 
 
@@ -16,7 +16,7 @@ class Merged(NamedTuple):
     """Name of the experiment."""
     experiment: Experiment
     finished: dict[str, FinishedArm]
-    answers: dict[str, Answers]
+    answers: dict[str, Predictions]
     identities: dict[str, dict[str, Any]]
     """For each job name: what the job's results depend on (`resume.identity`)."""
     sessions: dict[str, Any]

@@ -23,7 +23,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError
 """Exceptions of NumPy and zipfile for archives that are damaged, encrypted, or declare arrays too large for memory."""
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """The answers of all lanes of an arm to the test examples."""
 
     labels: np.ndarray
@@ -44,7 +44,7 @@ def answers_of(
     predicted: np.ndarray,
     loss: np.ndarray,
     diverged: np.ndarray,
-) -> Answers:
+) -> Predictions:
     """Return what to store of the answers. `predicted` and `loss` are `(lane, example)`.
 
     `diverged` is `(lane,)`. `examples_at` returns the examples at the given indices.
@@ -57,10 +57,10 @@ def answers_of(
         is_mistake = (predicted[fine] != labels).mean(axis=0) > 0.5
         by_loss = np.argsort(-loss[fine].mean(axis=0, dtype=np.float64), kind="stable")
         worst = by_loss[is_mistake[by_loss]][:MOST_MISTAKES].astype(np.int32)
-    return Answers(labels.astype(np.int32), predicted, loss, worst, examples_at(worst))
+    return Predictions(labels.astype(np.int32), predicted, loss, worst, examples_at(worst))
 
 
-def write_answers(folder: RunFolder, arm: str, answers: Answers) -> None:
+def write_answers(folder: RunFolder, arm: str, answers: Predictions) -> None:
     """Write `predictions/ARM.npz`. Raise UserError if it cannot be written."""
     place = inside(folder.path, folder / PREDICTIONS)
     with cannot_write(place):
@@ -68,7 +68,7 @@ def write_answers(folder: RunFolder, arm: str, answers: Answers) -> None:
     write_whole(place / f"{arm}.npz", lambda path: np.savez_compressed(path, **answers._asdict()))
 
 
-def read_answers(run: Path, arm: str) -> Answers | None:
+def read_answers(run: Path, arm: str) -> Predictions | None:
     """Return the answers of an arm in a run's folder; None if there is no file, as in runs of earlier versions.
 
     Raise UserError if `write_answers` could not have made the file. Nothing in the file is unpickled.
@@ -81,7 +81,7 @@ def read_answers(run: Path, arm: str) -> Answers | None:
             if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
                 raise ValueError("it is too large")
         with np.load(path, allow_pickle=False) as found:
-            answers = Answers(*(found[name] for name in Answers._fields))
+            answers = Predictions(*(found[name] for name in Predictions._fields))
         examples, lanes, mistakes = len(answers.labels), len(answers.predicted), len(answers.worst)
         shapes = [array.shape for array in answers[:4]] == [
             (examples,),

@@ -76,7 +76,7 @@ def fingerprint(data_sets: Iterable[DataSet | StreamedSet]) -> str:
     return digest.hexdigest()
 
 
-class Differences(NamedTuple):
+class IdentityChanges(NamedTuple):
     """What has changed since the run began, in words."""
 
     refused: list[str]
@@ -85,8 +85,8 @@ class Differences(NamedTuple):
     """Changes after which results agree up to rounding, but perhaps not to the last bit."""
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
-    """Return the differences between two identities."""
+def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> IdentityChanges:
+    """Return the identity_changes between two identities."""
     refused: list[str] = []
     told: list[str] = []
     for field, text in changed_fields(before, after, but=NEVER_IN_THE_NUMBERS):
@@ -104,7 +104,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Differences:
             if old.get(name) != new.get(name):
                 text = f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
                 (told if name == "python" else where).append(text)
-    return Differences(refused, told)
+    return IdentityChanges(refused, told)
 
 
 def streamed_in(record: dict[str, Any]) -> list[str] | None:
@@ -317,7 +317,7 @@ def checked(found: dict[str, Any], run: str, arm: TrainedArm, epoch: int) -> Pro
     return progress
 
 
-def refusal(folder: Path, found: Differences) -> UserError:
+def refusal(folder: Path, found: IdentityChanges) -> UserError:
     """Return the error that says in one line why a run is not resumed."""
     return UserError(
         f"the run in {folder} cannot be resumed to the same numbers: {'; '.join(found.refused)}; --force goes on with "
@@ -329,8 +329,8 @@ def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
     """Raise UserError on all hosts if any host's results would differ from those of process 0."""
     first, this = json.loads(hosts.from_first(json.dumps(this).encode())), json.loads(json.dumps(this))
     found = [text for _, text in changed_fields(first, this, but=ON_EACH_HOST)]
-    found += [text for text in differences(first, this).refused if text not in found]
-    hosts.same("differences from process 0:", "; ".join(found) or "none")
+    found += [text for text in identity_changes(first, this).refused if text not in found]
+    hosts.same("identity_changes from process 0:", "; ".join(found) or "none")
 
 
 def passed_on(hosts: Hosts, left: Left) -> Left:

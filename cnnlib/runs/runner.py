@@ -64,14 +64,14 @@ def run(
         if hosts.agreed(results is not None):
             return results or {}
         left = left_behind(session, prepared)
-        programs = compile_programs(session, prepared, left)
+        programs = compile_first_arms(session, prepared, left)
         session.begin(prepared.arms, prepared.identity, left, changes)
         finished = train(session, prepared, programs, left, stop)
         return session.finish(results_of(session, prepared, finished))
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """An experiment with its data and devices: everything that is known before compilation."""
 
     arms: tuple[TrainedArm, ...]
@@ -86,7 +86,7 @@ class Prepared:
     """What the results depend on, as stored in the run's record."""
 
 
-def prepare(session: RunSession) -> Prepared:
+def prepare(session: RunSession) -> PreparedRun:
     """Read the data and check that everything fits. Raise UserError if something does not fit."""
     experiment, options, hosts, says = session.experiment, session.options, session.hosts, session.watcher.says
     chosen = options.part.of if options.part else tuple
@@ -114,10 +114,10 @@ def prepare(session: RunSession) -> Prepared:
     kernels = kernels_for(arms, device, session.watcher)
     this = identity(session.name, experiment, device, len(devices), kernels)
     fed = {data: feeds.feed_of(data_set, devices) for data, data_set in data_sets.items()}
-    return Prepared(arms, data_sets, fed, devices, device, kernels, identity_with_data(this, data_sets.values()))
+    return PreparedRun(arms, data_sets, fed, devices, device, kernels, identity_with_data(this, data_sets.values()))
 
 
-def compared(session: RunSession, prepared: Prepared) -> tuple[list[str], dict[str, Any] | None]:
+def compared(session: RunSession, prepared: PreparedRun) -> tuple[list[str], dict[str, Any] | None]:
     """Return how this session differs from earlier sessions and jobs, and the results if the run is finished.
 
     Raise UserError if a difference makes the results incomparable, unless `--force` is set.
@@ -133,7 +133,7 @@ def compared(session: RunSession, prepared: Prepared) -> tuple[list[str], dict[s
     return changes_since(session.earlier, prepared.identity, prepared.arms, force, session.watcher)
 
 
-def left_behind(session: RunSession, prepared: Prepared) -> Left:
+def left_behind(session: RunSession, prepared: PreparedRun) -> Left:
     """Return what jobs and earlier sessions have saved of each arm."""
     for data_set in prepared.data_sets.values():
         known, count = data_set.description, data_set.description.counts["train"]
@@ -147,7 +147,7 @@ def left_behind(session: RunSession, prepared: Prepared) -> Left:
     return what_is_left(session.out, session.earlier, arms, devices, session.hosts, session.watcher)
 
 
-def compile_programs(session: RunSession, prepared: Prepared, left: Left) -> Compiled:
+def compile_first_arms(session: RunSession, prepared: PreparedRun, left: Left) -> Compiled:
     """Check the backend and compile the first arms, so that an arm that does not fit fails early."""
     experiment, watcher = session.experiment, session.watcher
     if session.options.check and len(left.finished) < len(prepared.arms):
@@ -159,7 +159,7 @@ def compile_programs(session: RunSession, prepared: Prepared, left: Left) -> Com
 
 
 def train(
-    session: RunSession, prepared: Prepared, programs: Compiled, left: Left, stop: Callable[[], bool]
+    session: RunSession, prepared: PreparedRun, programs: Compiled, left: Left, stop: Callable[[], bool]
 ) -> list[FinishedArm]:
     """Train one arm after another, each from its start or its last checkpoint. Raise Stopped if `stop` returns True."""
     experiment, held, arms = session.experiment, session.folder, prepared.arms
@@ -186,7 +186,7 @@ def train(
     return finished
 
 
-def results_of(session: RunSession, prepared: Prepared, finished: list[FinishedArm]) -> dict[str, Any]:
+def results_of(session: RunSession, prepared: PreparedRun, finished: list[FinishedArm]) -> dict[str, Any]:
     """Return the content of `results.json`."""
     device, record = prepared.device, session.folder.record
     return {

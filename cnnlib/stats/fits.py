@@ -34,7 +34,7 @@ class Component(NamedTuple):
         return self.estimate < 0
 
 
-class Spread(NamedTuple):
+class VarianceComponents(NamedTuple):
     """The variance between runs of one arm, split by its sources.
 
     initialisation, order: the parts due to the seed of the initial weights and to the seed of the data order.
@@ -48,7 +48,7 @@ class Spread(NamedTuple):
     columns: int
 
 
-def spread(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) -> Spread:
+def variance_components(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) -> VarianceComponents:
     """Split the variance of a table of runs: one row per initialisation seed, one column per data-order seed.
 
     The estimates are those of analysis of variance for two crossed random effects. The rest has a chi-square interval.
@@ -66,7 +66,7 @@ def spread(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) 
     residual = table - table.mean() - by_row - by_column
     freedom = (rows - 1) * (columns - 1)
     rest = float(np.sum(residual**2)) / freedom
-    return Spread(
+    return VarianceComponents(
         _effect(columns * float(np.sum(by_row**2)) / (rows - 1), rows - 1, rest, freedom, columns, level),
         _effect(rows * float(np.sum(by_column**2)) / (columns - 1), columns - 1, rest, freedom, rows, level),
         Component(rest, *(freedom * rest / chi for chi in _chi_squares(freedom, level))),

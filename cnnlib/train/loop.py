@@ -36,7 +36,7 @@ class Epoch:
     waited: float
     """Upper bound on the seconds that training has waited for examples so far."""
     has_next_begun: bool
-    """Whether the next epoch has begun; then `Loop.states` no longer holds the states of this epoch."""
+    """Whether the next epoch has begun; then `TrainingLoop.states` no longer holds the states of this epoch."""
 
 
 class Begun(NamedTuple):
@@ -50,7 +50,7 @@ class Begun(NamedTuple):
     """Training time; None if training has not ended yet."""
 
 
-class Loop:
+class TrainingLoop:
     """Train all lanes of an arm; iterate over `epochs`.
 
     If the examples are in device memory, the next epoch begins before the sums of the last one are fetched.

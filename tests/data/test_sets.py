@@ -22,7 +22,7 @@ from cnnlib.data.sets import (
     size_in_bytes,
     stratified,
 )
-from cnnlib.data.sources import NOISE, Arrays, Part, SizedLines, spaced
+from cnnlib.data.sources import NOISE, Arrays, SizedLines, Subset, spaced
 from cnnlib.errors import UserError
 
 
@@ -290,7 +290,7 @@ def test_a_stream_is_known_again_by_its_fingerprint(monkeypatch):
     opened = open_splits(Data("lines_32x1000", validation=500))
     indices = opened.validation.indices.copy()
     indices[1] += 3  # of the same class, and not looked at
-    other = replace(opened, validation=Part(opened.validation.source, indices))
+    other = replace(opened, validation=Subset(opened.validation.source, indices))
     assert fingerprint_of_stream(opened) != fingerprint_of_stream(other)
     opened = open_splits(Data("mnist5k"))
     before = fingerprint_of_stream(opened)

@@ -28,7 +28,7 @@ from cnnlib.launch.merge import merged, merged_answers, read_jobs
 from cnnlib.launch.supervise import supervise
 from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.folder import RunFolder
-from cnnlib.runs.predictions import Answers, answers_of, read_answers
+from cnnlib.runs.predictions import Predictions, answers_of, read_answers
 from cnnlib.runs.resume import FinishedArm
 from cnnlib.runs.runner import run
 from cnnlib.runs.session import Options
@@ -221,7 +221,7 @@ def test_answers_of_parts_are_those_of_all_lanes_with_the_worst_of_all(monkeypat
         )
     other = parts[1][1]._replace(labels=labels + 1)
     with pytest.raises(UserError, match="tested on different examples"):
-        merged_answers(arm, [parts[0], (second, Answers(*other))])
+        merged_answers(arm, [parts[0], (second, Predictions(*other))])
 
 
 # One machine.

@@ -193,10 +193,10 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
         "device": {"platform": "cpu", "kind": "cpu", "kernels": "native"},
         "machine": {"processor": "one", "cores": 2},
     }
-    assert resume.differences(before, before) == ([], [])
+    assert resume.identity_changes(before, before) == ([], [])
 
     def found(**change):
-        return resume.differences(before, {**before, **change})
+        return resume.identity_changes(before, {**before, **change})
 
     for change in (
         {"experiment": "other"},
@@ -221,7 +221,7 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
 def test_fields_that_an_arm_has_of_its_own_are_told_apart_as_those_of_all():
     def found(*own):
         sides = [{"config": {"arms.full.own": [*texts]}} for texts in (("epochs=3",), own)]
-        return resume.differences(*sides)
+        return resume.identity_changes(*sides)
 
     assert found("epochs=4") == (["arms.full.epochs was 3, is 4"], [])
     assert found() == (["arms.full.epochs was 3, is None"], [])
@@ -231,7 +231,7 @@ def test_fields_that_an_arm_has_of_its_own_are_told_apart_as_those_of_all():
 
 def test_of_data_that_are_streamed_only_on_one_side_no_sums_are_compared():
     sides = [{"data_sha256": name, "settings": {"streamed": streamed}} for name, streamed in (("a", []), ("b", ["x"]))]
-    assert resume.differences(*sides).refused == ["streamed was nothing, is x"]
+    assert resume.identity_changes(*sides).refused == ["streamed was nothing, is x"]
 
 
 @pytest.mark.parametrize(

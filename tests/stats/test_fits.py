@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 from scipy.optimize import isotonic_regression
 
 from cnnlib.errors import UserError
-from cnnlib.stats.fits import Component, log_linear, needed, power_law, spread
+from cnnlib.stats.fits import Component, log_linear, needed, power_law, variance_components
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +33,7 @@ def tables(random, shape, initialisation, order, rest):
 def test_components_of_a_table_by_hand():
     # Rows differ by 4 and columns by 2 each side of the mean, with a residual of +-1 in a chequerboard.
     table = 10 + np.array([[4.0], [-4.0]]) + np.array([2.0, -2.0]) + np.array([[1.0, -1.0], [-1.0, 1.0]])
-    result = spread(table)
+    result = variance_components(table)
     # Mean squares: rows 2 x 32 / 1 = 64, columns 2 x 8 / 1 = 16, rest 4 / 1.
     assert result.initialisation.estimate == (64 - 4) / 2
     assert result.order.estimate == (16 - 4) / 2
@@ -50,19 +50,19 @@ def test_components_of_a_table_by_hand():
 
 def test_a_negative_estimate_is_shown_as_0_and_told_apart():
     chequerboard = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    result = spread(chequerboard)
+    result = variance_components(chequerboard)
     assert (result.initialisation.estimate, result.initialisation.variance) == (-2.0, 0.0)
     assert result.initialisation.is_negative and not result.rest.is_negative
     assert (result.initialisation.low, result.initialisation.high) == (0.0, 0.0)
-    assert spread(np.ones((3, 4)))[:3] == (Component(0.0, 0.0, 0.0),) * 3
-    assert not spread(np.ones((3, 4))).order.is_negative
+    assert variance_components(np.ones((3, 4)))[:3] == (Component(0.0, 0.0, 0.0),) * 3
+    assert not variance_components(np.ones((3, 4))).order.is_negative
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 8)])
 @pytest.mark.parametrize("parts", [(1.0, 0.0, 1.0), (0.5, 2.0, 1.0), (3.0, 3.0, 1.0)])
 def test_components_are_found_without_bias_and_covered_by_their_intervals(shape, parts):
     count = 2000
-    results = [spread(table) for table in tables(np.random.RandomState(0), (count, *shape), *parts)]
+    results = [variance_components(table) for table in tables(np.random.RandomState(0), (count, *shape), *parts)]
     for part, components in zip(parts, zip(*(result[:3] for result in results), strict=True), strict=True):
         estimates = np.array([component.estimate for component in components])
         assert abs(estimates.mean() - part**2) < 4 * estimates.std() / np.sqrt(count)
@@ -76,7 +76,11 @@ def test_components_are_found_without_bias_and_covered_by_their_intervals(shape,
 @given(st.integers(2, 5), st.integers(2, 5), st.sampled_from([0.25, 8.0]), st.integers(0, 99))
 def test_components_keep_units_and_sides_apart(rows, columns, unit, seed):
     table = tables(np.random.RandomState(seed), (rows, columns), 1.0, 2.0, 0.5)
-    result, turned, scaled = spread(table), spread(table.T), spread(unit * table + 3)
+    result, turned, scaled = (
+        variance_components(table),
+        variance_components(table.T),
+        variance_components(unit * table + 3),
+    )
     np.testing.assert_allclose(turned.initialisation, result.order, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(turned.order, result.initialisation, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(scaled[:3], unit**2 * np.array(result[:3]), rtol=1e-9, atol=1e-9)
@@ -92,14 +96,14 @@ def test_components_keep_units_and_sides_apart(rows, columns, unit, seed):
 @pytest.mark.parametrize("table", [np.ones((1, 5)), np.ones((5, 1)), np.ones(5)])
 def test_a_table_has_two_seeds_of_each_kind(table):
     with pytest.raises(UserError, match="2 x 2 at least"):
-        spread(table)
+        variance_components(table)
 
 
 def test_a_table_has_a_value_in_every_cell():
     with pytest.raises(UserError, match="nan at 1, 0"):
-        spread([[0.5, 0.6], [float("nan"), 0.7]])
+        variance_components([[0.5, 0.6], [float("nan"), 0.7]])
     with pytest.raises(UserError, match="level"):
-        spread(np.eye(3), level=95.0)
+        variance_components(np.eye(3), level=95.0)
 
 
 # Power laws
