@@ -1,7 +1,7 @@
 """What do shifted images teach, and whom?
 
 Question: how does accuracy change with training images shifted at random by 0 to 3 pixels, and with mirrored ones, for
-    a convolutional and a full net? Mirrored digits are no digits.
+    a convolutional and a full net? Real digits are never mirrored.
 Command: cnnlib run augmentation
 Expected: shifts of 1 to 2 pixels help both nets. They help the full net more, since nothing else tells it that a digit
     may move. Mirroring hurts both.

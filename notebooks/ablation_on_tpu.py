@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/ablation_on_tpu.ipynb)
 #
-# An ablation changes one thing at a time, and needs many models: sizes times seeds times learning rates. Here all models of a size
-# are the *lanes* of one compiled program, and are spread over every device there is: the cores of a TPU, however many, one GPU, or
-# the cores of a CPU. No cell needs a change for that.
+# An ablation changes one thing at a time. It needs many models: sizes times seeds times learning rates. Here all models of one size
+# are the *lanes* of one compiled program. cnnlib spreads them over all devices: the cores of a TPU, a GPU, or the cores of a CPU.
+# You need not change any cell for this.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -47,7 +47,8 @@ print(jax.devices())
 # %% [markdown]
 # ## The question as data
 #
-# What changes the shape of a net makes an *arm*, and a program; what is only a number, a seed or a learning rate, makes *lanes*.
+# An *arm* is one network with its static settings: one compiled program. A *lane* is one model that it trains: a seed and its
+# hyperparameters, here the learning rate.
 
 # %%
 from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Lanes, Optim
@@ -71,10 +72,10 @@ experiment = Experiment(
 )
 
 # %% [markdown]
-# ## How much it will be
+# ## How long it will take
 #
-# Programs, lanes and about how long: by what was measured on this machine before, else by a usual rate. On two cores of a CPU the
-# 32 seeds take about 40 minutes, 4 take five.
+# This cell prints programs, lanes and an estimated time. The estimate uses earlier measurements on this machine, or else a typical
+# rate. On two cores of a CPU, 32 seeds take about 40 minutes and 4 seeds take five.
 
 # %%
 from rich.console import Console
@@ -88,8 +89,8 @@ print_plan(resolved, len({arm.program for arm in resolved}), Console(width=100, 
 # %% [markdown]
 # ## Which device gets which lanes
 #
-# Equally many each, and nothing passes between them while they train. Where there are more devices than lanes (GPUs, TPUs),
-# each lane's batches are shared by several, which add up their gradients.
+# Every device gets the same number of lanes. Devices exchange nothing during training. If there are more devices than lanes (GPUs,
+# TPUs), several devices share each lane's batches and add up their gradients.
 
 # %%
 from cnnlib.train.sharding import devices
@@ -104,7 +105,7 @@ print(
 # %% [markdown]
 # ## Run it
 #
-# With W&B, each lane is a run of its own, in a group of this ablation. Where W&B fails or hangs, training goes on.
+# With W&B, each lane is a W&B run, and this ablation is their group. If W&B fails or hangs, training goes on.
 
 # %%
 import contextlib
@@ -131,9 +132,9 @@ for arm in results["arms"]:
     )
 
 # %% [markdown]
-# ## What came out
+# ## The results
 #
-# For each size the learning rate with the best mean validation accuracy is chosen; the test set is read once, at the end.
+# Each size reports the learning rate with the best mean validation accuracy. The test set is used once, at the end.
 
 # %%
 from IPython.display import Image, Markdown, display
@@ -149,8 +150,8 @@ for difference in compared:
     print(difference.sentence())
 
 # %% [markdown]
-# How small a true difference would so many seeds have shown, at this spread, in four of five such ablations? Below that, "undecided"
-# says nothing: it takes more seeds.
+# Which true difference would this number of seeds detect, at this spread, in four of five such ablations? For smaller differences,
+# "undecided" says nothing: you need more seeds.
 
 # %%
 from cnnlib.stats.intervals import detectable_difference

@@ -11,10 +11,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/abstraction.ipynb)
 #
-# Layer by layer a convolutional net is said to see more abstract things: strokes, then parts of digits, then digits. Here you train
-# LeNet-5 and a full net, and look: at their filters, their maps, the patches that excite each unit most, the evidence for a class, and
-# how well the classes can be told apart after each layer. The same questions go to both nets, and the answers are numbers where
-# they can be.
+# Textbooks say that a convolutional net sees more abstract things layer by layer: strokes, then parts of digits, then digits. Here you
+# train LeNet-5 and a full net and look inside: at filters, maps, the patches that excite each unit most, and the evidence for a class.
+# You also measure how well a classifier can separate the classes after each layer. You ask both nets the same questions, and get
+# numbers if possible.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -44,7 +44,7 @@ print(jax.devices())
 # %% [markdown]
 # ## Two nets, trained in memory
 #
-# By the rule of the experiment `fc_vs_conv`. What comes back is one `Net` a seed: the layers, their weights, and how well it does.
+# The nets train as in the experiment `fc_vs_conv`. You get one `Net` per seed, with its layers, their weights and its accuracy.
 
 # %%
 from cnnlib.config.schema import EXPERIMENTS
@@ -62,7 +62,7 @@ for name, lanes in nets.items():
 # %% [markdown]
 # ## Filters of the first layer
 #
-# A convolution has few and small ones. A full layer has one for each of its units, as large as the image.
+# A convolution has few small filters. A full layer has one filter per unit, each as large as the image.
 
 # %%
 from matplotlib import pyplot
@@ -79,10 +79,10 @@ for name, net in (("LeNet-5", conv), ("LeNet-300-100", full)):
         panel.axis("off")
 
 # %% [markdown]
-# ## One digit on its way
+# ## One digit, layer by layer
 #
-# Maps get smaller, and there are more of them; the first six of each are shown. Those of the first convolution still look like the digit;
-# those of the second say where something is.
+# The second convolution has smaller maps than the first, and more of them. You see the first six of each. Maps of the first convolution
+# still look like the digit. Maps of the second show where a feature is.
 
 # %%
 from cnnlib.interpret.activations import activations, receptive_field
@@ -106,8 +106,8 @@ for layer, found in maps.items():
 # %% [markdown]
 # ## What excites a unit most
 #
-# Of all test digits, the places where a unit is largest, one a digit, cut out as it sees them. A row is a unit; the first six are shown.
-# Fewer classes in a row means a unit that is closer to a class: a stroke is in all digits, a bend in some.
+# Each row shows one unit's strongest patches, at most one per test digit, as large as the unit sees them. You see the first six units.
+# If a row has fewer classes, its unit is closer to a class: a stroke is in all digits, a bend in some.
 
 # %%
 from cnnlib.interpret.patches import strongest_patches
@@ -129,8 +129,8 @@ for layer, name in ((first, "first"), (second, "second")):
 # %% [markdown]
 # ## Evidence for a class
 #
-# Grad-CAM weighs the last maps by how much each raises the class's score. A full net has no maps: for it, each pixel times the gradient at
-# it. They are two methods, and show where a net looks, not why it is right.
+# Grad-CAM weights each of the last maps by how much it raises the class's score. A full net has no maps, so for it we multiply each pixel
+# by its gradient. These are two different methods. They show where a net looks, not why it is right.
 
 # %%
 from cnnlib.interpret.evidence import class_evidence
@@ -148,12 +148,12 @@ for panel in panels:
     panel.axis("off")
 
 # %% [markdown]
-# ## Can the classes be told apart yet?
+# ## How well can a linear classifier separate the classes?
 #
-# A linear classifier on what a layer puts out, fitted on training digits, its penalty chosen on validation digits, scored on test digits.
-# On the pixels it has to do all by itself. The first layer takes most of that off it, in both nets; the second convolution some more;
-# dense layers, and the last outputs, little or nothing. The number before a layer is its place in the net; the intervals are those of
-# Student's t over the seeds, 95 %.
+# A linear classifier gets the outputs of one layer. It is fitted on training digits, its penalty is chosen on validation digits, and it is
+# scored on test digits. On pixels it does all the work. In both nets the first layer does most of it instead. The second convolution
+# adds some more. Dense layers and the last outputs add little or nothing. The number before a layer is its place in the net. The
+# intervals are 95 % intervals of Student's t over the seeds.
 
 # %%
 from cnnlib.interpret.probes import linear_probes
@@ -173,8 +173,8 @@ for name, lanes in nets.items():
 # %% [markdown]
 # ## Lines, again
 #
-# Hubel and Wiesel found cells in the visual cortex that answer to bars of one orientation. Do first-layer units? Selectivity is 0 for a unit to
-# which all bars are alike, and then its preferred angle means nothing, and 1 for one that answers to a single orientation.
+# Hubel and Wiesel found cells in the visual cortex that respond to bars of one orientation. Do first-layer units do the same? A unit has
+# selectivity 1 if it responds to a single orientation. It has 0 if it responds alike to all bars; its preferred angle then means nothing.
 
 # %%
 import numpy as np
@@ -187,8 +187,8 @@ for unit, (preferred, selectivity) in enumerate(zip(tuned.preferred, tuned.selec
     print(f"unit {unit}: prefers bars at {preferred:.0f} degrees, selectivity {selectivity:.2f}")
 
 # %% [markdown]
-# These were trained on digits. Other nets, trained to tell lines apart, have more reason to prefer orientations; beside them, filters that
-# were never trained:
+# These nets were trained on digits. Nets that were trained to distinguish lines have more reason to prefer orientations. Here they are
+# beside untrained filters:
 
 # %%
 print(DEMOS.get("tuning").look)

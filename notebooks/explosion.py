@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/explosion.ipynb)
 #
-# A full layer joins every node to every node, and loses nothing. It only costs: 3,072 x 3,072 connections for a 32x32 colour
-# image, 10^12 for a grey one of 1000x1000. A convolution has a small window, and one set of weights for all its places. Here
-# you count what that saves, exactly, without training anything.
+# A full layer connects every node to every node and loses no information. But it is expensive: 3,072 x 3,072 connections for a
+# 32x32 colour image, 10^12 for a grey image of 1000x1000. A convolution has a small window, and one set of weights for all
+# places. Here you count exactly what that saves. You train nothing.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -42,7 +42,7 @@ print(jax.devices())
 # %% [markdown]
 # ## The numbers of the argument
 #
-# Counts are whole numbers, worked out from the sizes of a layer: nothing is allocated, so 10^12 connections take no memory.
+# cnnlib computes exact counts from the sizes of a layer. It allocates nothing, so 10^12 connections take no memory.
 
 # %%
 from cnnlib.spec.counts import count
@@ -58,13 +58,14 @@ for text, shape in (
     print(f"{text:14} on {shape}: {counted.connections:>17,} connections, {counted.parameters:>17,} parameters")
 
 # %% [markdown]
-# 9,437,184 against 82,944 connections for the 32x32 colour image, 10^12 against 9,000,000 for the grey one. Parameters are the
-# weights and a bias a feature, or a node where weights are not shared: 84 for the 3x3 convolution of 3 features, at any side.
+# The full layer has 9,437,184 connections for the 32x32 colour image, the convolution 82,944. For the grey image it is 10^12
+# against 9,000,000. Parameters are the weights and one bias per feature, or per node if weights are not shared. The 3x3
+# convolution of 3 features has 84 at any side.
 #
 # ## Two savings, not one
 #
-# A *local* layer stands between the two: small windows, but at every place weights of its own. So it tells the savings apart:
-# the small window saves connections, sharing saves parameters.
+# A *local* layer is between the two: it has small windows, but its own weights at every place. So it separates the two savings.
+# The small window saves connections, and sharing saves parameters.
 
 # %%
 layer = parse_model("conv:3@3x3")
@@ -75,8 +76,8 @@ for reading in (layer.full(), layer.local(), layer):
 # %% [markdown]
 # ## Against the side of the image
 #
-# Both axes are logarithmic, so a power is a straight line. Twice the side: sixteen times the connections of the full layer, four
-# times those of the other two. Choose another window, or more channels, in the menus; point at a mark for its exact number.
+# Both axes are logarithmic, so a power is a straight line. If the side doubles, the full layer has sixteen times the connections,
+# the other two have four times. You can choose another window or more channels in the menus. Point at a mark for its exact number.
 
 # %%
 import altair
@@ -87,7 +88,7 @@ points = growth_points(sides, windows=(1, 3, 5, 7), channels=(1, 3), features=(1
 altair.Chart.from_dict(growth_chart(points))
 
 # %% [markdown]
-# The same as a picture, as `cnnlib run explosion` writes it:
+# `cnnlib run explosion` draws the same picture:
 
 # %%
 from cnnlib.demos import DEMOS
@@ -97,7 +98,7 @@ figure = DEMOS.get("explosion").draw()
 # %% [markdown]
 # ## A whole net
 #
-# One layer is not a net. LeNet-5 in the three readings, with the same nodes in every layer:
+# One layer is not a net. This is LeNet-5 with each connectivity and the same nodes in every layer:
 
 # %%
 from rich.console import Console

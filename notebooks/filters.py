@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/filters.ipynb)
 #
-# A filter is a small table of weights. Laid on a piece of the image, its weights and the pixels under them are multiplied and
-# summed: one number. Slid over the whole image it gives a number a place, a *feature map*: bright where the image has what the
-# filter looks for. Here you slide one by hand, then many at once, and see that it is one product of matrices.
+# A filter is a small table of weights. Lay it on a piece of the image, multiply each weight by the pixel under it, and sum the
+# products: one number. Slide it over the whole image and you get one number per place, a *feature map*. The map is bright where the
+# image has what the filter looks for. Here you slide one filter by hand, then many at once. You see that this is one matrix product.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -43,8 +43,8 @@ print(jax.devices())
 # %% [markdown]
 # ## A 2x2 filter, step by step
 #
-# Four pixels under the filter, four products, one sum, one cell of the map. On a side of n pixels a filter of k has n - k + 1 places:
-# of 4 and 2, 3.
+# The filter covers four pixels. Four products and one sum give one cell of the map. On a side of n pixels a filter of side k has
+# n - k + 1 places. For n = 4 and k = 2 these are 3.
 
 # %%
 import numpy as np
@@ -71,8 +71,8 @@ film
 # %% [markdown]
 # ## Lines
 #
-# A line filter weighs the pixels on its line up, by 2 in 3x3, and those beside it down, by 1: together 0, so that flat areas, bright or
-# dark, give 0. On a line of its own orientation it gives 3 x 2 = 6, on a single line of another, through its middle, 0.
+# A 3x3 line filter has weight 2 on its line and -1 beside it. The weights sum to 0, so flat areas give 0, whether bright or dark.
+# On a line of its own orientation the filter gives 3 x 2 = 6. On a single line of another orientation through its middle it gives 0.
 
 # %%
 from cnnlib.demos.window_steps import LINE_FILTERS, line_filter, strokes
@@ -90,7 +90,7 @@ for other in LINE_FILTERS:
     )
 
 # %% [markdown]
-# Four filters on one drawing: four maps, each bright along the lines of its own orientation.
+# Four filters on one drawing give four maps. Each map is bright along the lines of its filter's orientation.
 
 # %%
 print(DEMOS.get("filters").look)
@@ -98,7 +98,7 @@ figure = DEMOS.get("filters").draw()
 # %% [markdown]
 # ## One product of matrices
 #
-# Write every window as a row and every filter as a column. Their product holds all maps. Sliding gives the same, to the last digits:
+# Write every window as a row and every filter as a column. Their matrix product holds all maps. Sliding gives the same up to rounding:
 
 # %%
 from cnnlib.demos.window_steps import as_product, matrix_of
@@ -113,8 +113,8 @@ print(f"sliding and the product differ by {np.abs(slid - product.maps).max():.1e
 # %% [markdown]
 # ## A full layer with most weights 0, and the others shared
 #
-# A full layer could do this too: its matrix has a row a place of the map and a column a pixel. It would hold the filter's 9 numbers in
-# every row, shifted, and zeros elsewhere.
+# A full layer could do this too. Its matrix has one row per place of the map and one column per pixel. Every row would hold the
+# filter's 9 numbers, shifted, and zeros elsewhere.
 
 # %%
 matrix = matrix_of(kernels[..., 0], image.shape)
@@ -126,7 +126,7 @@ print(
 )
 figure = DEMOS.get("product").draw()
 # %% [markdown]
-# And this is what a net's convolutional layer computes. (TPUs and GPUs round products unless they are asked not to.)
+# A net's convolutional layer computes the same. (TPUs and GPUs round products unless you ask for the highest precision.)
 
 # %%
 import jax.numpy as jnp

@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/full_vs_conv.ipynb)
 #
-# Counting says that a convolution costs less. Is it any good? Three nets learn to read 3,500 handwritten digits, several seeds
-# each, all seeds of a net in one compiled program: LeNet-300-100, which is full; a smaller full net with as many parameters as
-# LeNet-5; and LeNet-5, which convolves.
+# Counts show that a convolution costs less. Is it accurate? You train three nets on 3,500 handwritten digits: LeNet-300-100, a full
+# net; a smaller full net with as many parameters as LeNet-5; and LeNet-5, which convolves. Each net has several seeds. All seeds
+# of a net train in one compiled program.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -44,8 +44,8 @@ print(jax.devices())
 # %% [markdown]
 # ## The digits
 #
-# 5,000 of MNIST's, which come with a package: 1,000 of them are for testing, 500 for choosing numbers such as the learning rate,
-# and 3,500 to learn from.
+# A package brings 5,000 digits of MNIST: 3,500 for training, 500 for choosing hyperparameters such as the learning rate, and
+# 1,000 for testing.
 
 # %%
 from matplotlib import pyplot
@@ -66,8 +66,8 @@ for panel, image, label in zip(panels.flat, data.train.x, data.train.y):
 # %% [markdown]
 # ## The nets
 #
-# A net is a list of layers. `conv:6@5:2` is a convolution with 6 features, windows of 5x5 and 2 zeros of padding around; `max:2` takes
-# the largest of each 2x2 block; `dense:120` joins everything to 120 units. A multiply-add is one product and one sum.
+# A net is a list of layers. `conv:6@5:2` is a convolution with 6 features, windows of 5x5 and 2 zeros of padding on each side. `max:2`
+# takes the maximum of each 2x2 block. `dense:120` connects everything to 120 units. A multiply-add is one product and one sum.
 
 # %%
 from cnnlib.config.resolve import resolve
@@ -79,8 +79,8 @@ for arm in resolve(experiment):
 # %% [markdown]
 # ## Training
 #
-# An *arm* is one net, and one compiled program; a *lane* is one model in it, with a seed of its own. Lanes are spread over the
-# devices. The run is written to a folder, as it would be by `cnnlib run fc_vs_conv`.
+# An *arm* is one net and one compiled program. A *lane* is one model in it, with its own seed. Lanes are spread over the devices.
+# The run is written to a folder, as `cnnlib run fc_vs_conv` does.
 
 # %%
 from pathlib import Path
@@ -106,13 +106,13 @@ display(Markdown((Path(out) / "table.md").read_text()))
 Image(Path(out) / "accuracy.png", width=700)
 
 # %% [markdown]
-# LeNet-5 is ahead of a full net with more than four times its parameters, and a full net of its own size is no better than the large
-# one: it is not the number of parameters. It pays in multiply-adds, since each shared weight is used many times.
+# LeNet-5 is more accurate than a full net with more than four times its parameters. It is also more accurate than a full net of its
+# own size, so the number of parameters does not explain it. LeNet-5 pays in multiply-adds, since each shared weight is used many times.
 #
 # ## Is it chance?
 #
-# Another seed gives another accuracy. So each net has several, and arms are compared seed by seed. The intervals hold for all
-# comparisons together; where one holds zero, the difference is undecided, and with few seeds that is what honest intervals say.
+# Another seed gives another accuracy. So each net has several seeds, and arms are compared seed by seed. The intervals hold for all
+# comparisons together. If an interval contains zero, the difference is undecided. With few seeds, this is to be expected.
 
 # %%
 from cnnlib.report.comparisons import differences
@@ -123,7 +123,8 @@ for difference in differences(results):
 # %% [markdown]
 # ## While they learn
 #
-# Accuracy on the 500 digits that are kept aside, after every epoch: a line a net, its band the 95 % interval, faint lines the seeds.
+# The chart shows accuracy on the 500 validation digits after every epoch. Each net has one line, its band is the 95 % interval, and
+# faint lines are the seeds.
 
 # %%
 import json
@@ -140,8 +141,8 @@ altair.Chart.from_dict(curves_chart(curves, "validation accuracy")).properties(w
 # %% [markdown]
 # ## What they get wrong
 #
-# `report` makes one page of a run, with all of this, what each net takes for what, and its worst mistakes; it opens in any browser
-# (in Colab, the list of files at the left has it to download).
+# `report` makes one page of a run. It has all of the above, the classes that each net confuses, and its worst mistakes. The page opens
+# in any browser. In Colab, download it from the list of files at the left.
 
 # %%
 from cnnlib.cli.main import main

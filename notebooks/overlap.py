@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/overlap.ipynb)
 #
-# Two functions, one standing, one mirrored and sliding over it. At each place, multiply them and take the area under the
-# product: that number, place by place, is their convolution. Here you watch it, compute it in two ways, and find it in a
-# row of numbers and in a picture of the sky.
+# Take two functions. One stands still; the other is mirrored and slides over it. At each place, multiply them and take the
+# area under the product. These areas, place by place, are their convolution. Here you watch it and compute it in two ways.
+# Then you find it in a row of numbers and in a picture of the sky.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -42,8 +42,8 @@ print(jax.devices())
 # %% [markdown]
 # ## Watch it
 #
-# Red stands, blue slides over it, the shaded area is their product, and the green curve is that area, drawn as it goes. Blue is
-# mirrored: an exponential that falls to the right comes with its steep side first.
+# Red stands still and blue slides over it. The shaded area is the area under their product. The green curve plots that area at
+# each place. Blue is mirrored: an exponential that falls to the right arrives with its steep side first.
 
 # %%
 from IPython.display import HTML
@@ -60,8 +60,8 @@ film
 # %% [markdown]
 # ## Compute it
 #
-# The integral of f(s) g(t - s) over s. `overlap` adds it up numerically, `convolved` has it in closed form, for any two of boxes,
-# triangles, exponentials and Gaussians.
+# The convolution is the integral of f(s) g(t - s) over s. `overlap` computes it numerically. `convolved` computes it in closed
+# form, for any two of boxes, triangles, exponentials and Gaussians.
 
 # %%
 import numpy as np
@@ -74,7 +74,7 @@ worst = max(np.abs([overlap(f, g, at) for at in t] - convolved(f, g, t)).max() f
 print(f"16 pairs, {len(t)} places each: the two ways differ by {worst:.1e} at most")
 
 # %% [markdown]
-# Which of the two slides makes no difference: f * g = g * f. And the area of the result is the product of the areas.
+# It does not matter which of the two slides: f * g = g * f. The area of the result is the product of the two areas.
 
 # %%
 f, g = Box(1.5), Exponential(1.2)
@@ -85,9 +85,9 @@ print(f"area of f * g: {np.trapezoid(convolved(f, g, fine), fine):.4f}; of f tim
 # %% [markdown]
 # ## A row of numbers: the flip
 #
-# With numbers in place of functions the integral is a sum. A lone 1 convolved with a kernel gives the kernel; slide the kernel
-# without mirroring it, which is *correlation*, and it comes out from back to front. Nets correlate and call it convolution: they
-# learn their kernels, so it is all the same to them.
+# With numbers instead of functions, the integral is a sum. A single 1 convolved with a kernel gives the kernel. If you slide the
+# kernel without mirroring it, you compute a *correlation*, and the kernel comes out reversed. Nets correlate and call it
+# convolution. They learn their kernels, so it makes no difference to them.
 
 # %%
 from cnnlib.demos.sliding import convolve, correlate
@@ -97,7 +97,7 @@ print("convolved ", convolve(x, kernel), " numpy:", np.convolve(x, kernel))
 print("correlated", correlate(x, kernel), " numpy:", np.correlate(x, kernel, mode="full"))
 figure = DEMOS.get("flip").draw()
 # %% [markdown]
-# And what a net's layer computes is the correlation:
+# A net's layer computes the correlation:
 
 # %%
 import jax.numpy as jnp
@@ -110,8 +110,8 @@ print("a layer   ", layer[0, :, 0])
 # %% [markdown]
 # ## The sky: a dirty map
 #
-# A radio telescope does not see points. It sees each of them as its *beam*, a bright spot with rings, as bright as the source; where
-# they overlap, they add up. The map it draws is the clean one convolved with the beam.
+# A radio telescope does not see points. It sees each source as its *beam*: a bright spot with rings, as bright as the source. Where
+# beams overlap, they add up. The *dirty map* that it draws is the clean map convolved with the beam.
 
 # %%
 figure = DEMOS.get("beam").draw()

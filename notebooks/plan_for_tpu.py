@@ -48,7 +48,7 @@ print(jax.devices())
 # %% [markdown]
 # ## The compiler
 #
-# libtpu belongs to one version of JAX, so it is installed for the one that is here.
+# libtpu belongs to one version of JAX. This cell installs it for your version.
 
 # %%
 if importlib.util.find_spec("libtpu") is None:
@@ -58,8 +58,8 @@ if importlib.util.find_spec("libtpu") is None:
 # %% [markdown]
 # ## The sweep as data
 #
-# An *arm* is a network with its static settings. It has one compiled program. Its *lanes* are models that differ in numbers only, here
-# in their seeds. The same experiment runs on the TPU as it is: `cnnlib.run.run(experiment, ...)`.
+# An *arm* is a network with its static settings. It has one compiled program. Its *lanes* are models that differ only in seed and
+# hyperparameters, here in their seeds. The same experiment runs unchanged on the TPU: `cnnlib.runs.runner.run(experiment, ...)`.
 
 # %%
 from cnnlib.config.schema import Arm, Experiment, Lanes, Optim
@@ -83,7 +83,7 @@ arms = resolve(experiment)
 # %% [markdown]
 # ## What it would take
 #
-# Each arm's epoch is compiled for one of the chips. Each chip trains its share of the lanes, and chips exchange nothing.
+# This cell compiles each arm's epoch for one chip. Each chip trains its share of the lanes, and chips exchange nothing.
 # *cycles per lane-step*: of one chip, for one training step of one model. *of peak*: the share of the published peak.
 
 # %%
@@ -98,7 +98,7 @@ print_reports(found, target, Console(width=100, highlight=False))
 # %% [markdown]
 # ## Which arms take the time
 #
-# The left bars are seconds. The right ones say how much of the matrix unit's peak the multiply-adds use: where the share is low, a
+# The left bars are seconds. The right bars show how much of the matrix unit's peak the multiply-adds use. If the share is low, a
 # larger kernel costs less than its multiply-adds suggest.
 
 # %%
@@ -116,7 +116,7 @@ plt.show()
 # %% [markdown]
 # ## Is one chip enough?
 #
-# The same sweep on one chip, which has all lanes.
+# Here one chip trains all lanes of the same sweep.
 
 # %%
 kind = hardware.split(":")[1]
@@ -129,6 +129,5 @@ for many, one in zip((arm.plain() for arm in found), alone, strict=True):
         )
 
 # %% [markdown]
-# Add to this the seconds that compiling takes, evaluation after each epoch, and starting the runtime. How far the compiler's account
-# is from published peaks: `docs/accelerators.md`. When you have a TPU, [ablation_on_tpu](ablation_on_tpu.ipynb) runs a sweep like
-# this one.
+# Add the time to compile, to evaluate after each epoch, and to start the runtime. `docs/accelerators.md` compares the compiler's
+# estimates with published peaks. If you have a TPU, [ablation_on_tpu](ablation_on_tpu.ipynb) runs a sweep like this one.

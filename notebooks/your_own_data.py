@@ -11,9 +11,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cnnlib/cnnlib/blob/main/notebooks/your_own_data.ipynb)
 #
-# A folder of images, a subfolder a class, is all that is needed. They become a data set of TensorFlow Datasets, without
-# TensorFlow, and then experiments on images run on them by that name. Put your own folder into the cell below; without one, the
-# notebook draws some: strokes, in three directions.
+# You need a folder of images with one subfolder per class. cnnlib turns it into a data set of TensorFlow Datasets, without
+# TensorFlow. Experiments on images then use it by its name. Put your folder into the cell below. If you have none, the notebook
+# draws strokes in three directions.
 
 # %%
 # In Colab this installs cnnlib, and leaves Colab's JAX, which knows its GPU or TPU, as it is.
@@ -47,7 +47,7 @@ print(jax.devices())
 # %% [markdown]
 # ## The images
 #
-# This cell stands for yours: it only draws when `images` is empty.
+# This cell takes the place of your images. It draws only if `images` is empty.
 
 # %%
 from pathlib import Path
@@ -70,7 +70,7 @@ print(*sorted(path.name for path in folder.iterdir() if not path.name.startswith
 # %% [markdown]
 # ## A data set with a name
 #
-# Without folders `train` and `test`, a fifth of each class is kept for testing, always the same one.
+# If there are no folders `train` and `test`, cnnlib keeps a fifth of each class for testing, always the same fifth.
 
 # %%
 from cnnlib.data.image_folder import from_folder
@@ -96,8 +96,8 @@ for panel, image, label in zip(panels, data.train.x, data.train.y):
 # %% [markdown]
 # ## Any experiment on it
 #
-# The same as `cnnlib run fc_vs_conv data.name=my_images data.data_dir=...` in a terminal: two full nets against
-# LeNet-5. A tenth of the training images is kept aside for validation.
+# This cell does the same as `cnnlib run fc_vs_conv data.name=my_images data.data_dir=...` in a terminal. It compares two full nets
+# with LeNet-5. A tenth of the training images is used for validation.
 
 # %%
 from dataclasses import replace
@@ -141,7 +141,7 @@ for difference in differences(results):
 # %% [markdown]
 # ## A net of your own
 #
-# In short notation (see `full_vs_conv`), and one seed, so without an interval: to see whether it learns at all.
+# Write a net in the short notation (see `full_vs_conv`). One seed shows whether it learns at all, but gives no interval.
 
 # %%
 from cnnlib.spec.notation import parse_model
