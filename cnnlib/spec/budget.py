@@ -78,9 +78,9 @@ def scaled(model: Model, multiplier: Fraction | float) -> Model:
 def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     """Find the widths at which the model's count `by` (one of `MEASURES`) is nearest to `target`.
 
-    One number multiplies all widths (see `widths`); each product is rounded up or down. Layers of equal width stay equal,
-    so that residual sums still fit. Of equally near counts, the one with widths nearest to their original proportions
-    wins. At most about `MOST_CHOICES` candidates are tried, around the multiplier where ordinary rounding meets the target.
+    One number multiplies all widths (see `widths`); each product is rounded up or down. Layers of equal width stay
+    equal, so that residual sums still fit. Of equally near counts, the one with widths nearest to their original
+    proportions wins. At most about `MOST_CHOICES` candidates are tried, around the multiplier that meets the target.
 
     Raises UserError if the target is out of reach, for example below the count with all widths 1; if the model has no
     width to change; or if it has more than `MOST_WIDTHS` different widths.
