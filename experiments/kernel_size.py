@@ -3,8 +3,8 @@
 Question: what do 1x1, 3x3, 5x5, 7x7 and 9x9 filters reach in the same two layers, as they are and at the parameters of
     5x5?
 Command: cnnlib run kernel_size
-Expected: 1x1 sees no neighbours and is far behind. Larger filters are more accurate and cost more. After 5x5 they gain
-    little.
+Expected: 1x1 sees no neighbours and is far behind. From 3x3 on, larger filters are more accurate and cost more. After
+    5x5 they gain little.
 Cost: about 3 minutes on 2 CPU cores.
 Source: a classic ablation; training as in fc_vs_conv.
 """
