@@ -77,6 +77,6 @@ def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LA
         columns[lanes] = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
         names += [entry.name for entry in entries if entry.name not in names]
     rows = [
-        {"ms a lane-step": name, **{f"{lanes} lanes": columns[lanes].get(name) for lanes in counts}} for name in names
+        {"ms per lane-step": name, **{f"{lanes} lanes": columns[lanes].get(name) for lanes in counts}} for name in names
     ]
     return Table(f"{net}, batch {batch_size}, median of {rounds} rounds", rows)

@@ -130,9 +130,9 @@ def row(name: str, ours: Any, theirs: Any, compiled: Any) -> dict[str, Any]:
     """Return the median times, and the median of the ratios per round."""
     return {
         "net": name,
-        "PyTorch, s a seed": float(np.median(theirs)),
-        "ours, s a seed": float(np.median(ours)),
-        "times the seeds a minute": f"{np.median(theirs / ours):.1f}",
+        "PyTorch, s per seed": float(np.median(theirs)),
+        "ours, s per seed": float(np.median(ours)),
+        "times the seeds per minute": f"{np.median(theirs / ours):.1f}",
         "lowest": f"{np.min(theirs / ours):.1f}",
         "with compilation": f"{np.median(theirs / compiled):.1f}",
     }

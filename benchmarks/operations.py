@@ -154,7 +154,7 @@ def race(
     rows = []
     for label in sorted(labels, key=lambda text: text.split(",")[0]):
         ways = {way: float(np.median(seconds[f"{label}: {way}"])) for way in ("alone", "in a loop", "vmap")}
-        row: dict[str, Any] = {"ms a call": label, **{way: 1e3 * value for way, value in ways.items()}}
+        row: dict[str, Any] = {"ms per call": label, **{way: 1e3 * value for way, value in ways.items()}}
         row[f"vmap of {LANES}, a kernel"] = row.pop("vmap")
         if operations is not None:
             row["share in a loop"] = operations / ways["in a loop"] / rate

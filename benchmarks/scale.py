@@ -79,8 +79,8 @@ def lanes_and_devices(rounds: int) -> Table:
         one, _ = seconds_of(experiment_of(32, lanes, 1024), rounds, 1)
         all_cores, _ = seconds_of(experiment_of(32, lanes, 1024), rounds)
         rows.append(
-            {"lanes": str(lanes), "one device, ms a lane-step": 1e3 * one / lanes / 32}
-            | {"all devices, ms a lane-step": 1e3 * all_cores / lanes / 32}
+            {"lanes": str(lanes), "one device, ms per lane-step": 1e3 * one / lanes / 32}
+            | {"all devices, ms per lane-step": 1e3 * all_cores / lanes / 32}
         )
     return Table("lanes and devices, 32x32 images, batch 32", rows)
 

@@ -81,7 +81,7 @@ def contestants(model: Model, batch_size: int) -> list[Contestant]:
     entries = [
         Contestant(f"cnnlib, {LANES} lanes", ours(model, batch_size, LANES), LANES * STEPS),
         Contestant("cnnlib, 1 lane", ours(model, batch_size, 1), STEPS),
-        Contestant("stock Flax, a step a call", blocked(jax.jit(step), state, images, labels)),
+        Contestant("stock Flax, steps per call", blocked(jax.jit(step), state, images, labels)),
         Contestant("stock Flax, steps in lax.scan", blocked(scanned, state), LOOP_STEPS),
         Contestant(
             f"stock Flax, vmap of {LANES}",
@@ -114,7 +114,7 @@ def measure(net: str, batch_size: int, rounds: int) -> Table:
     rate = operations / float(np.median(seconds[yardstick.name]))
     rows = [
         {
-            "ms a lane-step": entry.name,
+            "ms per lane-step": entry.name,
             **summary(seconds[entry.name], seconds[f"cnnlib, {LANES} lanes"]),
             "share": step_operations(model, batch_size) / float(np.median(seconds[entry.name])) / rate,
         }

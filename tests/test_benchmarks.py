@@ -27,8 +27,8 @@ def test_step_has_a_row_a_contestant(tmp_path):
     arguments = ["step", "--net", "lenet_300_100", "--batch-size", "4", "--rounds", "2", "--json", str(path)]
     assert command.main(arguments) == 0
     (table,) = json.loads(path.read_text())["tables"]
-    names = [row["ms a lane-step"] for row in table["rows"]]
-    assert names[:3] == ["cnnlib, 8 lanes", "cnnlib, 1 lane", "stock Flax, a step a call"] and len(names) >= 5
+    names = [row["ms per lane-step"] for row in table["rows"]]
+    assert names[:3] == ["cnnlib, 8 lanes", "cnnlib, 1 lane", "stock Flax, steps per call"] and len(names) >= 5
     for row in table["rows"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["times_ours"] > 0
     assert table["rows"][0]["times_ours"] == 1
@@ -45,7 +45,7 @@ def test_lanes_leaves_out_what_would_take_too_long(monkeypatch):
     slow = "stock Flax, vmap"
     monkeypatch.setattr(lanes, "timed", lambda entry: 99.0 if entry.name == slow and entry.units > 1 else 0.0)
     table = lanes.measure("lenet5", batch_size=2, rounds=1, counts=(1, 2, 4))
-    rows = {row["ms a lane-step"]: [row[f"{n} lanes"] for n in (1, 2, 4)] for row in table.rows}
+    rows = {row["ms per lane-step"]: [row[f"{n} lanes"] for n in (1, 2, 4)] for row in table.rows}
     assert {"cnnlib, by default", "cnnlib, all at a time", slow} <= set(rows)
     assert rows.pop(slow)[1:] == [None, None]
     measured = {name: [value is not None for value in values] for name, values in rows.items()}
@@ -90,16 +90,16 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_a_table_reads_in_a_terminal_and_in_a_readme():
-    table = Table("title", [{"ms a call": "ours", "median_ms": 1234.5, "share": 0.5}, {"ms a call": "x"} | NOTHING])
+    table = Table("title", [{"ms per call": "ours", "median_ms": 1234.5, "share": 0.5}, {"ms per call": "x"} | NOTHING])
     assert table.text(markdown=False).splitlines() == [
         "title",
         "",
-        "ms a call  median ms  share",
+        "ms per call  median ms  share",
         "ours        1,234.50  50.0%",
         "x                  -      -",
     ]
     assert table.text(markdown=True).splitlines()[2:] == [
-        "| ms a call | median ms | share |",
+        "| ms per call | median ms | share |",
         "| --- | ---: | ---: |",
         "| ours | 1,234.50 | 50.0% |",
         "| x | - | - |",

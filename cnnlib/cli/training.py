@@ -35,7 +35,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
     parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
     parser.add_argument(
-        "--profile", action="store_true", help="write a trace of an epoch of each arm, which then takes longer"
+        "--profile", action="store_true", help="write a trace of one epoch per arm; that epoch takes longer"
     )
     parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
     parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")

@@ -78,7 +78,7 @@ class Optim:
         bounds |= {"l1": 1e9, "l1_threshold": 1e9}
         for name, upper in bounds.items():
             values = getattr(self, name)
-            require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value a lane, not {values!r}")
+            require(isinstance(values, tuple), f"optim.{name} must be a tuple, one value per lane, not {values!r}")
             require(len(values) > 0, f"optim.{name} needs at least one value")
             require(len(set(values)) == len(values), f"optim.{name} repeats a value: {value_text(values)}")
             for value in values:

@@ -119,9 +119,9 @@ def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None
                     accuracy, seconds = arm["test_accuracy"], arm["train_seconds_per_lane"]
                     counts = (f"{arm['parameters']:,}", f"{arm['macs']:,}")
                     rows.append((name, label, *counts, accuracy_text(accuracy), str(accuracy["n"]), f"{seconds:.2f}"))
-    columns = ("arm", "run", "parameters", "multiply-adds", "test accuracy %, 95 % interval", "n", "seconds a lane")
+    columns = ("arm", "run", "parameters", "multiply-adds", "test accuracy %, 95 % interval", "n", "seconds per lane")
     headers = {"multiply-adds": "multiply-\nadds", "test accuracy %, 95 % interval": "test accuracy %,\n95 % interval"}
-    headers |= {"parameters": "para-\nmeters", "seconds a lane": "s /\nlane"}
+    headers |= {"parameters": "para-\nmeters", "seconds per lane": "s /\nlane"}
     print_table(console, columns, rows, left=2, headers=headers, padding=0)
     for text in (*disagreements(names, found), *fingerprints(found)):
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -218,7 +218,7 @@ COLUMNS = (
     "test %",
     "95 % interval (t)",
     "n",
-    "s a lane",
+    "s per lane",
 )
 
 

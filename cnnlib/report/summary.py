@@ -24,7 +24,7 @@ COLUMNS = (
     "multiply-adds",
     "test accuracy %, 95 % interval",
     "n",
-    "seconds a lane",
+    "seconds per lane",
 )
 HEADERS = {  # with line breaks, so that the table fits 80 columns
     "connectivity": "connec-\ntivity",
@@ -32,7 +32,7 @@ HEADERS = {  # with line breaks, so that the table fits 80 columns
     "connections": "connec-\ntions",
     "multiply-adds": "multiply-\nadds",
     "test accuracy %, 95 % interval": "test accuracy %,\n95 % interval",
-    "seconds a lane": "s /\nlane",
+    "seconds per lane": "s /\nlane",
 }
 
 
@@ -82,7 +82,7 @@ def caption(results: dict[str, Any]) -> str:
         f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test; "
         f"{config['epochs']} epochs in {config['compute_dtype']}{precision_text(config)}. "
         f"Interval: Student's t over n lanes. "
-        f"Connections and multiply-adds an example count taps on padding, not biases. "
+        f"Counts are per example. They include padded taps and exclude biases. "
         f"{device['count']} x {device['kind']}, {device['kernels']} kernels, jax {results['versions']['jax']}, "
         f"{results['wall_seconds']:.0f} s in all."
     )
