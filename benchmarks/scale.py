@@ -92,7 +92,7 @@ def sides(rounds: int) -> Table:
         whole, memory = seconds_of(experiment_of(side, 1, 32), rounds, 1)
         pieces, less = seconds_of(experiment_of(side, 1, 32, accumulate=8, remat=True), rounds, 1)
         rows.append(
-            {"side": str(side), "ms a step": 1e3 * whole, "MiB": memory / MIB}
+            {"side": str(side), "ms per step": 1e3 * whole, "MiB": memory / MIB}
             | {"ms, accumulate=8 remat": 1e3 * pieces, "MiB, accumulate=8 remat": less / MIB}
         )
     return Table("image sides, one lane, batch 32", rows)
@@ -105,7 +105,7 @@ def computed_again(rounds: int) -> Table:
         kept, memory = seconds_of(experiment_of(64, 1, 32, net), rounds, 1)
         again, less = seconds_of(experiment_of(64, 1, 32, net, remat=True), rounds, 1)
         rows.append(
-            {"net": what, "ms a step": 1e3 * kept, "MiB": memory / MIB}
+            {"net": what, "ms per step": 1e3 * kept, "MiB": memory / MIB}
             | {"ms, remat": 1e3 * again, "MiB, remat": less / MIB}
         )
     return Table("maps kept and computed again, 64x64 images, one lane, batch 32", rows)
@@ -127,7 +127,7 @@ def checkpoints(rounds: int) -> Table:
                 whole.append(kept.seconds)
         # The first save includes the time of imports.
         seconds, wait = (float(np.median(times[1:])) for times in (whole, waits))
-        rows.append({"MiB": str(size), "seconds": seconds, "training waits, s": wait, "MiB a second": size / seconds})
+        rows.append({"MiB": str(size), "seconds": seconds, "training waits, s": wait, "MiB per second": size / seconds})
     return Table("checkpoints", rows)
 
 
@@ -188,7 +188,7 @@ def streams() -> Table:
         bytes_an_example = int(np.prod(source.input_shape)) * source.dtype.itemsize
         rows.append(
             {"data": f"{data}, {workers} workers", "examples a second": count / seconds}
-            | {"MiB a second": count * bytes_an_example / MIB / seconds}
+            | {"MiB per second": count * bytes_an_example / MIB / seconds}
         )
     return Table("streams", rows)
 

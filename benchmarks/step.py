@@ -81,7 +81,7 @@ def contestants(model: Model, batch_size: int) -> list[Contestant]:
     entries = [
         Contestant(f"cnnlib, {LANES} lanes", ours(model, batch_size, LANES), LANES * STEPS),
         Contestant("cnnlib, 1 lane", ours(model, batch_size, 1), STEPS),
-        Contestant("stock Flax, steps per call", blocked(jax.jit(step), state, images, labels)),
+        Contestant("stock Flax, one step per call", blocked(jax.jit(step), state, images, labels)),
         Contestant("stock Flax, steps in lax.scan", blocked(scanned, state), LOOP_STEPS),
         Contestant(
             f"stock Flax, vmap of {LANES}",
