@@ -55,7 +55,9 @@ def measure(net: str, batch_size: int, rounds: int) -> Table:
     rows = []
     for (lanes, way), entry in entries.items():
         one = seconds[entries[lanes, "one device of all cores"].name]
-        rows.append({"ms per lane-step": f"{way}, {lanes} lane{'s' * (lanes > 1)}", **summary(seconds[entry.name], one)})
+        rows.append(
+            {"ms per lane-step": f"{way}, {lanes} lane{'s' * (lanes > 1)}", **summary(seconds[entry.name], one)}
+        )
     return Table(f"{net}, batch {batch_size}, 2 cores, median of {rounds} rounds", named(rows))
 
 
