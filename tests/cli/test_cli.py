@@ -12,6 +12,7 @@ import pytest
 from cnnlib.cli import training
 from cnnlib.cli.main import main
 from cnnlib.config.schema import EXPERIMENTS
+from cnnlib.demos import DEMOS
 
 TINY = ["data.name=lines", "data.validation=0", "epochs=1", "batch_size=500", "lanes.seed=0,1"]
 
@@ -78,6 +79,21 @@ def test_looking_imports_no_jax(tmp_path):
     )
     done = python("-c", code, json.dumps(commands), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.once
+def test_list_finds_the_experiments_from_any_folder_and_needs_no_numpy(tmp_path):
+    (tmp_path / "experiments").mkdir()  # somebody's own folder of that name is not ours
+    code = (
+        "import sys; from cnnlib.cli.main import main\n"
+        "assert main(['list']) == 0 and not {'jax', 'numpy'} & set(sys.modules)"
+    )
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.split("\n\n")[0].splitlines()]
+    assert names == list(EXPERIMENTS)
+    demos = [line.split()[0] for line in done.stdout.split("\n\n")[2].splitlines()]
+    assert demos == list(DEMOS)
 
 
 COUNTS = ("parameters", "weights", "connections", "connections_without_padding", "macs", "macs_without_padding")
