@@ -1,1 +1,1 @@
-"""Measure speed beside stock Flax and PyTorch in the same run. Nothing here asserts a time."""
+"""Compare the speed of cnnlib with stock Flax and PyTorch in the same run. No benchmark asserts a time."""

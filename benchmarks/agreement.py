@@ -1,8 +1,9 @@
 """Compile every arm of every experiment with and without the CPU's library fusions, and compare the losses.
 
-XLA's CPU compiler hands some products and sums to a library (YNNPACK). If a fusion computes wrong numbers, the losses
-of its arm differ by more than rounding. If a fusion crashes, the process ends after the previous arm. All other code is
-compiled with fewer optimisations, in half the time. This does not change the library's inputs or its work.
+XLA's CPU compiler computes some products and sums with a library (YNNPACK). Such a library call is a fusion. If a
+fusion computes wrong numbers, the losses with and without fusions differ by more than rounding. If a fusion crashes,
+the process ends, and the last table is that of the previous arm. To save half of the compile time, all other code is
+compiled with fewer optimisations. This changes neither the inputs of the library nor its computations.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from cnnlib.train.programs import evaluation_batch, numbers_of, preferred_at_a_t
 from cnnlib.train.step import Examples
 
 NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Compiler options that leave all products and sums to XLA itself. jaxlib has them from 0.9.2 on."""
+"""Compiler options with which XLA computes all products and sums itself. jaxlib 0.9.2 and later have these options."""
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
-    # Later versions do not have this option. With level 0 it gives wrong gradients (tests/processes.py).
+    # Later versions lack this option. With it, optimisation level 0 gives wrong gradients (see tests/processes.py).
     FAST["xla_cpu_use_fusion_emitters"] = False
-"""Compiler options that halve the compile time of all other code."""
+"""Compiler options that halve the compile time of all code outside the fusions."""
 NUDGES = 8
-"""Number of random changes of the initial weights. They estimate the largest difference due to rounding."""
+"""How often the initial weights are changed at random. The changes show how large a difference rounding can cause."""
 FUSION = "__ynn_fusion"
-"""Marks a library call in the text of a compiled program."""
+"""Text that marks a library call in a compiled program."""
 
 
 def measure(
@@ -52,12 +53,12 @@ def measure(
         steps: Steps of the epoch; fewer if an arm has fewer examples.
         only: The only experiment to test; empty means all.
         overrides: Overrides of the experiments, such as `data.name=mnist5k`.
-        chosen: Selects the arms of an experiment to test; by default all.
+        chosen: Function from the arms of an experiment to the arms to test; by default all.
 
     Yields:
-        One table per arm with one row per lane count. A row has the number of fusions and the largest loss difference,
-        relative to the largest loss: from fusions, and from initial weights changed by a millionth (`nudged`). An arm
-        has no table if an earlier arm has the same programs.
+        One table per arm with one row per lane count. `fusions` is the number of fusions. `difference` is the largest
+        loss difference with and without fusions, relative to the largest loss. `nudged` is the same if only the initial
+        weights change, by up to a millionth. If an earlier arm has the same programs, an arm has no table.
     """
     seen: set[tuple[Any, ...]] = set()
     for name in EXPERIMENTS:
@@ -88,7 +89,7 @@ def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> step.Recipe:
 
 
 def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) -> dict[str, Any]:
-    """Return an arm's row for this number of lanes."""
+    """Return the table row of an arm for `lanes` lanes."""
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
     at_a_time = preferred_at_a_time(arm.model.connectivity, arm.input_shape, lanes, jax.devices()[0].platform)
@@ -118,7 +119,7 @@ def nudged(states: step.State, seed: int) -> step.State:
 def outcome(
     programs: Sequence[Any], states: step.State, numbers: Any, training: Examples, test: Examples
 ) -> np.ndarray:
-    """Return for each lane its training loss of the epoch, then its loss on each test example."""
+    """Return one row per lane: the mean training loss of the epoch, then the loss on each test example."""
     epoch, predict = programs
     trained, sums = epoch(states, numbers, training)
     statistics: Statistics = trained.statistics

@@ -1,6 +1,6 @@
 """Compile lanes for absent accelerators and report estimates: cnnlib, and stock Flax vectorised or one at a time.
 
-Each row goes to a file when it is ready (`--rows`). Existing rows are not made again, since a whole table takes hours.
+Each finished row is written to the file `--rows`. A whole table takes hours, so existing rows are not made again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMS = ("ours", "stock, all lanes at once", "stock, one lane at a time")
 
 
 def row(net: str, lanes: int, dtype: str, hardware: str, form: str) -> dict[str, Any]:
-    """Compile one epoch, and return the compiler's estimates per lane-step."""
+    """Compile one epoch, and return the compiler's estimates per lane-step (one training step of one lane)."""
     target = parse_target(hardware)
     shape, platform = NETS[net][1], "tpu" if target.platform == "tpu" else "gpu"
     at_a_time = {
@@ -49,7 +49,7 @@ def row(net: str, lanes: int, dtype: str, hardware: str, form: str) -> dict[str,
 
 
 def calibration(hardware: str) -> list[dict[str, Any]]:
-    """Compare estimates for known work with its time at the published peak and bandwidth."""
+    """Estimate work whose time follows from the published peak and bandwidth, and compare the two times."""
     target = parse_target(hardware)
     found = []
     for size in (4096, 8192, 16384):
@@ -74,7 +74,7 @@ def calibration(hardware: str) -> list[dict[str, Any]]:
 def measure(
     nets: Sequence[str], lanes: Sequence[int], dtypes: Sequence[str], hardware: Sequence[str], path: Path
 ) -> Iterator[Table]:
-    """Make the missing rows, write each when it is ready, and yield one table per hardware and dtype."""
+    """Make the missing rows, write each finished row to the file, and yield one table per hardware and dtype."""
     made = Rows(path, {"jax": jax.__version__})
     for target, dtype in itertools.product(hardware, dtypes):
         rows = []

@@ -1,6 +1,6 @@
 """Time lanes on a GPU beside stock Flax and PyTorch, and compare the GPU's results with a CPU's.
 
-Each row goes to `--rows FILE` when it is ready. The rows that choose cnnlib's defaults come first.
+Each finished row is written to `--rows FILE`. The first rows are those from which we choose cnnlib's defaults.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Form(NamedTuple):
     """A way to run lanes."""
 
     kernels: Kernels
-    """Form of cnnlib's operations."""
+    """Which implementation of cnnlib's operations to use."""
     at_a_time: int | None
     """Number of vectorised lanes; None means all."""
     is_stock: bool = False
@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     batch: int = BATCH
     examples: int = EXAMPLES
     lanes: tuple[int, ...] = (64, 8, 1, 256)
-    """Lane counts. The first one chooses the defaults."""
+    """Lane counts. The rows of the first one are measured first: from these we choose the defaults."""
     product: int = 8192
     """Rows and columns of the matrix product."""
     copied: int = 2**30
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
     experiments: tuple[str, ...] = ("fc_vs_conv", "mnist1d")
     """Experiments that run whole."""
     overrides: tuple[str, ...] = ()
-    """Overrides of these experiments."""
+    """Overrides of `experiments`."""
     resumed: tuple[str, ...] = ("arms=lenet5", "lanes.seed=0,1", "epochs=1000")
     """Overrides of `fc_vs_conv` for the killed run. The run must be long enough for a checkpoint."""
     checks: bool = True
@@ -103,11 +103,11 @@ TINY = Sizes(
     resumed=("arms=mlp_75_33", "data.train=200", "epochs=20", "lanes.seed=0,1"),
     checks=False,
 )
-"""Sizes for a test on a CPU."""
+"""Small sizes for a rehearsal on a CPU."""
 
 
 def target_here() -> Target | None:
-    """Return the device as a target of estimates; None if `GPUS` lacks its published figures."""
+    """Return the device as a target of estimates; None if `GPUS` lacks the published figures of the device."""
     kind = jax.devices()[0].device_kind.lower()
     return next((Target("cuda", known, name, 1) for name, known in GPUS.items() if name in kind), None)
 
@@ -138,9 +138,9 @@ def median(work: Callable[[], Any], units: int = 1) -> float:
 
 
 def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
-    """Make each lane's hyperparameters, and learnable examples: noise with a brighter band whose place is the class.
+    """Make the hyperparameters of each lane, and examples: noise with a brighter band. The class is the band's place.
 
-    Returns NumPy arrays, which any device accepts.
+    Return NumPy arrays, which any device accepts.
     """
     lanes = len(epoch.numbers.seed)
     seeds = np.arange(lanes, dtype=np.uint32)
@@ -164,7 +164,7 @@ def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
 
 
 def lanes_row(sizes: Sizes, net: str, lanes: int, dtype: str, form: str) -> Row:
-    """Time epochs of all lanes, and estimate their time from the compiled program."""
+    """Time epochs of all lanes, and estimate the time of an epoch from the compiled program."""
     how = FORMS[form]
     epoch = epoch_of(net, lanes, dtype, how.at_a_time or lanes, sizes.batch, sizes.examples, "sgd")
     numbers, examples = jax.device_put(arrays_of(epoch))
@@ -193,7 +193,7 @@ def lanes_row(sizes: Sizes, net: str, lanes: int, dtype: str, form: str) -> Row:
 
 
 def torch_row(sizes: Sizes, net: str, lanes: int, how: str) -> Row:
-    """Time PyTorch's steps."""
+    """Time PyTorch's training steps; `how` is the way to run them."""
     if problem := peers.torch_is_missing():
         raise RuntimeError(problem)
     model, shape, random = model_of(net), NETS[net][1], np.random.RandomState(0)
@@ -212,13 +212,13 @@ def torch_row(sizes: Sizes, net: str, lanes: int, how: str) -> Row:
 
 
 def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
-    """Train the same 2 lanes here and on the CPU; compare losses after 1 step and after `sizes.steps` steps."""
+    """Train the same 2 lanes on the GPU and the CPU; compare losses after 1 step and after `sizes.steps` steps."""
     found: Row = {}
     for steps in (1, sizes.steps):
         losses = []
         for device, kernels in ((jax.devices()[0], None), (jax.devices("cpu")[0], "xla")):
             epoch = epoch_of(net, 2, "float32", 1, sizes.batch, steps * sizes.batch, "sgd")
-            # `default_device` decides where JAX puts arrays; `compiled_for` decides which operations are traced.
+            # `default_device` sets the device of JAX's arrays. `compiled_for` sets the operations that are traced.
             with jax.default_device(device), jax.default_matmul_precision(precision), compiled_for(kernels):
                 numbers, examples = jax.device_put(arrays_of(epoch), device)
                 state = jax.jit(train.over_lanes(train.initialize(epoch.recipe), 1))(numbers)
@@ -258,7 +258,7 @@ def fingerprints(results: Row) -> list[str]:
 
 
 def run_row(name: str, overrides: Sequence[str]) -> Row:
-    """Run a whole experiment, and report its results beside the stored results of a CPU."""
+    """Run the whole experiment `name`, and report the results beside the stored results of a CPU."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         completed("run", name, *overrides, "--out", folder)
@@ -340,7 +340,8 @@ def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
 def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
     """Yield the rows of one lane count.
 
-    Skips forms that equal another one: other operations if a net has no windows, and `at_a_time` of all lanes or more.
+    Skip forms that equal another form. Without windows, a net has no other operations to compare. If `at_a_time` is
+    `lanes` or more, the form equals the one that vectorises all lanes.
     """
     for net, (form, how) in itertools.product(TIMED, FORMS.items()):
         has_windows = model_of(net).connectivity != "full"
@@ -356,7 +357,7 @@ def torch_of(sizes: Sizes, net: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
 
 
 def measure(seconds: float, path: Path, sizes: Sizes) -> Iterator[Table]:
-    """Start rows for up to `seconds` seconds, finish the last one, and yield tables of all rows in the file."""
+    """Make rows; start no new row after `seconds` seconds. Then yield tables of all rows in the file."""
     made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     until, rows, wanted = time.monotonic() + seconds, Rows(path, made_with), list(plan(sizes))
     for key, make in wanted:

@@ -17,7 +17,7 @@ from cnnlib.train.programs import free_memory
 
 LANES = (1, 2, 4, 8, 16, 64, 256)
 LONGEST = 20.0
-"""Seconds. A contestant whose call takes longer is not timed, here and at all higher lane counts."""
+"""If one call of a contestant takes more than this many seconds, leave it out from this lane count on."""
 
 
 def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -> list[Contestant]:
@@ -56,12 +56,12 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
 
 
 def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LANES) -> Table:
-    """Return one row per contestant and one column per lane count; None means too slow or too much memory."""
+    """Return a row per contestant and a column per lane count; None means too slow, or not enough memory."""
     model = model_of(net)
     left_out: set[str] = set()
     columns: dict[int, dict[str, float]] = {}
     names: list[str] = []
-    # PyTorch's vmap does not tell its memory in advance. Estimate every map of every model, forward and backward.
+    # PyTorch's vmap does not report its memory use in advance. So add up all maps of all models, forward and backward.
     bytes_a_lane = 4 * 4 * batch_size * count(model, INPUT_SHAPE).activations
     for lanes in counts:
         if bytes_a_lane * lanes > free_memory(jax.devices()[0]):

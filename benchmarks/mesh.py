@@ -1,4 +1,4 @@
-"""Time a mesh of CPU cores that shards lanes or batches, beside one device of all cores."""
+"""Time training with each CPU core as a device, which shards lanes or batches, beside one device of all cores."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) 
 
 
 def measure(net: str, batch_size: int, rounds: int) -> Table:
-    """Return milliseconds per lane-step for one lane and two, and the ratio to one device of all cores."""
+    """Return milliseconds per lane-step for one lane and for two lanes, and the ratio to one device of all cores."""
     model = model_of(net)
     entries = {
         (lanes, way): Contestant(f"{lanes} {way}", epoch_of(model, batch_size, lanes, shape), lanes * STEPS)

@@ -1,8 +1,9 @@
 """Compare seeds per minute on MNIST-1D: the experiment `mnist1d`, and the protocol of the paper's notebook in PyTorch.
 
 The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order. It fetches
-the loss of each step and measures accuracy every 250 steps (Greydanus and Kobak, arXiv 2011.14439). Both sides train
-the same nets for as many steps. Neither time includes making the data. Ours is timed with and without compilation.
+the loss of each step and measures accuracy every 250 steps (Greydanus and Kobak, arXiv 2011.14439). cnnlib and the
+notebook train the same nets for the same number of steps. Neither time includes making the data. cnnlib's time is given
+with and without compilation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def torch_net(name: str) -> Any:
 
 
 def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
-    """Return the seconds in which the notebook's loop trains one seed."""
+    """Return how many seconds the notebook's loop takes to train one seed."""
     import torch
 
     torch.manual_seed(seed)
@@ -82,7 +83,7 @@ def torch_seconds(name: str, seed: int, steps: int, data: Any) -> float:
 
 
 def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
-    """Return a call that trains all lanes of the experiment's arm from scratch, and its compile time in seconds."""
+    """Return a function that trains all lanes of the experiment's arm from scratch, and the compile time in seconds."""
     (arm,) = resolve(experiment)
     devices = sharding.devices()
     feed = Resident(load(arm.data), devices)
@@ -99,7 +100,7 @@ def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
 
 
 def measure(rounds: int, epochs: int, lanes: int) -> Table:
-    """Compare seeds per minute of each net. A round trains one seed in PyTorch and all lanes in our one program."""
+    """Compare seeds per minute of each net. A round trains one seed in PyTorch, and all lanes in one cnnlib program."""
     if missing := torch_is_missing():
         raise UserError(missing)
     names = ("logistic", "mlp", "cnn")
@@ -127,7 +128,7 @@ def measure(rounds: int, epochs: int, lanes: int) -> Table:
 
 
 def row(name: str, ours: Any, theirs: Any, compiled: Any) -> dict[str, Any]:
-    """Return the median times, and the median of the ratios per round."""
+    """Return the median times of cnnlib and PyTorch, and the median of their ratios per round."""
     return {
         "net": name,
         "PyTorch, s per seed": float(np.median(theirs)),

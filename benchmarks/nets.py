@@ -1,4 +1,4 @@
-"""Build the networks of `aot` and `gpu`: one epoch of each as a program, with cnnlib's or stock operations."""
+"""Build the networks of `aot` and `gpu`: one epoch per program, with cnnlib's operations or those of stock Flax."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def stock_local(
     dilation: PerAxis = 1,
     feature_group_count: int = 1,
 ) -> jax.Array:
-    """Compute a local layer as Flax's `nn.ConvLocal` does, which has no groups."""
+    """Compute a local layer as Flax's `nn.ConvLocal` does. `nn.ConvLocal` has no feature groups."""
     if feature_group_count != 1:
         raise ValueError(f"ConvLocal has no groups, not {feature_group_count}")
     axes = x.ndim - 2
@@ -99,7 +99,7 @@ def stock_max_pool(x: jax.Array, window: PerAxis, strides: PerAxis | None = None
 
 @contextlib.contextmanager
 def stock_operations() -> Iterator[None]:
-    """Trace networks with stock operations inside this context. They still pool before bias and activation."""
+    """Trace networks with stock operations inside this context. The networks still pool before bias and activation."""
     exchanged = {
         "conv2d": stock_convolution,
         "conv1d": stock_convolution,
@@ -122,7 +122,7 @@ class Epoch(NamedTuple):
 
     recipe: Recipe
     function: Any
-    """Jitted: (states, numbers, examples) to (next states, sums). The states are donated."""
+    """Jitted function from (states, numbers, examples) to (next states, sums). It reuses the memory of the states."""
     states: Any
     numbers: LaneNumbers
     examples: Examples
@@ -138,7 +138,7 @@ def model_of(net: str) -> Model:
 def epoch_of(
     net: str, lanes: int, dtype: str, at_a_time: int, batch: int = BATCH, examples: int = EXAMPLES, optim: str = "adam"
 ) -> Epoch:
-    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised. Traces nothing yet."""
+    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised. Tracing happens later."""
     shape, struct = NETS[net][1], jax.ShapeDtypeStruct
     recipe = Recipe(network.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
     seeds = ("seed", "order_seed")
@@ -153,11 +153,11 @@ def epoch_of(
 
 
 class Rows:
-    """Rows in a file of JSON lines. Each row is written when it is ready. Existing rows are not made again.
+    """Rows in a file of JSON lines. Each finished row is written at once. Rows that are in the file are not made again.
 
     Args:
         path: The file.
-        made_with: Further conditions of the rows, such as versions. Rows with other values are ignored.
+        made_with: Names and values, such as versions, stored in each row. Rows with other values are ignored.
     """
 
     def __init__(self, path: Path, made_with: dict[str, str]) -> None:
@@ -169,10 +169,10 @@ class Rows:
                 self.known[tuple(one["key"])] = one
 
     def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of this key; make it if it is missing. If that fails, the row has the reason as `failed`.
+        """Return the row of `key`; if it is missing, call `make`. If `make` fails, the row has the reason as `failed`.
 
         Raises:
-            UserError: No row can be made, for example without a compiler.
+            UserError: `make` raised it because no row can be made, for example without a compiler.
         """
         if key not in self.known:
             try:

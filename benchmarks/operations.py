@@ -1,4 +1,4 @@
-"""Time each operation and its gradients: ours and stock, in and out of a loop, one kernel and eight at once."""
+"""Time operations and their gradients in cnnlib and in stock JAX: alone, in a loop, and with eight kernels at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stock_conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
 
 
 def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Compute JAX's own local layer. It takes taps and channels in one axis, channels first."""
+    """Compute JAX's own local layer. JAX expects taps and channels of the kernel in one axis, channels first."""
     flat = kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
     pads = ((padding, padding),) * 2
     spec = ("NHWC", "HWIO", "NHWC")
@@ -61,7 +61,7 @@ def parts(operation: Operation) -> dict[str, Operation]:
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Trace with these CPU kernels inside this context."""
+    """Trace operations with the CPU kernels `implementation` inside this context."""
     before = os.environ.get("CNNLIB_KERNELS", "auto")
     os.environ["CNNLIB_KERNELS"] = implementation
     try:
@@ -71,7 +71,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 def implementations() -> list[str]:
-    """Return our implementations: XLA's, and on a CPU also kernels.cc if it compiles."""
+    """Return cnnlib's implementations: XLA's kernels, and on a CPU also kernels.cc if it compiles."""
     if jax.devices()[0].platform != "cpu":
         return ["xla"]
     return ["xla"] if kernels.register() else ["native", "xla"]
@@ -94,8 +94,8 @@ def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: A
 def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
     """Return one table per operation with `only` in its name.
 
-    Tables have milliseconds per call alone, in a loop and under vmap, and the share of the matrix product's rate in a
-    loop (not for pooling).
+    A table has milliseconds per call: alone, in a loop and under `vmap`. Except for pooling, it also has the rate in a
+    loop as a share of the matrix product's rate.
     """
     tables = []
     random = np.random.RandomState(0)
@@ -139,7 +139,7 @@ def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
 def race(
     title: str, bodies: dict[str, Operation], x: Any, kernel: Any, gradient: Any, rounds: int, operations: float | None
 ) -> Table:
-    """Time every part of every implementation in all three ways, in turn."""
+    """Time forward and gradients of every implementation in all three ways, in turn."""
     yardstick, product = matrix_product()
     entries, labels = [yardstick], []
     for name, body in bodies.items():

@@ -69,7 +69,7 @@ def stacked_init(init: Callable[..., Any], x: jax.Array, lanes: int) -> Any:
 
 
 def torch_is_missing() -> str | None:
-    """Return in one line why PyTorch is left out, or None if it can run. PyTorch is no dependency."""
+    """Return in one line why PyTorch is left out, or None if PyTorch can run. cnnlib does not depend on PyTorch."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (extra `bench`): its rows are missing"
     import torch
@@ -117,7 +117,7 @@ def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any,
 
 
 def torch_finished() -> None:
-    """Wait for PyTorch's GPU. On a CPU, a call returns only when it has finished."""
+    """Wait until PyTorch's GPU work is finished. On a CPU this does nothing, as each call returns after its work."""
     import torch
 
     if torch.cuda.is_available():
@@ -127,7 +127,7 @@ def torch_finished() -> None:
 def torch_step(
     model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool, models: int = 1, compiled: bool = False
 ) -> Callable[[], None]:
-    """Return a call that trains `models` networks for one step each, in turn: eager or with `torch.compile`."""
+    """Return a function that trains `models` networks in turn, one step each: eager or with `torch.compile`."""
     import torch
 
     images, labels = torch_batch(x, y, channels_last)
@@ -149,7 +149,7 @@ def torch_step(
 
 
 def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> Callable[[], None]:
-    """Return a call that trains `models` networks for one step at once: `torch.func.vmap` over stacked parameters."""
+    """Return a function that trains `models` networks at once, one step each, by `torch.func.vmap` over parameters."""
     import torch
     from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -176,9 +176,9 @@ def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> 
 
 
 def torch_graph_step(model: Model, x: np.ndarray, y: np.ndarray) -> Callable[[], None]:
-    """Return a call that trains one network for one step, recorded and replayed as a CUDA graph.
+    """Return a function that trains one network for one step by replaying a CUDA graph.
 
-    Records as PyTorch's documentation of CUDA graphs says: after some steps on a side stream.
+    The graph is recorded as PyTorch's documentation of CUDA graphs says: after some steps on a side stream.
 
     Raises:
         RuntimeError: There is no GPU.

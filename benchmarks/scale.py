@@ -1,4 +1,4 @@
-"""Measure the costs that docs/scale.md uses: of lanes, image sides, checkpoints, lines, hosts and streams."""
+"""Measure the costs that docs/scale.md uses, such as those of lanes, image sides, checkpoints, hosts and streams."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) -> tuple[float, int]:
-    """Return the median seconds of an epoch of all lanes, and the bytes of its program."""
+    """Return the median seconds of an epoch of all lanes, and the bytes of memory that the epoch's program takes."""
     (arm,) = resolve(experiment)
     found = sharding.devices(devices)
     feed = Resident(load(arm.data), found)
@@ -86,7 +86,7 @@ def lanes_and_devices(rounds: int) -> Table:
 
 
 def sides(rounds: int) -> Table:
-    """Measure time and memory of a step of 32 images for each image side, whole and with `accumulate` and `remat`."""
+    """Measure time and memory of a step of 32 images for each image side, with and without `accumulate` and `remat`."""
     rows = []
     for side in SIDES:
         whole, memory = seconds_of(experiment_of(side, 1, 32), rounds, 1)
@@ -112,7 +112,7 @@ def computed_again(rounds: int) -> Table:
 
 
 def checkpoints(rounds: int) -> Table:
-    """Time writing a device snapshot to a complete checkpoint, in MiB per second, and the wait of the training."""
+    """Time how long it takes to write a complete checkpoint, and how long training waits for it."""
     rows = []
     for size in (8, 64):
         taken = checkpoint.snapshot({"words": jax.numpy.arange(size * MIB // 4, dtype=np.uint32).reshape(8, -1)})
@@ -132,7 +132,7 @@ def checkpoints(rounds: int) -> Table:
 
 
 def lines(rounds: int) -> Table:
-    """Time one line of `metrics.jsonl`, per lane and epoch."""
+    """Time writing one line of `metrics.jsonl`. A run writes one line per lane and epoch."""
     line = {"arm": "net", "lane": 123, "seed": 123, "order_seed": 123, "learning_rate": 0.01, "momentum": 0.9}
     line |= {"weight_decay": 0.0, "label_smoothing": 0.0, "l1": 0.0, "l1_threshold": 0.0, "epoch": 12}
     line |= {f"{part}_{kind}": 0.123456789 for part in ("train", "validation") for kind in ("loss", "accuracy")}
@@ -172,7 +172,7 @@ def hosts() -> Table:
 
 
 def streams() -> Table:
-    """Measure examples per second of the read-ahead stream without training, for several worker counts."""
+    """Measure how many examples per second a stream reads without training, for several worker counts."""
     rows = []
     for data, batch_size, workers in (("mnist5k", 100, 0), ("lines_256x8192", 64, 0), ("lines_256x8192", 64, 2)):
         source = open_splits(Data(data)).train

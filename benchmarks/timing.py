@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time: `work()` does `units` of it and returns when it is done."""
+    """Something to time: `work()` does `units` units of work, and returns after the work is finished."""
 
     name: str
     work: Callable[[], Any]
@@ -22,7 +22,7 @@ class Contestant:
 
 
 def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
-    """Return each contestant's seconds per unit, one value per round. All run in turn, after one warm-up each."""
+    """Return each contestant's seconds per unit, one value per round. Contestants run in turn, after a warm-up each."""
     for contestant in contestants:
         contestant.work()
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -40,21 +40,21 @@ def timed(contestant: Contestant) -> float:
 
 
 def blocked(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """Return a call that waits for its result, since JAX returns before the work is done."""
+    """Return a function that calls `function` and waits for the result. JAX itself returns before work is finished."""
     return lambda: jax.block_until_ready(function(*arguments))
 
 
 def matrix_product(side: int = 2048) -> tuple[Contestant, float]:
-    """Return a large float32 matrix product, the yardstick of the machine, and its floating-point operations."""
+    """Return a float32 matrix product, which measures the machine's speed, and its number of operations."""
     a = jnp.ones((side, side), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     return Contestant("matrix product", blocked(product, a)), 2.0 * side**3
 
 
 def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, float]:
-    """Return median, lowest and highest time in milliseconds and, if `ours` is given, the median ratio to it.
+    """Return median, lowest and highest of `seconds` in milliseconds; if given, also the median ratio to `ours`.
 
-    Ratios are taken per round, so that a slow phase of the machine affects both.
+    Ratios are taken per round, because a slow phase of the machine then affects both times of a ratio.
     """
     found = {
         "median_ms": 1e3 * float(np.median(seconds)),

@@ -1,7 +1,7 @@
 """Measure the cost of checkpoints and tracking: whole processes with and without them, in turn.
 
-The hanging W&B is a local server that accepts connections and never answers. The process may wait for it at its end,
-so the table has the seconds of training beside those of the whole process.
+The row "W&B hangs" uses a local server that accepts connections and never answers. A process may wait for this server
+before it ends. So the table has the time of the training as well as that of the whole process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRAS = {
 
 
 def measure(experiment: str, rounds: int) -> Table:
-    """Time each way to run an experiment, once per round, and divide by the first way's time in the same round.
+    """Time each way to run `experiment` once per round, and divide by the time of the first way in the same round.
 
     A warm-up before the first round compiles the programs.
     """

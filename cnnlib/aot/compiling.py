@@ -1,7 +1,8 @@
 """Compile a function for a chip that this machine does not have, and estimate its time and memory there.
 
-On any machine, libtpu compiles for TPUs and the CUDA plugin for NVIDIA GPUs (extras `aot` and `cuda12`). Nothing is
-run. docs/accelerators.md compares the estimates with the published peaks.
+On any machine, libtpu compiles for TPUs and the CUDA plugin for NVIDIA GPUs (extras `aot` and `cuda12`). The compiled
+programs are not run. docs/accelerators.md compares the estimates with the published peaks. For a TPU, libtpu also
+writes a schedule: the instructions that the chip starts in each cycle (`cnnlib/aot/schedule.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GPU_DESCRIPTION = Path(__file__).with_name("h100.txtpb")
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a compiled program. Times, cycles and bytes are totals over all its runs."""
+    """One operation of a compiled program. `seconds`, `cycles` and `bytes` are totals over all its `times` runs."""
 
     name: str
     kind: str
@@ -42,10 +43,11 @@ class Operation:
     """The JAX operation that this operation comes from."""
     shape: str
     times: int
+    """Number of runs."""
     seconds: float
-    """Estimated total time."""
     cycles: int | None
-    """Cycles in a TPU core's schedule, or of its memory at the published bandwidth if more. None for GPUs."""
+    """Cycles of a TPU core: those in its schedule, or those for moving `bytes` at the published bandwidth if these are
+    more. None for GPUs."""
     bytes: int
     """Bytes read from and written to main memory."""
 
@@ -57,7 +59,7 @@ class Report:
     compile_seconds: float
     """CPU time of the compiler."""
     memory_bytes: int
-    """Peak of arguments, results and temporaries."""
+    """Memory of arguments, results and temporaries together. A result that reuses an argument's memory adds nothing."""
     temporary_bytes: int
     operations: tuple[Operation, ...]
     """Sorted by estimated time, longest first."""
@@ -71,7 +73,7 @@ class Report:
 
     @property
     def cycles(self) -> int | None:
-        """Scheduled cycles of one call, or None for GPUs."""
+        """Estimated cycles of one call, or None for GPUs."""
         counted = [operation.cycles for operation in self.operations if operation.cycles is not None]
         return sum(counted) if counted else None
 
@@ -83,7 +85,7 @@ class Report:
 
 @functools.cache
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder for the schedules that libtpu writes in this process. It is removed when the process ends."""
+    """Make the folder for the schedules that libtpu writes. The folder is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="cnnlib-schedules-")
 
 
@@ -140,15 +142,15 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
     Args:
         function: A function from `jax.jit`.
         arguments: Shapes. For one device, place them with `on`; for several, shard them as `function` expects.
-        target: Hardware whose devices (`devices`) the arguments or shardings name.
-        form: Form of the operations (`primitives.form_in_use`); None for the form of the target.
+        target: Hardware to compile for. The shardings of `arguments` or `function` must use `devices(target)`.
+        form: Lowering of the operations, such as `gpu` (`primitives.form_in_use`); None for that of the target.
     """
     with compiled_for(form or ("tpu" if target.platform == "tpu" else "gpu")):
         lowered = function.lower(*arguments)
     if target.platform == "tpu":
         schedule.forget(schedules_folder())
     before = time.process_time()
-    # Autotuning would need a real GPU.
+    # Autotuning would need a real GPU, so it is switched off.
     options = {"xla_gpu_autotune_level": 0} if target.platform == "cuda" else None
     compiled = lowered.compile(options)
     seconds = time.process_time() - before
@@ -156,10 +158,10 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
 
 
 def report_of(compiled: Any, seconds: float, target: Target) -> Report:
-    """Estimate the time and memory of a compiled program. For a TPU, it must be the last that this process compiled.
+    """Estimate the time and memory of a compiled program.
 
     Args:
-        compiled: A program from `jax.stages.Lowered.compile`.
+        compiled: A program from `jax.stages.Lowered.compile`. For a TPU, the program that this process compiled last.
         seconds: CPU time that compiling took.
         target: Hardware that the program was compiled for.
 
@@ -197,7 +199,7 @@ def report_of(compiled: Any, seconds: float, target: Target) -> Report:
 def estimated(program: hlo.Program, cost: hlo.Cost, target: Target, issued: dict[str, int] | None) -> Operation | None:
     """Estimate the cost of all runs of an operation. Return None for copies that run in parallel with other work.
 
-    The cost of an operation without a schedule, such as one on scalars, follows from the bytes that it moves.
+    Some operations, such as those on scalars, have no schedule. Their time is the time to move their bytes.
     """
     instruction, chip = cost.instruction, target.chip
     if instruction.opcode in hlo.ASYNCHRONOUS:

@@ -42,19 +42,19 @@ GPUS = {
 
 
 LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries Google's metadata server and waits
+    "TPU_SKIP_MDS_QUERY": "1",  # without it, libtpu queries Google's metadata server and waits
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any machine type with TPUs will do
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process stops at libtpu's lock
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it, a second process stops at libtpu's lock
 }
 """Environment variables that libtpu needs on a machine without TPUs."""
 
 
 def set_environment() -> None:
-    """Set the environment for compiling, preferably before JAX is imported. Otherwise JAX looks for a TPU and warns."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # otherwise JAX looks for a TPU
+    """Set the environment for compiling. Call this before JAX is imported, or JAX looks for a TPU and warns."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # keeps JAX from looking for a TPU
     for name, value in LIBTPU_ENVIRONMENT.items():
-        if os.environ.get(name, "WARNING").startswith("WARNING"):  # JAX sets "WARNING..." if it finds none
+        if os.environ.get(name, "WARNING").startswith("WARNING"):  # JAX sets "WARNING..." if it finds no value
             os.environ[name] = value
 
 
@@ -65,7 +65,7 @@ class Target:
     platform: Literal["tpu", "cuda"]
     chip: Chip
     topology: str
-    """Kind of the chips and, for TPUs, how they are connected, such as v5e:2x4."""
+    """Kind of the chips and, for TPUs, the number of chips per axis, such as v5e:2x4."""
     devices: int
 
     def __str__(self) -> str:

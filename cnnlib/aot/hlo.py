@@ -1,4 +1,4 @@
-"""Parse XLA's optimised programs: their operations, how often each runs, and how many bytes it moves."""
+"""Parse the text (HLO) of programs that XLA has optimised: list the operations, their runs, and the bytes they move."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COLLECTIVES = frozenset(
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
 ELSEWHERE = re.compile(r"[a-z]+\d*\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
-"""Match a shape that lies in a memory other than main memory, such as one on the chip."""
+"""Match the shape of an array that lies outside main memory, for example in a memory on the chip."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Instruction:
     is_root: bool
 
     def called(self, key: str) -> str | None:
-        """Return the name of the computation in an attribute such as `body=`, or None without that attribute."""
+        """Return the computation that the attribute `key`, such as `body`, names. Return None if there is none."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
@@ -94,7 +94,11 @@ class Computation:
 
 @dataclass(frozen=True)
 class Frame:
-    """A computation, and for the body or condition of a loop, the frame and name of the loop's operand."""
+    """A computation at the place where it runs.
+
+    For the body or condition of a loop, `caller` is the frame that contains the loop, and `operand` is the name of the
+    loop's operand in that frame.
+    """
 
     computation: Computation
     caller: Frame | None = None
@@ -205,7 +209,7 @@ class Program:
 
 
 def root_operand(root: Instruction, name: str, positions: dict[str, int], operands: list[str]) -> str:
-    """Return the operand of a fusion that an operand `name` of its root stands for, or `name` itself."""
+    """Return the operand of a fusion that belongs to its parameter `name`. If `name` is no parameter, return `name`."""
     return operands[positions[name]] if name in positions else name
 
 
@@ -233,7 +237,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def closing(text: str, start: int) -> int:
-    """Return the index after the bracket that closes the one at `start`."""
+    """Return the index after the bracket that closes the bracket at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] in "([{") - (text[place] in ")]}")
@@ -243,7 +247,7 @@ def closing(text: str, start: int) -> int:
 
 
 def bytes_of(shape: str, main_memory: bool = False) -> int:
-    """Return the bytes of a shape in HLO notation. A tuple gives its total. `main_memory` skips other memories."""
+    """Return the bytes of a shape, or of all shapes in a tuple. If `main_memory`, ignore arrays in other memories."""
     text = ELSEWHERE.sub("", shape) if main_memory else shape
     return sum(
         BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)

@@ -1,8 +1,8 @@
 """Count the cycles of each operation on a TPU core, from libtpu's dump of its final schedules.
 
 A TPU core runs one bundle of instructions per cycle. With `--xla_jf_dump_to`, libtpu writes the bundles of each
-operation into a file. The number of bundles, with loops multiplied by their trip counts, is the number of cycles
-without waits for memory. Loops of unknown length count once.
+operation into a file: the schedule of the operation. We count the bundles, and multiply those in a loop by its trip
+count. The total is the number of cycles, without waits for memory. Loops of unknown length count once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Loop:
 
     bundles: int = 0
     stages: int = 0
-    """Stages of software pipelining. `Reader.close` counts the loop `trips - stages` times, but at least once."""
+    """Stages of software pipelining. `Reader.close` multiplies `bundles` by `trips - stages`, but at least by 1."""
     trips: int = 1
 
 
@@ -83,7 +83,8 @@ def schedules(folder: Path) -> dict[str, int]:
         if name and not name[1].endswith("schedule-analysis"):
             found[name[1]] = cycles_of(path)
         elif path.name.endswith("deduplication-map.txt"):
-            # Operations with equal code share a schedule: a key, followed by indented lines with their names.
+            # Operations with equal code share a schedule. The file lists each group: a line with the key of the
+            # schedule, then indented lines with the names of the operations.
             for line in path.read_text(errors="replace").splitlines():
                 if line.startswith("key:"):
                     alike.append([line.removeprefix("key:").strip()])

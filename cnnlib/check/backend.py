@@ -28,9 +28,9 @@ def require_right(device: jax.Device, precision: Precision, keep: bool, says: Ca
     A file in the user's cache folder records that the check has passed.
 
     Args:
-        device: One of this process's devices. Other devices of its kind are assumed to behave alike.
+        device: One of this process's devices. All devices of the same kind are assumed to give the same results.
         precision: Precision of matrix products, as in training.
-        keep: Whether the compiled check may be kept in the user's cache folder.
+        keep: Whether the compiled program of the check may be kept in the user's cache folder.
         says: Called with a message if the check runs.
 
     Raises:

@@ -1,10 +1,10 @@
 """Cases that check a backend: every operation of training, forward and gradients, against float64 NumPy.
 
-A case is an operation on arrays of one size. It runs in all forms that training uses (`compare.FORMS`). The tolerance
-of each value follows from the number and size of the terms it sums and from the backend's rounding. A sum of n terms,
-in any order, is off by a few times sqrt(n) units of rounding, times the sum of the magnitudes, with probability near 1
-(Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). On a correct backend, the largest
-error is therefore at most 1, in units of the tolerance.
+A case is an operation on arrays of one size. It runs in all forms that training uses (`compare.FORMS`). Most values are
+sums of n terms. The tolerance of a value is a few times sqrt(n) * u * (sum of the terms' absolute values), where u is
+the relative error of one rounding. With probability near 1, the rounding error of the sum is smaller, in any order of
+the terms (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). On a correct backend, the
+largest error is therefore at most 1, in units of the tolerance.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def bilinear(
 ) -> Case:
     """Return the case of an operation that is linear in each of its two arguments.
 
-    The same functions give the tolerance: magnitude from absolute values, terms from ones, spread from squares.
+    `value`, `to_x` and `to_kernel` compute the exact result and gradients. They also give the tolerance (`Expected`):
+    applied to absolute values, they give `magnitude`; applied to ones, `terms`; applied to squares, `spread` squared.
     """
 
     def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -94,7 +95,7 @@ class Taps(NamedTuple):
         return np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=fill)
 
     def each(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """Yield for each tap its row, its column, and the slices of the padded input under it at all positions."""
+        """For each tap, yield its row, its column, and slices that select the values under it from the padded input."""
         rows, columns = self.places(shape)
         for i in range(self.window[0]):
             for j in range(self.window[1]):
@@ -118,7 +119,7 @@ class Taps(NamedTuple):
 def filtered(
     operation: str, x_shape: tuple[int, ...], features: int, taps: Taps, *, local: bool = False, signals: bool = False
 ) -> Case:
-    """Return the case of a convolution, or of a local layer if `local`. With `signals` it is over one axis."""
+    """Return the case of a convolution, or of a local layer if `local`. If `signals`, there is one spatial axis."""
     places, shape = taps.places(x_shape), (*taps.window, x_shape[-1], features)
     size = f"{'x'.join(map(str, x_shape))} by {'x'.join(map(str, shape))}"
     size += f" /{taps.strides}" * (taps.strides > 1) + f" dilated {taps.dilation}" * (taps.dilation > 1)
@@ -160,12 +161,12 @@ def filtered(
 
     kernel = normal(f"kernel {size}", LANES, *(places if local else ()), *shape)
     case = bilinear(operation, size, function, normal(size, LANES, *x_shape), kernel, value, to_x, to_kernel)
-    # A local layer sums its input gradient over the taps in the type of its input.
+    # In a local layer, the input gradient is a sum over taps, in the type of the input.
     return case._replace(sums_in_own_type=local)
 
 
 def pooled(operation: str, x_shape: tuple[int, ...], taps: Taps) -> Case:
-    """Return the case of `max_pool` or `avg_pool`. Values that tie for the largest share the gradient."""
+    """Return the case of `max_pool` or `avg_pool`. If several values are the largest, they share the gradient."""
     size = f"{'x'.join(map(str, x_shape))}, {taps.window[0]}x{taps.window[1]} /{taps.strides}"
 
     def reference(x: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -188,9 +189,10 @@ def pooled(operation: str, x_shape: tuple[int, ...], taps: Taps) -> Case:
 
 
 def filtered_and_pooled(x_shape: tuple[int, ...], features: int, taps: Taps, pool: MaxPool) -> Case:
-    """Return the case of a convolution followed by max pooling, on integers: rounding must not change the winners.
+    """Return the case of a convolution followed by max pooling.
 
-    It runs only in float32. In bfloat16 these are two operations, and each has its own cases.
+    The arguments are integers, so that rounding cannot change which value of a window is the largest. The case runs
+    only in float32. In bfloat16, convolution and pooling are two operations, and each of them has its own cases.
     """
     conv = filtered("conv2d", x_shape, features, taps)
     map_shape = (x_shape[0], *taps.places(x_shape), features)
@@ -248,7 +250,8 @@ def activated(rows: int, units: int) -> Case:
         back, most = gradient * (1 - y**2) * (x + bias > 0), np.abs(gradient)
         return [Expected(y, np.abs(y), 2), Expected(back, most, 2), Expected(back.sum(0), most.sum(0), rows)]
 
-    # Multiples of 1/8 and 1/16 make sums exact in bfloat16. Sums are never zero, where the gradient is ambiguous.
+    # Multiples of 1/8 and 1/16 make `x + bias` exact in bfloat16. `x + bias` is never zero, because the gradient of
+    # relu at zero is ambiguous.
     x, bias = np.round(8 * normal(size, LANES, rows, units)) / 8, normal(f"bias {size}", LANES, units)
     arguments = (np.clip(x, -3, 3), (np.clip(np.round(8 * bias), -7, 7) + 0.5).astype(np.float32) / 8)
     function = lambda x, bias: jnp.tanh(jax.nn.relu(x + bias[None]))  # noqa: E731
@@ -256,7 +259,7 @@ def activated(rows: int, units: int) -> Case:
 
 
 def summed(rows: int) -> Case:
-    """Return the case of summed squares of a product with a constant. Compilers fuse it, over blocks of rows."""
+    """Return the case of the sum of squares of `kernel @ row`, per row. Compilers fuse the product and the sum."""
     size = f"{rows} rows of 3"
     kernel = normal(f"kernel {size}", 3, 3)
 
@@ -297,7 +300,10 @@ STEPS, RATE, MOMENTUM, DECAY, ADAM_BETA, ADAM_EPSILON = 3, 0.05, 0.9, 0.01, 0.99
 
 
 def updated(name: Literal["sgd", "adam", "adamw"], size: int) -> Case:
-    """Return the case of three optimiser steps on one gradient (Kingma and Ba 2015; Loshchilov and Hutter 2019)."""
+    """Return the case of three optimiser steps with the same gradient in each step.
+
+    The references are Kingma and Ba (2015) for Adam, and Loshchilov and Hutter (2019) for AdamW.
+    """
 
     def reference(weights: np.ndarray, slope: np.ndarray, gradient: np.ndarray) -> list[Expected]:
         found, first, second = weights, np.zeros_like(weights), np.zeros_like(weights)
@@ -345,7 +351,7 @@ def gathered(count: int, batch: int) -> Case:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    """Return all cases. Sizes lie on both sides of those at which libraries divide the work, such as 32,768 rows."""
+    """Return all cases. Some sizes are above the limits at which libraries divide the work, such as 32,768 rows."""
     images, signals = (8, 12, 12, 3), (8, 1, 40, 3)
     return (
         dense(7, 5, 3),

@@ -25,11 +25,12 @@ SPREAD = 4.0
 TINY = 1e-30
 """Absolute tolerance, for values that are exactly zero."""
 SLACK = 64.0
-"""Allowed error of the few operations on a single value (exp, log, tanh, division, square root), in roundings."""
+"""Allowed error of the operations on single values (exp, log, tanh, division, square root), in units of one rounding
+error."""
 
 
 class Found(NamedTuple):
-    """The result of a case in one form and type."""
+    """The result of checking a case in one form (see `FORMS`) and one floating-point type."""
 
     operation: str
     form: str
@@ -51,13 +52,13 @@ FORMS: dict[str, Callable[[Lowering], Lowering]] = {
     "scan": lambda function: lambda *lanes: jax.lax.scan(lambda n, lane: (n + 1, function(*lane)), 0, lanes)[1],
     "map": lambda function: over_lanes(function, at_a_time=2, lane_arguments=99),
 }
-"""How a function of one lane runs over lanes. `one`: only the first. `vmap`: all vectorised. `scan`: one after another.
-`map`: two at a time. `forward`: all vectorised, without gradients, as in evaluation; the compiler then fuses other
-operations."""
+"""Each form runs a function of one lane over several lanes. `one` runs only the first lane, `vmap` runs all lanes
+vectorised, `scan` runs one lane after another, and `map` runs two lanes at a time. `forward` is `vmap` without
+gradients, as in evaluation. The compiler may fuse operations in a different way if there are no gradients."""
 
 
 class Prepared(NamedTuple):
-    """A case in one type, with its exact results."""
+    """A case with its arguments in one floating-point type, and the exact results."""
 
     case: Case
     dtype: str
@@ -71,7 +72,7 @@ class Prepared(NamedTuple):
 def check(
     chosen: Sequence[Case], forms: Sequence[str], dtypes: Sequence[str], precision: Precision = "default"
 ) -> Iterator[Found]:
-    """Run cases on JAX's default device and yield a `Found` for each. Compile one program per case, form and type."""
+    """Run cases on JAX's default device. Compile one program and yield one `Found` per case, form and type."""
     for case in chosen:
         for dtype in dtypes:
             if dtype == "float32" or case.has_bfloat16:
@@ -81,13 +82,13 @@ def check(
 
 
 def quick_check(precision: Precision = "default") -> list[Found]:
-    """Run `quick_cases` in one program, in the form that most lanes use on this platform."""
+    """Run `quick_cases` in one program, in the usual form of training: `scan` on a CPU, and `vmap` elsewhere."""
     form = "scan" if jax.default_backend() == "cpu" else "vmap"
     return run([prepared(case, "float32") for case in quick_cases()], form, precision)
 
 
 def prepared(case: Case, dtype: str) -> Prepared:
-    """Round a case's arguments to a type and compute the exact results in float64."""
+    """Round a case's arguments to `dtype` and compute the exact results for the rounded arguments in float64."""
     arguments = tuple(rounded(argument, dtype) for argument in case.arguments)
     shape = jax.eval_shape(case.function, *(argument[0] for argument in arguments)).shape
     cotangent = rounded(normal(f"cotangent of {case.operation}, {case.size}", LANES, *shape), dtype)
@@ -143,7 +144,7 @@ def largest_error(one: Prepared, results: Sequence[np.ndarray], platform: str, p
     addition = own if one.case.sums_in_own_type else single
     worst = 0.0
     for lane in range(len(results[0])):
-        for got, expected in zip(results, one.expected[lane], strict=False):  # `forward` has only the first
+        for got, expected in zip(results, one.expected[lane], strict=False):  # the form `forward` has no gradients
             relative = (SPREAD * np.sqrt(expected.terms) + SLACK) * addition
             tolerance = expected.magnitude * relative + 2 * own * np.abs(expected.value)
             if expected.spread is not None:

@@ -2,7 +2,7 @@
 
 `python -m cnnlib.check.known_bad NAME` runs one program in its own process and prints its largest relative error.
 
-Some programs crash or hang, and some fail only by chance. Their names are those in `jaxlib_defects.DEFECTS`.
+Some programs crash or hang, and some fail only by chance. `jaxlib_defects.DEFECTS` lists the defects by the same names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def dense_products() -> float:
-    """Run two dense layers 150 times and return the largest difference."""
+    """Run two dense layers 150 times and return the largest difference from the exact result."""
     generator = np.random.RandomState(0)
     first, second = (generator.normal(size=shape).astype(np.float32) for shape in ((784, 300), (300, 100)))
     layers = jax.jit(lambda x, first, second: (x @ first, jax.nn.relu(x @ first) @ second))
@@ -29,7 +29,7 @@ def dense_products() -> float:
 
 
 def sum_of_products() -> float:
-    """Sum the squares of a matrix-vector product, for 32,769 rows, and return the largest difference."""
+    """Sum the squares of a matrix-vector product, for each of 32,769 rows, and return the largest difference."""
     rows = np.zeros((32_769, 3), np.float32)
     rows[:, 0] = np.arange(len(rows))
     found = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)

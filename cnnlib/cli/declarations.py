@@ -1,4 +1,4 @@
-"""`cnnlib show` and `cnnlib count`: print what is declared, without training."""
+"""`cnnlib show` and `cnnlib count`: print what an experiment declares, without training it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def experiment_of(options: argparse.Namespace) -> Experiment | Growth:
 
 
 def lab_note(name: str) -> str:
-    """Return the docstring of the file that declares an experiment. Its first line is the question in short."""
+    """Return the docstring of the file that declares an experiment. The docstring's first line is the question."""
     module = inspect.getmodule(EXPERIMENTS.declaration(name))
     return inspect.cleandoc((module and module.__doc__) or "")
 

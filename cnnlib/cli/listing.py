@@ -1,4 +1,4 @@
-"""`cnnlib list`: list experiments and demos. This module parses their files and does not import them."""
+"""`cnnlib list`: list experiments and demos. This module parses the files, without importing them."""
 
 from __future__ import annotations
 

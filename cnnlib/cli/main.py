@@ -1,6 +1,7 @@
 """The command line: `cnnlib COMMAND`, such as `list`, `run NAME` and `compare DIR DIR`; `python -m cnnlib` is the same.
 
-A user's mistake prints one line on standard error and gives exit status 2. `--traceback` shows where it was detected.
+After a user's mistake, a command prints one line on standard error and exits with status 2. The option `--traceback`
+shows where the mistake was detected.
 Each command imports only what it needs: `list` imports neither JAX nor NumPy.
 """
 

@@ -19,7 +19,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def command_demo(options: argparse.Namespace) -> int:
-    """Draw a demo into a file. With `--show`, also open it in a window."""
+    """Draw a demo into a file. With `--show`, also open the picture in a window."""
     demo = DEMOS.get(options.name)
     if not options.out:
         raise UserError("--out needs a folder")

@@ -116,7 +116,7 @@ JOB_OPTIONS = ("seeds_per_job", "jobs_at_a_time", "retries", "ray_address", "gpu
 
 
 def jobs_asked(options: argparse.Namespace) -> Launch | None:
-    """Return how to divide the experiment into jobs; None: no jobs. Raise UserError if the options are invalid."""
+    """Return how to divide the experiment into jobs; None: without jobs. Raise UserError if the options are invalid."""
     if options.executor is None:
         if asked := given(options, JOB_OPTIONS):
             raise UserError(f"{asked[0]} has no meaning without --executor")
@@ -135,7 +135,7 @@ def jobs_asked(options: argparse.Namespace) -> Launch | None:
 
 
 def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Return those of the options `names` that the user gave, as command-line arguments."""
+    """Return the options in `names` that the user gave, written as command-line arguments."""
     return [
         text
         for name in names
@@ -146,7 +146,7 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
 
 
 def followed(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, joined: Hosts) -> int:
-    """Train as a process other than process 0 of a run on several hosts. Print one line that says so."""
+    """Train as a process other than process 0 of a run on several hosts. First print one line that says so."""
     from cnnlib.runs.callbacks import Watcher
     from cnnlib.runs.runner import run
     from cnnlib.runs.session import Options
@@ -212,9 +212,10 @@ def watchers_for(
     mode: str | None,
     hint: str | None,
 ) -> list[Watcher]:
-    """Return the requested callbacks, without that of the terminal. `ends` closes them.
+    """Return the requested callbacks, except the callback of the terminal. `ends` closes the callbacks.
 
-    A part of a run gets no report (`is_whole` is false). `mode` is the W&B mode, and `hint` says why W&B is off.
+    `is_whole` is false for a part of a run, which gets no report. `mode` is the W&B mode; None: no copy for W&B. `hint`
+    says why W&B is off.
     """
     from cnnlib.report.summary import ReportWriter
     from cnnlib.runs.callbacks import Notice
@@ -237,7 +238,7 @@ def watchers_for(
 
 
 def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> str:
-    """Return the last line that a stopped run prints. It has the command that resumes the run."""
+    """Return the last line that a stopped run prints. The line has the command that resumes the run."""
     command = ["cnnlib", "run", name, *options.overrides]
     command += [] if options.out is None else ["--out", options.out]
     command += [] if options.wandb == "auto" else ["--wandb", options.wandb]
@@ -253,7 +254,7 @@ def how_to_go_on(stopped: Stopped, name: str, options: argparse.Namespace) -> st
 
 
 def train_jobs(name: str, experiment: Experiment, out: Path, options: argparse.Namespace, launch: Launch) -> int:
-    """Train as jobs, then merge their results."""
+    """Train as jobs. Then merge the results of the jobs, unless Slurm runs the jobs: its last job merges them."""
     from cnnlib.launch.merge import read_jobs
     from cnnlib.launch.start import start
     from cnnlib.runs.folder import state

@@ -12,7 +12,7 @@ from cnnlib.errors import UserError
 
 
 def command_for(name: str, experiment: Experiment | Growth) -> str | None:
-    """Return the command that repeats a run, or None if overrides of the registered experiment cannot express it."""
+    """Return the command that repeats a run; None if overrides of a registered experiment cannot express the run."""
     if name not in EXPERIMENTS:
         return None
     registered = EXPERIMENTS.get(name)
@@ -23,7 +23,7 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
         try:
             if override(registered, overrides) == experiment:
                 return shlex.join(["cnnlib", "run", name, *overrides])
-        except UserError:  # for example a field of an arm that is not registered
+        except UserError:  # for example, the registered experiment lacks an arm
             continue
     return None
 
@@ -32,7 +32,8 @@ def command_to_repeat(results: dict[str, Any]) -> str | None:
     """Return the command that computes the results in a `results.json` again.
 
     Settings that do not affect results, such as checkpoints and W&B, come from the registered experiment. Return None
-    if overrides of it cannot express the run. Raise UserError if this version cannot read the configuration.
+    if overrides of that experiment cannot express the run. Raise UserError if this version cannot read the
+    configuration.
     """
     name, experiment = results["experiment"], from_dict(results["config"], Experiment)
     registered = EXPERIMENTS.get(name) if name in EXPERIMENTS else None

@@ -97,7 +97,7 @@ def to_dict(node: Any) -> Any:
 
 
 def flat(config: Any, path: str = "") -> dict[str, Any]:
-    """Flatten a JSON configuration to `{path: value}`; paths name arms by their names, such as `arms.NAME.model`."""
+    """Flatten a JSON configuration to `{path: value}`; a path contains an arm's name: `arms.NAME.model`."""
     if isinstance(config, dict):
         found: dict[str, Any] = {}
         for key, value in config.items():

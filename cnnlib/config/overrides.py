@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 ARM_FIELDS = [field.name for field in dataclasses.fields(Arm) if field.name not in ("name", "own")]
-"""Fields of an arm that overrides can set directly. `name` is fixed; `own` is set through each of `OWN_FIELDS`."""
+"""Fields of an arm that overrides can set directly. `name` is fixed. Overrides of `OWN_FIELDS` go into `own`."""
 
 
 # An override is one `path=value`. The type of the field decides how the value is parsed.
@@ -30,7 +30,7 @@ def override(experiment: T, assignments: Iterable[str]) -> T:
     """
     for is_of_arm, group in itertools.groupby(assignments, lambda assignment: assignment.startswith("arms.")):
         if is_of_arm and isinstance(experiment, Experiment | Growth):
-            # Replace the fields of all arms first: the experiment validates all of its arms whenever it is built.
+            # Replace the fields of all arms, then build the experiment once: building it validates all arms together.
             arms = experiment.arms
             for path, text in map(path_and_text, group):
                 arms = _replaced_arms(arms, path.split(".")[1:], text, path)
@@ -84,7 +84,7 @@ def _with_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> Experiment:
 
 
 def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:
-    """Return the arm; if it is matched to a removed arm, match it to that arm's layers instead of its name."""
+    """Return `arm`. If `match` names a removed arm, replace that name by the removed arm's layers."""
     if arm.match is None:
         return arm
     measure, _, reference = arm.match.partition(":")

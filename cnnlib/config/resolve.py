@@ -1,4 +1,4 @@
-"""Combine an experiment with its data sets: set class counts, match budgets, check layers, count. Without JAX."""
+"""Combine an experiment with its data sets, without JAX: set class counts, match budgets, check and count layers."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class TrainedArm(ResolvedArm):
     """A resolved arm with its data set and everything that training needs."""
 
     experiment: Experiment
-    """The experiment with this arm only; the arm's own fields are applied."""
+    """The experiment with this arm only; the arm's own overrides are applied."""
     description: Description
 
     @property
     def lanes(self) -> tuple[LaneNumbers, ...]:
-        """Return the hyperparameters of each lane."""
+        """Return the hyperparameters of each lane (model)."""
         return lane_numbers(self.experiment)
 
     @property
@@ -55,7 +55,7 @@ class TrainedArm(ResolvedArm):
 
     @property
     def data(self) -> Data:
-        """Return the data to load, without `train`: arms that train on subsets of a data set share the whole set."""
+        """Return the data set to load. Its `train` is None, because arms that train on subsets share the whole set."""
         return replace(self.experiment.data, train=None)
 
     @property
@@ -90,11 +90,11 @@ class TrainedArm(ResolvedArm):
 
 
 class Part(NamedTuple):
-    """The part of an experiment that one job trains: a whole arm, or the lanes of a block of its seeds."""
+    """The part of an experiment that one job trains: a whole arm, or the lanes (models) of a block of its seeds."""
 
     arm: str
     block: tuple[int, int] | None = None
-    """First and last seed of the block, both included, in the order of `lanes.seed`. None: all lanes of the arm."""
+    """First and last seed, both included, in the order of `lanes.seed`. None: all lanes of the arm."""
 
     @classmethod
     def named(cls, text: str) -> Part:
@@ -170,7 +170,7 @@ def check_optim(optim: Optim) -> None:
 
 
 def check_norms(arm: ResolvedArm, batch_size: int, accumulate: int) -> None:
-    """Raise UserError if a norm would average over a single value, or over only a part of a batch."""
+    """Raise UserError if a norm would average over one value only, or over a part of a batch only."""
     for layer in layers(arm.model, arm.input_shape):
         if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
             raise UserError(
@@ -214,12 +214,12 @@ def resolve_arms(arms: tuple[Arm, ...], inputs: Mapping[str, tuple[Shape, int]])
         return done[arm.name]
 
     def budget(wanted: str, waiting: tuple[str, ...]) -> int:
-        """Return the target of a match: the number given, or the count of the arm, architecture or layers given."""
+        """Return the target of `wanted`: its number, or the count of the arm, architecture or layers that it names."""
         by, _, reference = wanted.partition(":")
         input_shape, num_classes = inputs[waiting[-1]]
         if reference.isascii() and reference.isdigit() and len(reference) <= 30:
             return int(reference)
-        # An arm may have the name of the architecture that it is matched to.
+        # If an arm is matched to its own name, the name means the architecture.
         if reference in by_name and not (reference == waiting[-1] and reference in ARCHITECTURES):
             found = resolved(by_name[reference], waiting).count
         else:

@@ -1,8 +1,8 @@
-"""The parts of an experiment, as frozen dataclasses. `overrides.py` replaces their fields by `field=value`.
+"""The parts of an experiment, as frozen dataclasses. Overrides `field=value` replace fields.
 
 The type of a field says whether it is static or traced. A plain field is static: changing it compiles another program.
 A field of type `Traced` is a tuple of values that the program takes as arguments. Each combination of traced values
-with each seed is one lane.
+with each seed is one lane (model).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Traced = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of the training examples. The compiled program draws new ones at every step."""
+    """Random changes of the training examples. The compiled program draws new changes at every step."""
 
     shift: int = 0
     """Largest shift along each spatial axis, in pixels, in both directions; vacated pixels become zero."""
     crop: int | None = None
-    """Side of the random window that the net sees, in pixels; evaluation uses the central one. None: no crop."""
+    """Side of the random window that the net sees, in pixels; evaluation uses the central window. None: no crop."""
     flip: bool = False
     """Mirror each example with probability 0.5 along the last spatial axis (left and right of an image)."""
 
@@ -63,13 +63,13 @@ class Optim:
     momentum: Traced = (0.9,)
     """Decay of the running mean of gradients: SGD's momentum, Adam's beta 1."""
     weight_decay: Traced = (0.0,)
-    """This factor times the parameter is added to the gradient (sgd, adam), or to the update before the learning rate
-    scales it (adamw)."""
+    """sgd, adam: `weight_decay` times the parameter is added to the gradient. adamw: it is added to the update, before
+    the learning rate scales the update."""
     label_smoothing: Traced = (0.0,)
     """Fraction of the target that is spread evenly over the classes, in the training loss only."""
     l1: Traced = (0.0,)
-    """Lambda of beta-LASSO (Neyshabur 2020): `l1 * sign(weight)` is added to the gradient of each kernel weight. Biases
-    and norms are not changed."""
+    """Lambda of beta-LASSO (Neyshabur 2020): `l1 * sign(weight)` is added to the gradient of each kernel weight. It has
+    no effect on biases and norms."""
     l1_threshold: Traced = (0.0,)
     """Beta of beta-LASSO: after each step, kernel weights of magnitude below `l1_threshold * l1` become zero."""
 
@@ -90,16 +90,16 @@ class Lanes:
     """The lanes (models) that each arm trains."""
 
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One lane per seed (initial weights, data order, augmentation), for each combination of traced values."""
+    """Seeds of initial weights, data order and augmentation. Each combination of traced values has a lane per seed."""
     order_seed: tuple[int, ...] | None = None
-    """Seeds of the data's order, subset and augmentation. Each is combined with each of `seed`, which then draws only
-    the initial weights. None: `seed` draws everything."""
+    """Seeds of the data's order, subset and augmentation. Each order seed is combined with each `seed`, and `seed` then
+    draws only the initial weights. None: `seed` draws everything."""
     combine: Literal["product", "zip"] = "product"
     """How traced fields with several values make lanes. product: all combinations. zip: the first values of all fields,
     then the second values, and so on."""
     at_a_time: int | None = None
-    """Lanes that a device trains together, vectorised; 1: one after another. None: as many as are fast and fit in its
-    memory: on a CPU one for convolutions and up to eight for full nets, on an accelerator all."""
+    """Number of lanes that a device trains together, vectorised. 1: one lane after another. None: as many as are fast
+    and fit in memory; on a CPU, one lane of a conv or local net, up to eight of a full net; on a GPU, all lanes."""
 
     def __post_init__(self) -> None:
         require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
@@ -121,10 +121,10 @@ class Checkpoint:
     """Epochs between checkpoints of an arm; the last epoch always has one. 0: no checkpoints, and an interrupted arm
     starts from the beginning."""
     share: float = 0.01
-    """Largest share of the processor's time that writing may take, in (0, 1]. Checkpoints that come too soon after the
-    last one, as with epochs of less than a second, are skipped. 1: write all; training waits for them."""
+    """Largest share of the processor's time that writing may take, in (0, 1]. To stay below this share, checkpoints are
+    skipped, for example if an epoch takes less than a second. 1: write all; training waits for the writes."""
     keep: int = 2
-    """Latest checkpoints to keep per arm. The one with the highest mean validation accuracy is kept as well."""
+    """Number of latest checkpoints to keep per arm. The one of the highest mean validation accuracy is kept too."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
@@ -137,7 +137,8 @@ class Wandb:
     """How `--wandb` copies a run to Weights & Biases."""
 
     per: Literal["lane", "group"] = "lane"
-    """lane: one W&B run per lane and one for the group. group: only the group's, with means and standard deviations."""
+    """lane: a W&B run per lane and one for the group. group: only the run for the group, with means and standard
+    deviations."""
     entity: str | None = None
     """The user or team that owns the project. None: the user's default entity."""
     project: str = "cnnlib"
@@ -179,8 +180,8 @@ class Arm:
     connectivity: Connectivity | None = None
     """Connectivity of all layers that have a window. None: as declared in `model`."""
     match: str | None = None
-    """Budget to scale the widths to, as MEASURE:REFERENCE. The reference is a number (`parameters:61706`), or another
-    arm, an architecture (`macs:lenet5`) or layers in short notation, which are counted. None: widths stay."""
+    """Budget to scale the widths to, as MEASURE:REFERENCE. The reference is a number (`parameters:61706`) or something
+    to count: another arm, an architecture (`macs:lenet5`), or layers in short notation. None: do not scale."""
     start: Connectivity | None = None
     """Connectivity whose initialiser draws the weights. With `conv`, a full net starts as the convolution that the same
     seed draws. None: the arm's own connectivity."""
@@ -214,7 +215,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question as data: which arms to train, on which data, for how long."""
+    """An experiment: which arms to train, on which data, for how long."""
 
     arms: tuple[Arm, ...]
     data: Data = Data()
@@ -229,16 +230,16 @@ class Experiment:
     reshuffle: bool = True
     """Draw a new order of the examples for each pass. False: always use the order in which they are stored."""
     accumulate: int = 1
-    """Equal pieces that each batch is cut into. They run one after another and their gradients are added, which needs
-    only a fraction of the memory. Not allowed with norms, whose statistics need the whole batch."""
+    """Number of equal pieces that each batch is cut into. The pieces run one after another, in a fraction of the
+    memory, and their gradients are added. Not allowed with norms, because their statistics need the whole batch."""
     remat: bool = False
-    """Keep only the maps after each pooling and residual for the backward pass, and recompute the others. Deeper nets
-    and larger images fit in the same memory, for up to a third more time."""
+    """Keep only the maps after each pooling and residual for the backward pass, and compute the other maps again.
+    Deeper nets and larger images then fit in the same memory, but training takes up to a third longer."""
     devices: int | None = None
-    """Devices per host that lanes are spread over. None: all JAX devices; each CPU core is one."""
+    """Devices per host that lanes are spread over. None: all JAX devices. Each CPU core is one device."""
     mesh: tuple[int, ...] | None = None
-    """LANES,SHARDS: the number of device groups that lanes are spread over, and of devices per group. The devices of a
-    group share each batch. None: as many groups as lanes can use, then as many shards as divide the batch (CPU: 1)."""
+    """LANES,SHARDS. Lanes are spread over LANES groups of devices. Each group has SHARDS devices, which share each
+    batch. None: as many groups as lanes can use, then as many shards as divide the batch (on a CPU: 1)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products. Parameters, optimiser state and losses stay float32."""
     precision: Literal["default", "high", "highest"] = "default"
@@ -248,7 +249,7 @@ class Experiment:
     """Pairs of arms to compare, FIRST:SECOND. Fewer pairs give narrower confidence intervals. Empty: all pairs if there
     are few arms; if there are many, each arm with the first."""
     compile_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that later runs of the same program reuse them."""
+    """Keep compiled programs in the user's cache folder, so that later runs can use them again."""
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
 
@@ -288,7 +289,7 @@ class Experiment:
                 self.of_arm(arm)
 
     def of_arm(self, arm: Arm) -> Experiment:
-        """Return the experiment of one arm, with its own fields applied; raise UserError if they are not valid."""
+        """Return the experiment of `arm` alone, with the arm's own overrides; raise UserError if one is not valid."""
         one = dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=())
         try:
             for path, text in map(path_and_text, arm.own):
@@ -300,7 +301,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Growth:
-    """A question about how counts grow with the size of the input. Nothing is trained."""
+    """An experiment on how counts grow with the size of the input. Nothing is trained."""
 
     arms: tuple[Arm, ...]
     sides: tuple[int, ...]
@@ -323,9 +324,10 @@ class Growth:
 
 
 def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
-    """Return `experiment` with the cache, checkpoint, W&B and comparison settings of `other`; none affects results.
+    """Return `experiment` with the cache, checkpoint, W&B and comparison settings of `other`.
 
-    The experiment keeps its own comparisons if it has any, or if it lacks an arm that `other` compares.
+    These settings do not affect results. The experiment keeps its own comparisons if it has any, or if it lacks an arm
+    that `other` compares.
     """
     names = {arm.name for arm in experiment.arms}
     is_comparable = all(set(pair.split(":")) <= names for pair in other.comparisons)
@@ -378,7 +380,7 @@ def traced(optim: Optim) -> tuple[Traced, ...]:
 def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
     """Return all lanes of an arm: each setting of the traced fields with each seed; seeds vary fastest.
 
-    `lanes.combine` says how settings are combined. If arms have fields of their own, pass `experiment.of_arm(arm)`.
+    `lanes.combine` says how settings are combined. If arms have overrides of their own, pass `experiment.of_arm(arm)`.
     """
     lanes, fields = experiment.lanes, traced(experiment.optim)
     if lanes.combine == "zip":

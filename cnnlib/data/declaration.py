@@ -15,18 +15,19 @@ class Data:
     data_dir: str | None = None
     """Folder of prepared TFDS data sets. None: `TFDS_DATA_DIR` if it is set, else the default of TFDS."""
     validation: int = 0
-    """Number of training examples to hold out for validation, stratified by class. Every choice is made on them."""
+    """Number of training examples to hold out for validation, stratified by class. All choices use only these."""
     train: int | None = None
-    """Number of the other training examples that each lane trains on, drawn by its order seed. None: all."""
+    """Number of the remaining examples that each lane (model) trains on, drawn by the lane's order seed. None: all."""
     shuffle_pixels: int | None = None
     """Seed of one fixed permutation of the pixels of every example, the same for all channels. None: no permutation."""
     seed: int | None = None
     """Seed of a generated data set. None: the default seed of that data set."""
     stream: bool | None = None
     """Read the examples chunk by chunk during training, instead of keeping all of them on the device. All lanes see the
-    same chunks, each in its own order. None: stream if the examples would take too much memory."""
+    same chunks; each lane orders the examples of a chunk for itself. None: stream if the examples would take too much
+    memory."""
     workers: int = 0
-    """Processes that read ahead for a stream. Results are the same for any number. 0: use threads of this process."""
+    """Number of processes that read ahead for a stream. It does not change results. 0: use threads of this process."""
 
     def __post_init__(self) -> None:
         require(self.train is None or self.train >= 1, f"data.train must be at least 1, not {self.train}")

@@ -18,8 +18,8 @@ from cnnlib.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
-"""Pillow's names of the formats of `ENDINGS`. Without this list, Pillow detects the format from the content, and starts
-Ghostscript for an EPS file whatever its name."""
+"""Pillow's names for the formats of `ENDINGS`. Without this list, Pillow detects the format from the content, and
+starts Ghostscript for an EPS file of any name."""
 VERSION = "1.0.0"
 
 
@@ -33,11 +33,12 @@ def from_folder(
 ) -> Path:
     """Prepare image files as the data set `name` in `data_dir`, and return its folder.
 
-    Folders are classes: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`. In the second case
-    a fixed draw takes the share `test_share` of each class for testing. Hidden files and folders are ignored. `size` is
-    (height, width) in pixels; all images are scaled to it (None: no scaling). Images become RGB, or one channel if
-    `grey`. Transparent parts become white, and EXIF rotation is applied. Raise UserError if there are no images, a
-    class is missing from a split, sizes differ, or a file is not an image of 8 bits per channel.
+    Folders are classes: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`. If there is no
+    `train` or `test` folder, the share `test_share` of each class is drawn for testing, always with the same seed.
+    Hidden files and folders are ignored. `size` is (height, width) in pixels; all images are scaled to it (None: no
+    scaling). Images become RGB, or one channel if `grey`. Transparent parts become white, and EXIF rotation is applied.
+    Raise UserError if there are no images, a class is missing from a split, sizes differ, or a file is not an image of
+    8 bits per channel.
     """
     if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
         raise UserError(f"size={size}: height and width in pixels, such as (32, 32)")
@@ -114,13 +115,13 @@ def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, clas
 
     Images are uint8 `(count, height, width, channel)` with 1 or 3 channels. Classes are whole numbers from 0. Once the
     new set is complete, it replaces an earlier set of that name. Raise UserError if `name` is not a lower-case
-    identifier or names a built-in or TFDS set, if the arrays have another form, or if a label has no class name.
+    identifier or names a built-in or TFDS set, if the arrays do not have this form, or if a label has no class name.
     """
     import tensorflow_datasets as tfds
 
     _check_arrays(name, train, test, class_names)
     splits = {"train": train, "test": test}
-    # The description is part of the cache key of decoded examples. The digest tells apart image sets of equal size.
+    # The description is part of the cache key of decoded examples. The digest gives different images different keys.
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in (*train, *test))).hexdigest()
 
     with tfds.core.registered.skip_registration():

@@ -80,7 +80,7 @@ class DataSet:
 class StreamedSet:
     """A data set that is read by position. It has the same examples in the same order as `DataSet`.
 
-    Up to `MEASURED` training examples, `mean` and `deviation` (standard deviation) equal those of `DataSet`.
+    `mean` and `deviation` (std) equal those of `DataSet` if there are at most `MEASURED` training examples.
     """
 
     description: Description
@@ -92,9 +92,9 @@ class StreamedSet:
 
 
 MEASURED = 16_384
-"""Most training examples, evenly spaced, that give the mean and standard deviation of a streamed set."""
+"""The mean and std of a streamed set come from at most this many training examples, evenly spaced."""
 FINGERPRINTED = 64
-"""Examples per split, evenly spaced, that enter the fingerprint of a streamed set."""
+"""The fingerprint of a streamed set depends on at most this many examples per split, evenly spaced."""
 PIECE_BYTES = 16 * 2**20
 """Bytes of examples in memory at once, while the mean and standard deviation are computed."""
 
@@ -133,13 +133,13 @@ def _example_bytes(known: Origin | Source) -> int:
 
 
 def load(data: Data) -> DataSet:
-    """Read a data set, prepared first if needed; split off validation; compute mean and std of the training part.
+    """Read a data set, split off the validation examples, and compute mean and std of the training examples.
 
-    Raise UserError if the data set does not exist or cannot be prepared, if `data.validation` leaves no training
-    examples, or if the data set is larger than this machine's memory.
+    A TFDS set is prepared first if needed. Raise UserError if the data set does not exist or cannot be prepared, if
+    `data.validation` leaves no training examples, or if the data set is larger than this machine's memory.
     """
     origin = _origin(data)
-    _described(origin, origin.counts, data)  # if the counts are known, raises before anything is read
+    _described(origin, origin.counts, data)  # if the counts are known, an error is raised before reading
     needed, memory = _size_in_bytes(origin), physical_memory()
     if needed > memory:
         raise UserError(
@@ -158,9 +158,9 @@ def load(data: Data) -> DataSet:
 
 
 def open_splits(data: Data) -> StreamedSet:
-    """Open a data set to read by position; otherwise as `load`, with the same errors except that for memory.
+    """Open a data set to read examples by position. Splits and errors are as in `load`, but any size is allowed.
 
-    Examples stay out of memory where the source allows it.
+    Examples stay out of memory if the source can read them by position.
     """
     origin = _origin(data)
     _described(origin, origin.counts, data)
@@ -179,7 +179,8 @@ def open_splits(data: Data) -> StreamedSet:
 def fingerprint_of_stream(data_set: StreamedSet) -> str:
     """Return a SHA-256 of name, counts, shape, type, validation positions and `FINGERPRINTED` examples per split.
 
-    It detects most changes of the data while reading few examples. It misses changes in examples that it does not read.
+    The fingerprint detects most changes of the data although few examples are read. Changes in the other examples may
+    go undetected.
     """
     known = data_set.description
     parts = (data_set.train, data_set.validation, data_set.test)
@@ -199,7 +200,7 @@ def physical_memory() -> int:
 
 
 def channel_statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and std of each channel, float32, exact sums for uint8; the std of a constant channel is set to 1."""
+    """Return mean and std of each channel, float32. Sums are exact for uint8. A constant channel gets the std 1."""
     if x.dtype == np.uint8:
         return _of_counts(_byte_counts(x))
     flat = x.reshape(-1, x.shape[-1])
@@ -222,7 +223,7 @@ def _byte_counts(x: np.ndarray) -> np.ndarray:
     """Count how often each of the 256 values occurs in each channel: `(channel, value)`."""
     flat = x.reshape(-1, x.shape[-1])
     counts = np.zeros((x.shape[-1], 256), np.int64)
-    for start in range(0, len(flat), 2**20):  # in pieces: bincount converts each byte to eight
+    for start in range(0, len(flat), 2**20):  # in pieces, as bincount makes 8 bytes of each byte
         for channel, values in enumerate(flat[start : start + 2**20].T):
             counts[channel] += np.bincount(values, minlength=256)
     return counts
@@ -325,15 +326,15 @@ def _made_lines(seed: int) -> tuple[Split, Split]:
 
 
 MOST_DSD = 256
-"""Largest number of patches, and of values per patch."""
+"""Largest number of patches of a `dsd` example, and of values per patch."""
 
 
 def _dsd(data: Data, patches: int, size: int) -> Origin:
     """Dynamic signal distribution (Lahoti et al. 2024, arXiv 2403.15707, section 3): which sign has the signal?
 
     An example has `patches` patches of `size` values of noise. A fixed unit vector is added to (class 1) or subtracted
-    from (class 0) one random patch. In their theory the samples needed grow as patches + size for a convolution, as
-    patches * size for a local layer, and as patches**2 * size for a full layer.
+    from (class 0) one random patch. According to Lahoti et al., the number of samples needed grows as patches + size
+    for a convolution, as patches * size for a local layer, and as patches**2 * size for a full layer.
     """
     if not (1 <= patches <= MOST_DSD and 1 <= size <= MOST_DSD):
         raise UserError(f"{data.name}: patches and their size must be in 1..{MOST_DSD}")
@@ -356,8 +357,10 @@ MOST_LINES_TESTED = 10_000
 
 
 def _sized_lines(data: Data, side: int, count: int) -> Origin:
-    """The task of `lines` with `count` training images of `side` pixels. Images are drawn when they are read. There are
-    `count // 4` test images, at most `MOST_LINES_TESTED`."""
+    """The task of `lines` with `count` training images of `side` x `side` pixels, which are drawn when they are read.
+
+    There are `count // 4` test images, at most `MOST_LINES_TESTED`.
+    """
     if not (16 <= side <= MOST_SIDE and 12 <= count <= MOST_LINES):
         raise UserError(f"{data.name}: the side must be in 16..{MOST_SIDE}, the examples in 12..{MOST_LINES}")
     counts = {"train": count, "test": min(count // 4, MOST_LINES_TESTED)}

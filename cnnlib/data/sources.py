@@ -1,7 +1,7 @@
 """Sources of examples that are read by position, and generators of examples. A source need not fit in memory.
 
-A `Source` is one split. It is cheap to pickle for processes that read ahead. In each process, the same positions give
-the same examples. Images stay uint8. Nothing here imports JAX.
+A `Source` is one split. Pickling it is cheap, so it can be sent to processes that read ahead. In each process, the same
+positions give the same examples. Images stay uint8. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ def shuffled(x: np.ndarray, seed: int) -> np.ndarray:
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
     """Return a mask of `count` examples, drawn with a fixed seed; class shares are kept to within one example.
 
-    Each class is shuffled, and its i-th of n members gets the rank (i + 1/2) / n. The lowest ranks are picked.
-    It uses RandomState because NumPy freezes the streams of RandomState, but not those of newer generators.
+    Each class is shuffled, and its i-th of n members gets the rank (i + 1/2) / n. The `count` lowest ranks are picked.
+    The shuffle uses RandomState because its results, unlike those of newer generators, are equal in all versions of
+    NumPy.
     """
     shuffle = np.random.RandomState(0)
     rank = np.empty(len(labels))
@@ -176,7 +177,7 @@ def spaced(count: int, most: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a data set comes from: its description without reading, and functions that read it."""
+    """Where a data set comes from: what is known without reading examples, and functions that read them."""
 
     name: str
     input_shape: Shape
@@ -225,7 +226,7 @@ def make_lines(generator: np.random.RandomState, count: int, side: int = 28) -> 
 
 
 NOISE = np.rint([40.0 * NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)]).astype(np.int16)
-"""Noise for each random byte, standard deviation 40: medians of 256 equal-probability slices of a Gaussian."""
+"""Noise value of each random byte: the medians of 256 equally likely slices of a Gaussian with std 40."""
 NOISE_ALONE = np.clip(NOISE, 0, 255).astype(np.uint8)
 """Pixel values of noise without a stroke: `NOISE` clipped to 0..255."""
 PLACING_WORDS = 4
@@ -234,12 +235,12 @@ PLACING_WORDS = 4
 
 @dataclass(frozen=True)
 class SizedLines:
-    """The task of `lines` on images of `side` x `side` pixels, drawn when they are read; any number of them.
+    """The task of `lines` on `count` images of `side` x `side` pixels, which are drawn when they are read.
 
     Example i depends only on the seed, the split and i. Its class is i modulo 3. A stroke is 2/7 to 1/2 of the side
     long and `side / 28` pixels wide (rounded, at least 1). A diagonal has that width along its rows, so that all
-    classes have equally many bright pixels. With side 28, strokes are as in `make_lines`. Brightness and noise are as
-    there, but the noise has only 256 values.
+    classes have equally many bright pixels. With side 28, strokes are as in `make_lines`. Brightness and noise are also
+    as in `make_lines`, but the noise has only 256 values.
     """
 
     side: int
@@ -273,7 +274,7 @@ class SizedLines:
         return (np.arange(self.count) % len(LINE_CLASSES)).astype(np.int32)
 
     def _draw(self, image: np.ndarray, index: int) -> None:
-        # NumPy freezes the bits of Philox, as of all its bit generators. Each example has its own counter.
+        # The random bits of Philox are equal in all versions of NumPy. Each example has its own counter.
         stream = np.random.Philox(counter=index << 64, key=self.split << 64 | self.seed)
         words = stream.random_raw(PLACING_WORDS + -(-image.size // 8)).astype("<u8", copy=False)
         noise = words[PLACING_WORDS:].view(np.uint8)[: image.size].reshape(image.shape)

@@ -1,13 +1,14 @@
 """Read chunks of training examples ahead of training, with grain. Only this file imports grain.
 
-A pass goes through all examples, in one order for all models. A chunk is a few batches of a pass, read in one call. Its
-content depends only on its number. So chunks are the same for any number of workers, and a stopped stream can continue
-at any chunk.
+A pass goes through all examples, in one order for all models. A chunk is a few batches of a pass, read in one call. For
+given settings, the content of a chunk depends only on its number. Therefore chunks are the same for any number of
+workers, and a stopped stream can continue at any chunk.
 
-Workers are processes of this file, `python -m cnnlib.data.stream`. Grain's threads talk to them through pipes, and they
-end when their pipes close. We do not use grain's own processes (0.2.18, checked again on 2026-11-28): after `kill -9`
-of this process they stay for ever, with 430 MB each since they import JAX, and 58 chunks stayed in shared memory. They
-also need parsed absl flags and a guarded main program.
+Workers are processes of this file, `python -m cnnlib.data.stream`. Grain's threads talk to the workers through pipes. A
+worker ends when its pipes close. We do not use grain's own processes (0.2.18, checked again on 2026-11-28). If this
+process is killed by SIGKILL, grain's processes never end. Each of them holds 430 MB, because it imports JAX, and 58
+chunks
+stayed in shared memory. Grain's processes also need parsed absl flags and a guarded main program.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Chunk(NamedTuple):
     number: int
     """Number of the chunk in its pass, from 0."""
     first_step: int
-    """Number of its first step in its pass, from 0."""
+    """Number of the chunk's first step in the pass, from 0."""
     steps: int
-    """Number of whole batches."""
+    """Number of steps in the chunk; each step uses one whole batch."""
     state: dict[str, int]
     """Position of the stream after this chunk, ready for JSON; an equal stream can continue from it."""
 
@@ -80,7 +81,7 @@ class Plan:
     def place(self, number: int) -> tuple[int, int, int, int]:
         """Return a chunk's pass, number in the pass, first step and steps; `number` counts from the start of training.
 
-        Numbers of steps in the chunks of a pass differ by at most one.
+        The chunks of a pass have equally many steps, or some have one step more.
         """
         pass_number, chunk = divmod(number, self.chunks_a_pass)
         first, end = (k * self.steps_a_pass // self.chunks_a_pass for k in (chunk, chunk + 1))
@@ -98,7 +99,7 @@ class Plan:
         return {"pass": pass_number, "chunk": chunk, "chunks": self.chunks_a_pass}
 
     def number(self, state: dict[str, int] | None) -> int:
-        """Return the number of the chunk at a state; raise UserError if that stream's passes were cut differently."""
+        """Return the number of the chunk that follows `state`; raise UserError if its passes had other chunks."""
         if state is None:
             return 0
         if state["chunk"] and state["chunks"] != self.chunks_a_pass:
@@ -110,7 +111,7 @@ class Plan:
 
 
 def steps_a_chunk(source: Source, batch_size: int) -> int:
-    """Return the batches per chunk: at most `CHUNK_BYTES`, at least one batch; a pass is cut evenly, so often fewer."""
+    """Return the most batches per chunk: at most `CHUNK_BYTES`, but at least one batch; chunks have similar sizes."""
     bytes_a_batch = batch_size * int(np.prod(source.input_shape)) * source.dtype.itemsize
     most = max(1, CHUNK_BYTES // bytes_a_batch)
     per_pass = source.count // batch_size
@@ -122,7 +123,7 @@ def steps_a_chunk(source: Source, batch_size: int) -> int:
 def order(count: int, seed: int, pass_number: int) -> np.ndarray:
     """Return the order of a pass: a permutation of `count` examples, `(position,)`, int64.
 
-    NumPy permutes a million in 20 ms. `grain.experimental.index_shuffle` needs 5 us per index, in Python.
+    NumPy permutes a million examples in 20 ms. `grain.experimental.index_shuffle` needs 5 us per index, in Python.
     """
     found = np.random.Generator(np.random.Philox(key=pass_number << 64 | seed)).permutation(count)
     found.setflags(write=False)  # the cache shares it between callers
@@ -157,10 +158,10 @@ def chunks(
 ) -> Generator[Chunk, None, None]:
     """Yield chunks, pass after pass without end, from `state` on, and read ahead.
 
-    A chunk has `steps` batches or one less. If `reshuffle`, each pass has a new order, else the stored one. Each pass
-    drops an incomplete last batch. `workers` are processes that read, or their number. With 0, or if the source is in
-    memory, threads of this process read. Closing the generator ends the processes that it started. Raise UserError if
-    examples cannot be read.
+    A chunk has `steps` batches or one less. If `reshuffle`, each pass has a new order; if not, examples come in stored
+    order. Each pass drops an incomplete last batch. `workers` is a pool of processes that read, or their number. If it
+    is 0, or if the source is in memory, threads of this process read. Closing the generator ends the processes that it
+    started. Raise UserError if examples cannot be read.
     """
     plan = Plan(source.count, batch_size, steps, seed, reshuffle)
     if plan.steps_a_pass == 0:
@@ -174,7 +175,7 @@ def chunks(
 
 
 def in_order(source: Source, size: int, workers: int | Workers = 0) -> Generator[Split, None, None]:
-    """Yield all examples in stored order, `size` at a time (the last may have fewer); read ahead like `chunks`."""
+    """Yield all examples in stored order, `size` at a time (the last time maybe fewer); read ahead like `chunks`."""
 
     def part(number: int, read: Callable[[np.ndarray], Split]) -> Split:
         return read(np.arange(number * size, min((number + 1) * size, source.count)))
@@ -189,7 +190,7 @@ def ahead(
     end: int | None,
     workers: int | Workers,
 ) -> Generator[Any, None, None]:
-    """Yield `part(number, read)` for `first` up to `end` (excluded; None: no end), in order, computed ahead."""
+    """Yield `part(number, read)` for each number from `first` to `end - 1` (None: no end), computed ahead."""
     require_grain()
     import grain
 
@@ -251,13 +252,13 @@ class Worker:
         )
 
     def read(self, source: Source, indices: np.ndarray) -> Split:
-        """Return the examples at `indices`; raise here what the process raised, and UserError if it died."""
+        """Return the examples at `indices`; raise the process's exception here, or UserError if the process died."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and isinstance(stdout, io.BufferedReader)
         try:
             number = next((n for n, known in enumerate(self._known) if known is source), len(self._known))
             is_new = number == len(self._known)
-            if is_new:  # sent only now, so that the process has had time to start
+            if is_new:  # sent at the first read, so that the process has had time to start
                 self._known.append(source)
             pickle.dump((number, source if is_new else None, indices), stdin)
             stdin.flush()

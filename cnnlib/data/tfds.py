@@ -31,7 +31,7 @@ PREPARED_WITH_TENSORFLOW = (
     "tensorflow_datasets.image_classification.mnist",
     "tensorflow_datasets.image_classification.cifar",
 )
-"""Builders that fail without TensorFlow, but only after their download. We raise the error before it."""
+"""Builders that fail without TensorFlow, but only after the download. cnnlib raises the error before the download."""
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 """Pillow's names of the image formats of TFDS. For other formats, such as EPS, Pillow may start a program."""
 
@@ -41,7 +41,7 @@ def import_tfds() -> Any:
     """Import TFDS, and prevent it from importing modules that a data set names.
 
     `features.json` and `dataset_info.json` name the classes of the features. TFDS imports the module of each class that
-    it does not know. The author of the files may have put such a module next to them.
+    it does not know. Such a module could be any code of the files' author.
     """
     import tensorflow_datasets as tfds
 
@@ -82,7 +82,7 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
     if found := re.match(r"([\w-]+):[a-zA-Z]", data.name):  # what follows the colon is not a version
         raise UserError(f"data.name={data.name}: data sets of a namespace, such as {found[1]}, run their authors' code")
     tfds = import_tfds()
-    # TFDS reads the variable once, at its import. A notebook may set it later.
+    # TFDS reads `TFDS_DATA_DIR` only once, at its import. A notebook may set the variable later.
     given = data.data_dir or os.environ.get("TFDS_DATA_DIR")
     directory = str(Path(given).expanduser()) if given else None
     try:
@@ -101,7 +101,7 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
             f"no data set {data.name!r}; there are: {', '.join(others)}; in {folder}: "
             f"{', '.join(prepared) or 'none'}; and the image classification sets of tensorflow-datasets"
         ) from error
-    except Exception as error:  # damaged files: the exceptions of TFDS and its file formats share no class
+    except Exception as error:  # damaged files: TFDS and its file formats raise unrelated exceptions
         raise UserError(_unreadable(data.name, error)) from error
     image_key, label_key, shape, label = _image_classification(data.name, info)
     counts = _counts(data.name, builder.info.splits) if builder.is_prepared() else {}
@@ -134,7 +134,7 @@ def prepared_set(data: Data, others: Sequence[str]) -> Origin:
 
 
 AT_A_TIME = 256
-"""Stored records that are in memory at a time."""
+"""Number of stored records that are in memory at a time."""
 
 
 class Records:
@@ -186,7 +186,7 @@ class Records:
         return y
 
     def _open(self, *keys: str) -> Reader:
-        with quiet():  # from its folder: another process may not know the builder class
+        with quiet():  # by its folder, as another process may not know the builder class
             builder = import_tfds().builder_from_directory(self._folder)
         return _reader(builder, self._split, *keys)
 
@@ -214,7 +214,7 @@ def _reader(builder: Any, split: str, *keys: str) -> Reader:
 
 
 def pixels(encoded: bytes) -> np.ndarray:
-    """Decode an image file to uint8 `(height, width, channel)`; raise UserError if not one of `IMAGE_FORMATS`."""
+    """Decode an image file to uint8 `(height, width, channel)`; raise UserError for other formats."""
     from PIL import Image, UnidentifiedImageError
 
     try:

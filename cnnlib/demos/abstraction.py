@@ -160,7 +160,7 @@ def draw_filters() -> Any:
 
 
 SHOWN = 4
-"""Class of the digit that is shown, which is the first test example of this class."""
+"""Class of the digit that is shown. The digit is the first test example of this class."""
 
 
 def draw_maps() -> Any:
@@ -259,7 +259,7 @@ def draw_patches() -> Any:
 
 
 def draw_evidence() -> Any:
-    """Draw digits and the evidence of both nets for a class, one digit and class per column."""
+    """Draw digits, and where LeNet-5 and a full net find evidence for a class. Each column has one digit and class."""
     from matplotlib import pyplot
 
     from cnnlib.interpret.activations import activations
@@ -352,7 +352,7 @@ CLASS_ANGLES = np.array([0.0, 45.0, 90.0, 135.0, 180.0])
 
 
 def draw_tuning() -> Any:
-    """Draw one net's filters and tuning curves, and all units of three nets by angle and selectivity."""
+    """Draw the filters and tuning curves of one net, and the angle and selectivity of all units of three nets."""
     from matplotlib import pyplot
 
     from cnnlib.interpret.patches import first_filters
@@ -405,7 +405,7 @@ def draw_tuning() -> Any:
 
 
 def along_a_class(angles: np.ndarray) -> np.ndarray:
-    """Return whether each angle is at most one measured step away from the lines of a class."""
+    """Return for each angle whether it is at most one measured step away from an angle in `CLASS_ANGLES`."""
     return np.asarray((np.abs(angles[:, None] - CLASS_ANGLES) <= ANGLES[1]).any(axis=1))
 
 

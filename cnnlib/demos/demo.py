@@ -39,7 +39,7 @@ def write(demo: Demo, out: Path, show: bool = False) -> tuple[Path, bool]:
     path = out / demo.file
     drawn = demo.draw()
     if path.suffix == ".gif":
-        write_whole(path, lambda place: drawn.save(place, writer="pillow"))  # as fast as in a window
+        write_whole(path, lambda place: drawn.save(place, writer="pillow"))  # keeps the speed that it has in a window
     else:
         write_whole(path, lambda place: drawn.savefig(place, dpi=110))
     if opens:
@@ -53,6 +53,7 @@ def pyplot_for_windows() -> Any | None:
     from matplotlib import pyplot
     from matplotlib.backends.registry import BackendFilter, backend_registry
 
-    # `get_backend` makes matplotlib choose the first backend that works here; Agg, which draws files, always works.
+    # `get_backend` makes matplotlib choose the first backend that works on this machine. Without a screen, this is Agg,
+    # which draws files only.
     windows = backend_registry.list_builtin(BackendFilter.INTERACTIVE)  # type: ignore[no-untyped-call]
     return pyplot if pyplot.get_backend().lower() in windows else None

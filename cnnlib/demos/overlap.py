@@ -111,7 +111,7 @@ def draw_flip() -> Any:
 
 
 def draw_beam() -> Any:
-    """Draw a clean map, a beam and the dirty map, each with its own scale of brightness."""
+    """Draw a clean map, a beam and the dirty map, each with a separate scale of brightness."""
     from matplotlib import pyplot
 
     clean = point_sources((48, 48), [(12, 10), (31, 31), (34, 32), (16, 38)], [1.0, 0.8, 0.8, 0.5])

@@ -1,4 +1,4 @@
-"""Measure what padding and pooling do to a map: what the border loses, and how much a small shift changes."""
+"""Measure how padding changes what a map sees of the border, and how pooling changes the effect of a small shift."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ STACKED, MOST_LAYERS = 28, 13
 
 
 def draw_padding() -> Any:
-    """Draw two strokes and their maps with and without padding; sides by depth; how often each pixel is seen."""
+    """Draw maps of two strokes with and without padding, the side of a map by depth, and how often a pixel is seen."""
     from matplotlib import pyplot
 
     image, kernel = window_steps.strokes((SIDE, SIDE), STROKES), window_steps.line_filter("vertical", SIZE)
@@ -111,7 +111,7 @@ def sides_by_depth(side: int, size: int, padding: str, layers: int) -> list[int]
 KERNELS = np.stack([window_steps.line_filter(kind) for kind in window_steps.LINE_FILTERS], axis=-1)
 DIGITS = 100
 MOST_SHIFT, FREE = 4, 6
-"""Largest shift of a digit, and zeros added around it first, in pixels: digit and maps then stay inside the image."""
+"""In pixels: the largest shift of a digit, and the width of the zeros around a digit, which keep it in the image."""
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 POOLINGS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
     "one pixel of {size}x{size}": (lambda maps, size: maps[::size, ::size], GREEN, "s"),
@@ -122,7 +122,7 @@ POOLINGS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = 
 
 
 def draw_shifts() -> Any:
-    """Draw the change of a map against the shift of its image, without pooling and with blocks of two sizes."""
+    """Draw how much a map changes when the image shifts, without pooling and with pooling blocks of two sizes."""
     from matplotlib import pyplot
 
     digits = some_digits(DIGITS)
@@ -170,12 +170,15 @@ def some_digits(count: int) -> np.ndarray:
 
 
 def maps_of(image: np.ndarray) -> np.ndarray:
-    """Return the maps of four line filters after a ReLU, as large as the image: `(rows, columns, filter)`."""
+    """Return the maps of four line filters after a ReLU, `(rows, columns, filter)`. Maps are as large as the image."""
     return np.asarray(np.maximum(window_steps.as_product(image, KERNELS, padding="SAME").maps, 0.0))
 
 
 def changes_of(function: Callable[[np.ndarray], np.ndarray], digits: np.ndarray) -> np.ndarray:
-    """Return how much each digit's map changes per distance, averaged over four directions: `(digit, distance)`."""
+    """Return how much the map of each digit changes at each distance of a shift, `(digit, distance)`.
+
+    Changes are averaged over four directions.
+    """
     ways = [(step * down, step * right) for step in range(1, MOST_SHIFT + 1) for down, right in DIRECTIONS]
     changes = [window_steps.shift_change(function, digit, ways) for digit in digits]
     return np.asarray(np.reshape(changes, (len(digits), MOST_SHIFT, len(DIRECTIONS))).mean(axis=-1))

@@ -1,7 +1,8 @@
 """Convolution as overlap: one function slides over another, and the area under their product is the result.
 
-For functions of one variable this is the integral of f(s) g(t - s) over s. `overlap` computes it numerically,
-`convolved` in closed form; `convolve` does the same for rows of numbers and for images. NumPy and SciPy only.
+For functions of one variable, the convolution is the integral of f(s) g(t - s) over s. `overlap` computes this integral
+numerically, and `convolved` computes it in closed form. `convolve` convolves rows of numbers and images. This file uses
+only NumPy and SciPy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cnnlib.errors import UserError
 
 @dataclass(frozen=True)
 class Box:
-    """A function that is 1 on an interval of length `width` around `center`, else 0."""
+    """A function that is 1 on an interval of length `width` around `center`, and 0 outside."""
 
     width: float = 1.0
     center: float = 0.0
@@ -35,13 +36,13 @@ class Box:
 
     @property
     def knots(self) -> np.ndarray:
-        """Return the points between which the function is smooth; outside of them it is 0."""
+        """Return points in ascending order. Between two points the function is smooth; outside the points it is 0."""
         return np.array([start for _, start, _ in self.powers])
 
 
 @dataclass(frozen=True)
 class Triangle:
-    """A tent of height 1 over `width` around `center`."""
+    """A triangle of height 1 with its top at `center`. It is 0 outside an interval of length `width`."""
 
     width: float = 2.0
     center: float = 0.0
@@ -83,13 +84,13 @@ class Exponential:
 
     @property
     def knots(self) -> np.ndarray:
-        """Return points as `Box.knots` does; the value falls by exp(-4) between two, and is cut below exp(-40)."""
+        """Return points as `Box.knots` does. Between points, the value falls by exp(-4). Below exp(-40) it is cut."""
         return self.start + np.arange(11) * 4 / self.rate
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The function exp(-(t - center)^2 / (2 deviation^2)): its height is 1, not its area."""
+    """The function exp(-(t - center)^2 / (2 deviation^2)). The height of the curve is 1; its area is not."""
 
     deviation: float = 1.0
     center: float = 0.0
@@ -107,7 +108,7 @@ class Gaussian:
 
     @property
     def knots(self) -> np.ndarray:
-        """Return points as `Box.knots` does; the function is cut at 9 standard deviations."""
+        """Return points as `Box.knots` does. Beyond 9 standard deviations, the function counts as 0."""
         return self.center + self.deviation * np.arange(-9.0, 10.0)
 
 
@@ -117,7 +118,7 @@ Signal = Box | Triangle | Exponential | Gaussian
 def overlap(f: Signal, g: Signal, t: float) -> float:
     """Return the integral of f(s) g(t - s) over s: the area under the product of f and of g, mirrored and moved by t.
 
-    It uses 16 Gauss-Legendre points on each interval in which both are smooth. It is exact to about 1e-12.
+    The integral uses 16 Gauss-Legendre points on each interval in which f and g are smooth. Its error is about 1e-12.
     """
     knots = np.unique(np.concatenate([f.knots, t - g.knots]))
     low, high = max(f.knots.min(), t - g.knots.max()), min(f.knots.max(), t - g.knots.min())
@@ -133,9 +134,9 @@ def overlap(f: Signal, g: Signal, t: float) -> float:
 def convolved(f: Signal, g: Signal, t: np.ndarray | float) -> np.ndarray:
     """Return the result of `overlap` in closed form, for any two of boxes, triangles, exponentials and Gaussians.
 
-    A box or a triangle is a sum of powers, each from a start on. Convolving with such a power means integrating
-    degree + 1 times. Two Gaussians give a Gaussian whose variance is the sum of theirs. An exponential and a Gaussian
-    give the exponentially modified Gaussian.
+    A box or a triangle is a sum of powers, as in `Box.powers`. To convolve a function with such a power, integrate the
+    function degree + 1 times. The convolution of two Gaussians is a Gaussian; its variance is the sum of the two
+    variances. The convolution of an exponential and a Gaussian is the exponentially modified Gaussian.
     """
     t = np.asarray(t, np.float64)
     for first, second in ((f, g), (g, f)):
@@ -146,7 +147,7 @@ def convolved(f: Signal, g: Signal, t: np.ndarray | float) -> np.ndarray:
         if isinstance(first, Exponential) and isinstance(second, Gaussian):
             x, variance = t - first.start - second.center, second.deviation**2
             shift = (x - first.rate * variance) / second.deviation
-            # In logarithms: for a sharp exponential the first factor is huge and the second almost 0.
+            # Add logarithms: for a steep exponential, the first factor is huge and the second is almost 0.
             log = first.rate**2 * variance / 2 - first.rate * x + _log_normal_below(shift)
             return np.asarray(second.deviation * math.sqrt(2 * math.pi) * np.exp(log))
     if isinstance(f, Gaussian) and isinstance(g, Gaussian):
@@ -163,8 +164,9 @@ def convolved(f: Signal, g: Signal, t: np.ndarray | float) -> np.ndarray:
 def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Return the discrete convolution: element n is the sum over k of kernel[k] x[n - k].
 
-    Both are signals `(length,)` or images `(height, width)`, 0 outside. Each axis has length n + k - 1. The result is
-    a sum of copies of x, each shifted and weighted by one entry of the kernel.
+    `x` and `kernel` are signals `(length,)` or images `(height, width)`; values outside count as 0. If an axis has
+    length n in `x` and k in `kernel`, it has length n + k - 1 in the result. The result is a sum of copies of `x`. Each
+    copy is shifted and weighted by one entry of the kernel.
     """
     x, kernel = _rows(x), _rows(kernel)
     if x.ndim != kernel.ndim:
@@ -176,14 +178,15 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def correlate(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Slide the kernel over x without mirroring it, as nets do in a "convolution"; the length is that of `convolve`."""
+    """Slide the kernel over x without mirroring it, as a "convolution" in a net does; lengths are as in `convolve`."""
     return convolve(x, np.flip(_rows(kernel)))
 
 
 def dirty_map(clean: np.ndarray, beam: np.ndarray) -> np.ndarray:
-    """Return what a telescope sees, `(height, width)`: each source of the clean map becomes a beam of its brightness.
+    """Return what a telescope sees, `(height, width)`: each source of the clean map becomes a copy of the beam.
 
-    This is the convolution of the two, cut to the size of the clean map. Raises UserError if the beam has an even side.
+    Each copy is as bright as its source. So the result is the convolution of `clean` and `beam`, cut to the size of
+    `clean`. Raises UserError if the beam has an even side.
     """
     if any(side % 2 == 0 for side in beam.shape):
         raise UserError(f"a beam has a middle pixel, so odd sides, not {'x'.join(map(str, beam.shape))}")
@@ -218,7 +221,7 @@ def _spline(powers: Any, t: np.ndarray | float, times: int) -> np.ndarray:
 
 def _normal_below(x: np.ndarray) -> np.ndarray:
     """Return the share of the standard normal distribution below x."""
-    from scipy.special import ndtr  # equally exact in the tails
+    from scipy.special import ndtr  # also exact in the tails
 
     return np.asarray(ndtr(x))
 

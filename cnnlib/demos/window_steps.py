@@ -1,8 +1,8 @@
 """Filters that slide over images, and pooling, step by step; NumPy only.
 
-An image is `(height, width)` or `(height, width, channel)`. A kernel has the same axes as its image. All is computed in
-float64. A window has a size, strides, padding and dilation, as in `cnnlib.spec`. The code here is written to be read,
-as loops or matrix products; `cnnlib.ops` computes the same for batches, fast and with gradients.
+An image is `(height, width)` or `(height, width, channel)`. A kernel has the same axes as its image. All computations
+use float64. A window has a size, strides, padding and dilation, as in `cnnlib.spec`. This file uses loops and matrix
+products that are easy to read. `cnnlib.ops` computes the same results for batches, faster and with gradients.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from cnnlib.errors import UserError
 from cnnlib.spec.window import Padding, PerAxis, Shape, Window, pool_window, shape_text, window_arguments, window_over
 
 Place = tuple[int, int]
-"""A row and a column, counted from 0; negative on the padding before an image."""
+"""A row and a column, counted from 0. Places on the padding above or left of an image have negative numbers."""
 
 LINE_FILTERS = ("vertical", "horizontal", "diagonal", "antidiagonal")
-"""Orientations of lines: from left to right, a diagonal falls and an antidiagonal rises."""
+"""Orientations of lines. From left to right, a diagonal goes down, and an antidiagonal goes up."""
 
 
 # Filters and images.
@@ -29,9 +29,9 @@ LINE_FILTERS = ("vertical", "horizontal", "diagonal", "antidiagonal")
 def line_filter(kind: str, size: int = 3) -> np.ndarray:
     """Return a filter `(size, size)` for lines of one orientation: size - 1 on the line through its middle, else -1.
 
-    Each cross-section of the line sums to 0, so the whole filter does. A flat area gives 0. A line of the filter's own
-    orientation gives size (size - 1). A line of another orientation gives 0 if it passes through the middle.
-    Raises UserError if `kind` is not in `LINE_FILTERS`, or `size` is even or below 3.
+    Weights across the line sum to 0, so all weights of the filter sum to 0. Over a flat area, the filter gives 0. Over
+    a line of its own orientation, the filter gives size (size - 1). Over a line of another orientation through the
+    middle, the filter gives 0. Raises UserError if `kind` is not in `LINE_FILTERS`, or `size` is even or below 3.
     """
     if kind not in LINE_FILTERS:
         raise UserError(f"no line filter {kind!r}; there are: {', '.join(LINE_FILTERS)}")
@@ -68,10 +68,11 @@ def strokes(shape: Sequence[int], lines: Iterable[tuple[Place, Place]]) -> np.nd
 def window_for(
     shape: Sequence[int], size: PerAxis, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
 ) -> Window:
-    """Return the window that slides over images of a shape; its `output_size` is the size of the map.
+    """Return the window that slides over images of a shape. `output_size` of the window is the size of the map.
 
-    n pixels give floor((n + zeros - span) / stride) + 1 places, with span = (size - 1) dilation + 1. At stride 1 these
-    are n - size + 1 without padding, and n with SAME. Raises UserError if the arguments give no window on the image.
+    An axis of n pixels has floor((n + zeros - span) / stride) + 1 places, with span = (size - 1) dilation + 1. With
+    stride 1 and dilation 1, these are n - size + 1 places without padding, and n places with SAME padding. Raises
+    UserError if the arguments give no window on the image.
     """
     spatial = _checked_shape(shape)[:2]
     kept, pads = window_arguments("window", {"size": size, "strides": strides, "dilation": dilation}, padding)
@@ -81,7 +82,7 @@ def window_for(
 def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarray:
     """Return the pixels under the window at each place, `(*places, *size)` or `(*places, *size, channel)`.
 
-    Padding has the value `fill`. Raises UserError if the image has another size than the window's input.
+    Padding has the value `fill`. Raises UserError if the size of the image is not that of the window's input.
     """
     image = _checked_image(image)
     if image.shape[:2] != window.input_size:
@@ -99,14 +100,14 @@ def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarr
 
 
 def times_seen(window: Window) -> np.ndarray:
-    """Return for each pixel the number of window places with a tap on it, integers `(height, width)`."""
+    """Return for each pixel how many places of the window have a tap on this pixel, as integers `(height, width)`."""
     under = _pixels_under(window, window.input_size)
     counts = np.bincount(under[under >= 0], minlength=math.prod(window.input_size))
     return np.asarray(counts.reshape(window.input_size))
 
 
 def share_on_padding(window: Window) -> float:
-    """Return the share, 0 to 1, of taps on the padding: multiply-adds with a zero."""
+    """Return the share of taps that fall on the padding, 0 to 1. These taps multiply a weight by zero."""
     return 1 - window.taps_inside / (math.prod(window.output_size) * math.prod(window.size))
 
 
@@ -121,7 +122,7 @@ class Step(NamedTuple):
     corner: Place
     """The pixel under the filter's first tap."""
     window: np.ndarray
-    """The pixels under the filter, with the filter's axes."""
+    """The pixels under the filter, with the same axes as the filter."""
     product: np.ndarray
     """`window` times the filter, element by element."""
     total: float
@@ -131,7 +132,7 @@ class Step(NamedTuple):
 def steps(
     image: np.ndarray, kernel: np.ndarray, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
 ) -> Iterator[Step]:
-    """Yield the filter's places, row by row; raise UserError if filter and image do not fit."""
+    """Yield a step for each place of the filter, row by row; raise UserError if filter and image do not fit."""
     image, kernel = _checked_image(image), np.asarray(kernel, np.float64)
     window = _window_of_kernel(image.shape, kernel.shape, strides, padding, dilation)
     windows = windows_of(image, window)
@@ -157,7 +158,7 @@ class Product(NamedTuple):
     """A convolution as a product of two matrices."""
 
     windows: np.ndarray
-    """One window per row, `(place, tap)`: places and taps row by row, with a tap's channels side by side."""
+    """One window per row, `(place, tap)`. Places and taps are ordered row by row, channels of a tap side by side."""
     filters: np.ndarray
     """One filter per column, `(tap, filter)`."""
     maps: np.ndarray
@@ -185,8 +186,8 @@ def matrix_of(
     """Return the weights `(place, pixel)` of a full layer that computes `slide` from a flattened image.
 
     A row holds the filter's weights at the pixels under the filter, and zeros elsewhere. Without padding, every row
-    holds the same weights; with padding, weights over the padding are left out. Pixels are row by row, with a pixel's
-    channels side by side. Raises UserError as `steps` does.
+    holds the same weights; with padding, weights over the padding are left out. Pixels are ordered row by row, and the
+    channels of a pixel are side by side. Raises UserError as `steps` does.
     """
     shape, kernel = _checked_shape(shape), np.asarray(kernel, np.float64)
     under = _pixels_under(_window_of_kernel(shape, kernel.shape, strides, padding, dilation), shape)
@@ -209,7 +210,7 @@ class Block(NamedTuple):
     values: np.ndarray
     """The block's pixels, `(rows, columns)`, without padding."""
     winner: Place
-    """The pixel with the largest value; of equal ones the first, row by row."""
+    """The pixel with the largest value. If several pixels have this value, the first one, row by row."""
     largest: float
     mean: float
     """Mean over the whole block; zeros of the padding count."""
@@ -220,8 +221,8 @@ def pool_blocks(
 ) -> Iterator[Block]:
     """Yield the blocks of a pooling, row by row, for an image without channels.
 
-    `strides` default to the block's size; smaller strides make blocks overlap. Raises UserError if a block does not
-    fit into the image, or if padding could fill a whole block.
+    By default, `strides` equal the size of a block. With smaller strides, blocks overlap. Raises UserError if a block
+    does not fit into the image, or if padding could fill a whole block.
     """
     image = _checked_image(image)
     if image.ndim != 2:
@@ -260,7 +261,7 @@ def average_pool(
 
 
 def shifted(image: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
-    """Return the image moved by pixels (negative: up, left); zeros move in, and pixels that leave are lost."""
+    """Return the image moved `down` and `right` by pixels (negative: up, left); zeros move in at the border."""
     image = _checked_image(image)
     moved = np.zeros_like(image)
     into, out_of = [], []
@@ -275,10 +276,10 @@ def shifted(image: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
 def shift_change(
     function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, shifts: Iterable[tuple[int, int]]
 ) -> np.ndarray:
-    """Return how much a map changes when the image moves by each `(down, right)`: norm of the change / norm of the map.
+    """Return how much a map changes when the image moves by each `(down, right)`: norm of change / norm of map.
 
-    0 means no change. Two maps of equal norm that have nothing in common differ by the square root of 2. Raises
-    UserError if the map is 0 everywhere, as no change can be compared to it.
+    0 means no change. If two maps of equal norm have no common nonzero pixels, the change is the square root of 2.
+    Raises UserError if the map of the unmoved image is 0 everywhere, because the change cannot be divided by its norm.
     """
     still = function(image)
     norm = float(np.linalg.norm(still))
@@ -303,7 +304,7 @@ def _checked_image(image: np.ndarray) -> np.ndarray:
 def _window_of_kernel(
     shape: Shape, kernel_shape: Shape, strides: PerAxis, padding: Padding, dilation: PerAxis
 ) -> Window:
-    """Return the window of a kernel over an image; raise UserError if their axes or channels differ."""
+    """Return the window of a kernel over an image; raise UserError if the axes or channels of the two differ."""
     if len(kernel_shape) != len(shape) or kernel_shape[2:] != shape[2:]:
         raise UserError(f"a filter of shape {kernel_shape} does not slide over an image of shape {shape}")
     return window_for(shape, kernel_shape[:2], strides=strides, padding=padding, dilation=dilation)
@@ -315,7 +316,7 @@ def _pooling_window(shape: Shape, size: PerAxis, strides: PerAxis | None, paddin
 
 
 def _pixels_under(window: Window, shape: Shape) -> np.ndarray:
-    """Return the index in the flattened image under each tap, integers `(place, tap)`; -1 on the padding."""
+    """Return for each tap the index of its pixel in the flattened image, integers `(place, tap)`; -1 on padding."""
     numbered = np.arange(math.prod(shape)).reshape(shape)
     return windows_of(numbered, window, -1).reshape(math.prod(window.output_size), -1).astype(np.int64)
 

@@ -13,7 +13,7 @@ from cnnlib.report.style import STYLE
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 SKY = "#56B4E9"
-"""A fourth of Okabe and Ito's colours, so that each tap of a 2x2 filter has its own."""
+"""A fourth colour of Okabe and Ito, so that each tap of a 2x2 filter has a different colour."""
 SIGNED, UNSIGNED = "PuOr", "cividis"
 """Colours of filters (0 in the middle), and of images and maps; both are safe for colour-blind readers."""
 
@@ -113,7 +113,7 @@ PHASES = 3
 """Phases of a step: place the window, compute the products, write their sum."""
 SECONDS_A_PHASE, SECONDS_A_BLOCK = 0.4, 0.7
 REST = 3
-"""Frames for which the finished map stays."""
+"""Number of frames in which the finished map stays."""
 
 
 def draw_steps() -> Any:
@@ -163,7 +163,7 @@ def draw_product() -> Any:
 
     made = window_steps.as_product(IMAGE, FILTERS)
     matrix = window_steps.matrix_of(KERNEL, IMAGE.shape)
-    # The same matrix with taps numbered from 1: it shows which weights are one parameter.
+    # The same matrix, with taps numbered from 1. Entries with equal numbers are the same parameter.
     numbers = np.arange(1.0, 1 + KERNEL.size).reshape(KERNEL.shape)
     taps = window_steps.matrix_of(numbers, IMAGE.shape)
     columns, rows = 29, 34
@@ -217,7 +217,7 @@ POOLED = np.array(
     ]
 )
 POOLINGS = (("2x2 blocks, stride 2", POOLED[:6, :6], 2), ("3x3 blocks, stride 2: they overlap", POOLED, 3))
-"""Title, image and block size of each; both have equally many blocks."""
+"""Title, image and block size of each pooling. The two poolings have equally many blocks."""
 
 
 def draw_pooling() -> Any:
@@ -225,7 +225,7 @@ def draw_pooling() -> Any:
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
-    # An empty panel in the middle separates the two.
+    # An empty panel in the middle separates the two poolings.
     figure, panels = pyplot.subplots(1, 5, figsize=(9.6, 3.2), width_ratios=[6, 3, 0.4, 7, 3])
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.12, top=0.88, wspace=0.12)
     panels[2].remove()
@@ -286,7 +286,7 @@ class Cells:
         from matplotlib.patches import Rectangle
 
         if self.frame is None:
-            # Not clipped: at the edge of the panel, half of the line lies outside.
+            # Do not clip: at the edge of the panel, half of the line's width lies outside the panel.
             self.frame = Rectangle((0, 0), 0, 0, fill=False, edgecolor=RED, linewidth=3.5, zorder=3, clip_on=False)
             self.panel.add_patch(self.frame)
         self.frame.set_bounds(corner[1] - 0.5, corner[0] - 0.5, shape[1], shape[0])

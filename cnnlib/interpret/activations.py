@@ -25,7 +25,7 @@ from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape, shape_text
 
 BATCH_SIZE = 250
-"""Number of examples that are on the device at the same time."""
+"""Most examples that are on the device at the same time."""
 
 
 # Outputs of layers.
@@ -36,9 +36,9 @@ def activations(
 ) -> list[Float[np.ndarray, "count ..."]]:
     """Return the outputs `(count, *shape)` of the given layers (None: all layers) for stored examples.
 
-    Norms use their running statistics. The last layer's outputs are the logits. The device holds `BATCH_SIZE` examples
-    at a time; the host holds everything that is returned. Raises UserError if the examples have another shape than the
-    net's input, or a layer does not exist.
+    Batch norms use the running statistics. The outputs of the last layer are the logits. The device holds `BATCH_SIZE`
+    examples at a time; the host's memory holds all returned outputs. Raises UserError if the shape of the examples is
+    not that of the net's input, or if a layer does not exist.
     """
     wanted = tuple(range(len(net.model.layers)) if layers is None else (checked_layer(net, at) for at in layers))
     parts = [
@@ -81,7 +81,7 @@ def through(model: Model, parameters: Parameters, statistics: Statistics, x: Arr
 
 
 def batches(net: Net, x: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Normalise stored examples and yield them in batches of equal size; the last example is repeated as filler."""
+    """Normalise stored examples and yield batches of `size`; repeat the last example to fill the last batch."""
     if len(x) == 0 or x.shape[1:] != net.input_shape:
         raise UserError(f"the net sees examples of {shape_text(net.input_shape)}, one or more, not {x.shape}")
     size = min(size, len(x))
@@ -107,8 +107,9 @@ class Rectangle(NamedTuple):
 def receptive_field(net: Net, layer: int, position: tuple[int, ...] = ()) -> Rectangle:
     """Return the part of the image that the units at `position` of a layer depend on.
 
-    `position` is `(row, column)`, or `()` if the layer's output is a vector. No other pixel changes these units. For a
-    full layer, it is all that earlier layers see. Raises UserError if layer or position do not exist, or for signals.
+    `position` is `(row, column)`, or `()` if the layer's output is a vector. Pixels outside the returned rectangle do
+    not change these units. For a full layer, the rectangle is the whole part of the image that the layers before it
+    see. Raises UserError if the layer or the position does not exist, or if the net takes signals.
     """
     found = counted(net, layer)
     places = found.output_shape[:-1]
@@ -140,19 +141,19 @@ def check_image_net(net: Net) -> None:
 
 
 def layer_counts(model: Model, input_shape: Shape, layer: int) -> list[LayerCount]:
-    """Return the counts of the layers at a position; a residual has several."""
+    """Return the counts of the layers at position `layer` of the model; a residual contains several layers."""
     return [found for found in counts.layers(model, input_shape) if found.path == (f"layer_{layer}",)]
 
 
 def counted(net: Net, layer: int) -> LayerCount:
-    """Return a layer with its shapes and receptive fields."""
+    """Return the counts of a layer, with its shapes and receptive fields."""
     check_image_net(net)
     (found,) = layer_counts(net.model, net.input_shape, checked_layer(net, layer))
     return found
 
 
 def known_field(field: Field | None, layer: int) -> Field:
-    """Return `field`; raise UserError if it is None: the receptive field differs between positions."""
+    """Return `field`; raise UserError if it is None, because then the receptive field differs between positions."""
     if field is None:
         raise UserError(f"layer {layer}: what it sees differs from position to position, in size too")
     return field

@@ -21,14 +21,16 @@ def class_evidence(
 ) -> Float[np.ndarray, "height width"]:
     """Return the evidence for a class at each pixel of a stored image, `(height, width)`.
 
-    A net with windows, of any connectivity, gets Grad-CAM (Selvaraju et al. 2017). It takes the maps of the last layer
-    with a window, after the norm and activation that follow. Each map is weighted by the mean over its positions of
-    the gradient of the class's logit. The result is the ReLU of the weighted sum, so 0 or more. It is interpolated to
-    the image's size between the centers of the receptive fields that the layer has with `conv` connectivity. It falls
-    to 0 one step beyond the outermost centers.
+    If the net has layers with windows, the method is Grad-CAM (Selvaraju et al. 2017), for any connectivity. Grad-CAM
+    uses the maps of the last layer with a window, after the norm and activation that follow this layer. The weight of
+    a map is the gradient of the class's logit, averaged over the positions of the map. The evidence is the ReLU of the
+    weighted sum of the maps, so it is 0 or more. The evidence is then interpolated to the size of the image. A value of
+    a map belongs to the center of its receptive field, as computed for `conv` connectivity. One step beyond the
+    outermost centers, the evidence is 0.
 
-    A net without windows has no maps. It gets gradient times input (Shrikumar et al. 2016), summed over channels, with
-    both signs. The reference is an image that equals the mean of the training examples everywhere.
+    If the net has no layer with a window, the method is gradient times input (Shrikumar et al. 2016), summed over
+    channels. This evidence is positive or negative. It is relative to an image that equals the mean of the training
+    examples everywhere.
 
     Raises UserError if the class does not exist, the image has another shape, or the net takes signals.
     """
@@ -55,7 +57,7 @@ def _interpolated(places: np.ndarray, known: np.ndarray, values: np.ndarray) -> 
 
 
 def last_map(model: Model) -> int | None:
-    """Return the layer whose maps Grad-CAM weighs: the last with a window, or the norm or activation after it."""
+    """Return the layer whose maps Grad-CAM uses: the last layer with a window, or the norm or activation after it."""
     last = None
     for index, layer in enumerate(model.layers):
         inside = layer.layers if isinstance(layer, Residual) else (layer,)

@@ -19,24 +19,24 @@ from cnnlib.spec.window import shape_text
 
 
 class Patches(NamedTuple):
-    """The patches that excite each unit of a layer most, strongest first; a unit of a map is one of its channels."""
+    """The patches that excite each unit of a layer most, strongest first. For maps, each channel is one unit."""
 
     examples: Int[np.ndarray, "unit count"]
-    """Indices of the images, each at most once per unit."""
+    """Index of the image of each patch. A unit has each image at most once."""
     positions: Int[np.ndarray, "unit count axis"]
-    """Row and column in the layer's map; for a vector the last axis has length 0."""
+    """Row and column of the patch in the layer's map. If the layer's output is a vector, the last axis has length 0."""
     values: Float[np.ndarray, "unit count"]
-    """Output of the unit there; 0 after a ReLU means that the unit is silent."""
+    """Output of the unit for the patch. After a ReLU, 0 means that the unit does not respond."""
     pixels: Float[np.ndarray, "unit count height width channel"]
-    """What the unit sees there; outside the image the mean of the training examples, which the net sees as zeros."""
+    """Pixels of the patch. Outside the image, they are the mean of the training examples, which the net sees as 0."""
 
 
 def strongest_patches(net: Net, x: Num[np.ndarray, "count height width channel"], layer: int, count: int) -> Patches:
     """Return the `count` patches that excite each unit of a layer most, at most one per stored image.
 
-    A patch is the unit's receptive field, as in Zeiler and Fergus, "Visualizing and understanding convolutional
-    networks", 2014, who add a deconvolution. If positions or images tie, the first is taken. Raises UserError for more
-    patches than images, a layer that does not exist, or a net of signals.
+    A patch is the receptive field of the unit, as in Zeiler and Fergus, "Visualizing and understanding convolutional
+    networks", 2014. (Zeiler and Fergus also use a deconvolution.) If positions or images tie, take the first one.
+    Raises UserError for more patches than images, a layer that does not exist, or a net of signals.
     """
     places = counted(net, layer).output_shape[:-1]
     if not 1 <= count <= len(x):
@@ -99,9 +99,9 @@ def patch(
 def first_filters(net: Net) -> Float[np.ndarray, "filter height width channel"]:
     """Return the kernels of the first layer with weights, as images.
 
-    A convolution has one kernel per feature. In other layers each node has its own: positions row by row, features
-    fastest. A local layer's kernels have the size of the window, those of a full or dense layer that of the whole
-    input. Raises UserError if the layer's input is not an image.
+    A convolution has one kernel per feature. In other layers, each node has its own kernel. These kernels are ordered
+    by position, row by row, and at each position by feature. Kernels of a local layer have the size of the window.
+    Kernels of a full or dense layer have the size of the whole input. Raises UserError if the input is not an image.
     """
     first = next((layer for layer in counts.layers(net.model, net.input_shape) if layer.count.weights), None)
     if first is None or len(first.input_shape) != 3:

@@ -16,18 +16,18 @@ from cnnlib.interpret.activations import activations
 from cnnlib.interpret.trained import Net
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3)
-"""L2 penalties to choose from, relative to the features' sum of squares."""
+"""L2 penalties that are tried. Each is a factor of the sum of squares of the features."""
 
 
 class Probe(NamedTuple):
     """A linear classifier fitted to a layer's outputs."""
 
     layer: int | None
-    """Position of the layer; None: the pixels, as the net sees them."""
+    """Position of the layer in the model. None means the normalised pixels of the image."""
     name: str
     features: int
     penalty: float
-    """The chosen one of `PENALTIES`."""
+    """The penalty that was chosen from `PENALTIES`."""
     accuracy: float
     """Share of the test examples that the probe classifies correctly."""
 
@@ -35,11 +35,11 @@ class Probe(NamedTuple):
 def linear_probes(net: Net, data: DataSet, layers: Sequence[int | None] | None = None) -> list[Probe]:
     """Fit and score one linear classifier per layer, on its outputs; a layer of None means the pixels.
 
-    By default, probe the pixels and then every layer. The method is that of Alain and Bengio, "Understanding
-    intermediate layers using linear classifier probes", 2016. Their probes are logistic. These are ridge regressions
-    (least squares with an L2 penalty, one class against the others): a closed form, without randomness. Probes are
-    fitted on the training examples, on which the net was trained too. The penalty with the highest validation accuracy
-    is chosen, the largest if several tie. Each probe is scored once, on the test examples.
+    By default, probe the pixels and then every layer. The method follows Alain and Bengio, "Understanding intermediate
+    layers using linear classifier probes", 2016. Alain and Bengio use logistic regression. cnnlib uses ridge regression
+    (least squares with an L2 penalty, one class against the others), because it has a closed form without randomness.
+    Probes are fitted on the same training examples as the net. The penalty with the highest validation accuracy is
+    chosen. If several penalties tie, the largest is chosen. Each probe is scored once, on the test examples.
 
     Raises UserError if there are no validation examples.
     """
@@ -52,7 +52,7 @@ def linear_probes(net: Net, data: DataSet, layers: Sequence[int | None] | None =
     labels = [np.asarray(split.y) for split in splits]
     targets = np.eye(data.description.num_classes)[labels[0]]
     probes = []
-    # These matrices are small: if another program uses a core too, BLAS threads would spin and wait for one another.
+    # These matrices are small. With several threads, BLAS would lose time if another program uses one of the cores.
     with threadpool_limits(limits=1, user_api="blas"):
         for layer in wanted:
             parts = (
@@ -77,8 +77,8 @@ def ridge(
 ) -> Iterator[tuple[float, Callable[[np.ndarray], np.ndarray]]]:
     """Yield each penalty p with the linear function f that minimises |y - f(x)|^2 + p s |weights|^2.
 
-    The intercept has no penalty. s is the sum of squares of the centred features, so the scale of a layer does not
-    matter. The closed form solves over features or over examples, whichever are fewer.
+    The intercept has no penalty. s is the sum of squares of the centred features, so the scale of a layer's outputs
+    does not matter. The closed form has one equation per feature or one per example, whichever is fewer.
     """
     mean, target_mean = x.mean(axis=0), y.mean(axis=0)
     x, y = x - mean, y - target_mean

@@ -34,16 +34,16 @@ from cnnlib.train.types import Examples
 
 
 class Net(NamedTuple):
-    """One trained model, with what is needed to apply it to stored examples."""
+    """One trained model, with the data needed to apply the model to stored examples."""
 
     model: Model
     parameters: Parameters
     statistics: Statistics
     input_shape: Shape
     mean: np.ndarray
-    """Mean of each channel over the training examples; subtracted from inputs."""
+    """Mean of each channel over the training examples. It is subtracted from the inputs."""
     deviation: np.ndarray
-    """Standard deviation by which inputs are then divided."""
+    """Standard deviation. After the mean is subtracted, the inputs are divided by it."""
     test_accuracy: float
     """Share of the test examples that the model classifies correctly."""
 
@@ -58,9 +58,9 @@ COMPILING_KERNELS = threading.Lock()
 def train_models(experiment: Experiment) -> tuple[dict[str, list[Net]], DataSet]:
     """Train every lane of every arm; return the models by arm, one per lane, and the data.
 
-    Results equal those of `run` up to rounding differences, which training steps enlarge. Arms are compiled and
-    trained two at a time. Raises UserError if arms have different data, if data is streamed, if a lane diverges, and
-    for everything that `run` refuses.
+    The models equal those of the command `run` up to rounding differences, which grow during training. Two arms are
+    compiled and trained at the same time. Raises UserError if arms have different data, if data is streamed, if a lane
+    diverges, or if `run` would refuse the experiment.
     """
     arms = resolve(experiment)
     if len({arm.data for arm in arms}) > 1:
@@ -83,7 +83,7 @@ def train_lanes(
 ) -> list[Net]:
     """Train every lane of one arm; return one model per lane."""
     if devices[0].platform == "cpu" and arm.model.connectivity != "full":
-        with COMPILING_KERNELS:  # so that two arms do not compile them at the same time
+        with COMPILING_KERNELS:  # so that two arms do not compile kernels.cc at the same time
             kernels.chosen()
     spread = spread_of(arm, devices)
     recipe = recipe_of(arm, spread)

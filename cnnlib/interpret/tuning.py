@@ -20,10 +20,10 @@ class Tuning(NamedTuple):
     """In degrees: 0 is a horizontal bar, 45 one that rises to the right, 90 a vertical one."""
     responses: Float[np.ndarray, "unit angle"]
     selectivity: Float[np.ndarray, " unit"]
-    """1 - circular variance: 0 if the unit responds equally to all orientations, 1 if only to one. NaN for a unit that
-    no bar excites."""
+    """1 - circular variance. 0: the unit responds equally to all orientations. 1: the unit responds to one orientation
+    only. NaN: no bar excites the unit."""
     preferred: Float[np.ndarray, " unit"]
-    """Angle of the largest response, in degrees; NaN for a unit that no bar excites."""
+    """Angle of the largest response, in degrees. NaN: no bar excites the unit."""
 
 
 def orientation_tuning(net: Net, angles: Sequence[int | float] | np.ndarray, deviation: float = 0.7) -> Tuning:
@@ -32,9 +32,11 @@ def orientation_tuning(net: Net, angles: Sequence[int | float] | np.ndarray, dev
     The response is the largest increase of the unit's weighted sum over all positions of the bar, or 0 if no position
     increases it. The bar is 1 on a background of 0, in all channels. It is longer than the filter and moves in steps of
     a quarter of a pixel. Its profile is a Gaussian with a standard deviation of `deviation` pixels. With 0.7 or more,
-    the pixel grid favours no orientation; a sharp bar along a column would be favoured. Selectivity is 1 - circular
-    variance (Ringach, Shapley and Hawken, "Orientation selectivity in macaque V1", 2002). A long bar covers up to 1.41
-    times more of a square window along a diagonal, so a uniform filter has a selectivity near 0, not exactly 0.
+    the pixel grid favours no orientation. (It would favour a sharp bar along a column.) Selectivity is 1 - circular
+    variance (Ringach, Shapley and Hawken, "Orientation selectivity in macaque V1", 2002). In a square window, a long
+    bar along a diagonal covers up to 1.41 times more than one along a side. So the selectivity of a uniform filter is
+    near 0, not exactly 0.
+
     Raises UserError if the first layer's input is not an image, or the angles do not divide 180 degrees equally.
     """
     filters = first_filters(net).sum(axis=-1)

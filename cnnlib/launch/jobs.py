@@ -24,16 +24,16 @@ class Launch(NamedTuple):
     executor: str
     """`local`, `slurm` or `ray`."""
     seeds_per_job: int | None = None
-    """Number of an arm's seeds per job; None: all of them."""
+    """Number of an arm's seeds per job; None: all seeds."""
     jobs_at_a_time: int | None = None
     """Most jobs that run at the same time; None: as many as the cores, GPUs and memory have room for."""
     retries: int = 3
     """How often a job is started again after its process was killed."""
     ray_address: str | None = None
-    """Ray cluster; None: `RAY_ADDRESS`, else a cluster on this machine, which begins and ends with the run."""
+    """Address of the Ray cluster. None: take `RAY_ADDRESS`; if that is not set, start a cluster on this machine."""
     gpus_per_job: int = 0
     resources: Mapping[str, float] | None = None
-    """Amount of each custom resource of a Ray cluster that one job takes, by name."""
+    """Custom resources of a Ray cluster: for each name, the amount that one job takes."""
     slurm: Sequence[str] = ()
     """Options of `sbatch`, without the leading dashes, such as `time=04:00:00`."""
 
@@ -70,13 +70,13 @@ def divided(arms: Sequence[TrainedArm], seeds_per_job: int | None) -> list[str]:
 
 
 def job_command(command: Sequence[str], job: str, out: Path, more: Sequence[str]) -> list[str]:
-    """Return the command that trains `job` of the experiment in `command`; it resumes from the job's checkpoint."""
+    """Return the command that trains `job` of the experiment in `command`. It resumes from the checkpoint of `job`."""
     run = [sys.executable, "-m", "cnnlib", "run", *command, "--part", job]
     return [*run, "--out", str(out / JOBS / job), "--resume", "--wandb", "off", *more]
 
 
 def devices_per_job(launch: Launch, experiment: Experiment, jobs: int) -> int | None:
-    """Return the number of devices per job; None: a job takes all that it finds."""
+    """Return the number of devices per job; None: a job takes all devices that it finds."""
     if asked := experiment.devices or (math.prod(experiment.mesh) if experiment.mesh else None):
         return asked
     if launch.executor == "local":
@@ -85,9 +85,10 @@ def devices_per_job(launch: Launch, experiment: Experiment, jobs: int) -> int | 
 
 
 def slots(devices: int | None, at_a_time: int | None) -> list[dict[str, str]]:
-    """Return one environment per job that can run at the same time; on a machine with GPUs, it selects the job's GPU.
+    """Return one set of environment variables per job that can run at the same time.
 
-    Raise UserError if a job needs more cores than this machine has.
+    On a machine with GPUs, the variables select the GPU of the job. Raise UserError if a job needs more cores than this
+    machine has.
     """
     found = gpus()
     if found is None:

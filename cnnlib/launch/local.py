@@ -18,7 +18,7 @@ class LocalJobs:
     """Run jobs as processes on this machine, one per slot at a time."""
 
     def __init__(self, slots: Sequence[Mapping[str, str]], retries: int, says: Callable[[str], None]) -> None:
-        """Take `slots`, one environment per concurrent job, and `says`, which is called when a job was killed."""
+        """Take the environment variables of each concurrent job as `slots`. Call `says` when a job was killed."""
         self._retries, self._says = retries, says
         self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in slots:
@@ -32,7 +32,7 @@ class LocalJobs:
         return self._pool.submit(self._attempts, job, command, log)
 
     def outcome(self, future: Future[int]) -> Outcome:
-        """Return how a job ended; a negative status is minus the number of the signal that ended it."""
+        """Return how a job ended; a negative status is minus the number of the signal that ended the job."""
         return Outcome(future.result())
 
     def stop(self) -> None:
@@ -66,7 +66,7 @@ class LocalJobs:
             self._free.put(slot)
 
     def _run(self, job: str, command: Sequence[str], environment: Mapping[str, str], file: int) -> int:
-        # A new session hides Ctrl-C from the job. `stop` then asks each job once: a job asked twice saves nothing.
+        # In a new session, the job does not receive Ctrl-C. Only `stop` ends the job: a job asked twice saves nothing.
         with self._asking:
             if self._is_stopping:
                 return -signal.SIGTERM

@@ -68,9 +68,9 @@ def _part_of(place: Path, part: Part, arms: Sequence[TrainedArm]) -> tuple[Finis
 
 
 def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -> FinishedArm:
-    """Merge the parts of an arm: sort lanes in the order of the arm, add up seconds, take the maximum of memory.
+    """Merge the parts of an arm: put the lanes (models) in the arm's order, add up seconds, take the largest memory.
 
-    Raise UserError if the parts do not have exactly the arm's lanes, or disagree about a shared value.
+    Raise UserError if the parts do not have exactly the arm's lanes, or if they disagree about a shared value.
     """
     place = {numbers: lane for lane, numbers in enumerate(arm.lanes)}
     results = [part.result for part in parts]
@@ -110,7 +110,7 @@ def numbers_of(lane: Mapping[str, Any]) -> LaneNumbers:
 
 
 def merged_answers(arm: TrainedArm, parts: Sequence[tuple[FinishedArm, Predictions]]) -> Predictions:
-    """Merge the answers of an arm's parts, in the order of its lanes; read the test examples from its data set."""
+    """Merge the answers of an arm's parts, in the order of the lanes. Read the test examples from the data set."""
     rows = {
         numbers_of(lane): (answers.predicted[row], answers.loss[row])
         for finished, answers in parts

@@ -28,7 +28,7 @@ class RayJobs:
     """Run jobs on an existing cluster, or on a cluster of this machine that ends with this object."""
 
     def __init__(self, address: str | None, needs: Mapping[str, Any], retries: int) -> None:
-        """Connect to a cluster, or start one; `needs` holds options of `ray.remote`, such as `num_cpus`.
+        """Connect to a cluster, or start one. `needs` holds options of `ray.remote`, such as `num_cpus`.
 
         Raise UserError if Ray is not installed, if there is no cluster, or if no node has what a job needs.
         """
@@ -76,7 +76,7 @@ class RayJobs:
             return Outcome(*future.result())
         except self._ray.exceptions.TaskCancelledError:
             return Outcome(-signal.SIGTERM)
-        except self._ray.exceptions.RayError as lost:  # every attempt lost its worker, node or memory
+        except self._ray.exceptions.RayError as lost:  # each attempt lost its worker or node, or lacked memory
             return Outcome(2, f"was lost by Ray: {' '.join(str(lost).split())[:200]}")
 
     def stop(self) -> None:

@@ -50,7 +50,7 @@ def array_script(
     Args:
         commands: The command of each job, by the name of the job.
         place: The folder for the output of the tasks.
-        options: Options of `sbatch`, without the leading dashes. They come last, so they win.
+        options: Options of `sbatch`, without the leading dashes. They come last, so they override the other options.
         cores: Number of cores per job.
         gpus: Number of GPUs per job.
         at_a_time: Most jobs that may run at the same time; None: as many as Slurm has room for.
@@ -75,7 +75,7 @@ def array_script(
 
 
 def merge_script(out: Path, place: Path, more: Sequence[str], options: Sequence[str]) -> str:
-    """Return the script of the merging job. Of `options` it takes only partition, account and quality of service."""
+    """Return the script of the merging job. Only the `options` partition, account and qos are used."""
     taken = [one for one in options if one.partition("=")[0] in ("partition", "account", "qos")]
     lines = ["job-name=cnnlib-merge", f"output={place}/slurm-merge.log", *taken]
     header = "\n".join(f"#SBATCH --{line}" for line in lines)

@@ -27,7 +27,7 @@ class Executor(Protocol):
     """The interface of a place where jobs run."""
 
     def submit(self, job: str, command: Sequence[str], log: Path) -> Future[Any]:
-        """Run a command once there is room for it; append its output to `log`."""
+        """Run a command as soon as there is room for the job. Append the output of the command to `log`."""
 
     def outcome(self, future: Future[Any]) -> Outcome:
         """Return how a job ended."""
@@ -45,8 +45,8 @@ def supervise(
 ) -> None:
     """Run the commands of all jobs until they end; the output of each job goes to `place/JOB.log`.
 
-    Raise UserError or RuntimeError if a job fails, and Stopped if `stop` returns True. Before that, the other jobs save
-    their state and end.
+    If a job fails or `stop` returns True, ask the other jobs to save their state, and wait until they end. Then raise
+    UserError or RuntimeError if a job has failed, or Stopped if `stop` returned True.
     """
     logs = {job: place / f"{job}.log" for job in commands}
     going = {executor.submit(job, command, logs[job]): job for job, command in commands.items()}
@@ -71,7 +71,7 @@ def supervise(
 
 
 def failure(job: str, ended: Outcome, log: Path) -> Exception:
-    """Return the error to raise for a failed job: UserError for a user's mistake, otherwise RuntimeError."""
+    """Return the error to raise for a failed job: RuntimeError after an unexpected error, else UserError."""
     if ended.reason:
         return UserError(f"job {job} {ended.reason}")
     if ended.status < 0:

@@ -1,10 +1,10 @@
-"""Exact maps between a model's parameters in its three connectivities, and projections back.
+"""Convert a model's parameters between the three connectivities: convolutional (conv), local and full.
 
 A convolution is a local layer with equal weights at all positions. A local layer is a full layer whose weights are zero
-outside the windows. `expand` follows these inclusions: it returns parameters with which the larger net computes the
-same function. `project` goes back: it finds the nearest parameters of the smaller net, by least squares over the
-weights of the larger net, and returns the distance. The distance is 0 if the smaller net can represent the larger.
-Dense layers, norms and the statistics of norms are the same in all connectivities, so they are not changed.
+outside the windows. `expand` goes from conv to local to full: it returns parameters with which the new net computes
+exactly the same function. `project` goes from full to local to conv: it finds the nearest parameters of the new net, by
+least squares over the weights of the old net, and returns the distance. The distance is 0 if the new net can represent
+the old net. Dense layers, norms and the statistics of norms are the same in all connectivities, and are not changed.
 
 All parameter maps here are linear functions of arrays. They work under jit, vmap and differentiation.
 """
@@ -34,7 +34,7 @@ class Projection(NamedTuple):
     parameters: Parameters
     distance: dict[str, Array]
     """Relative distance per changed layer, by paths such as `layer_3` or `layer_3/layer_0`: the norm of the change of
-    kernel and biases, divided by their norm before. 0: nothing was lost; 1: everything was lost."""
+    kernel and biases, divided by the norm of the old kernel and biases. 0: nothing was lost; 1: everything was lost."""
     total: Array
     """Relative distance over all changed layers together."""
 
@@ -42,8 +42,9 @@ class Projection(NamedTuple):
 def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connectivity) -> Parameters:
     """Return parameters with which `model.with_connectivity(to)` computes the same function as `model`.
 
-    `parameters` belong to `model` on inputs of `input_shape`. Taps on the padding of a new local layer also get the
-    weights of the convolution, though they only meet zeros. Raise UserError if `to` shares more weights than the model.
+    `parameters` belong to `model` on inputs of `input_shape`. A new local layer also has weights for taps on the
+    padding. They are those of the convolution and are multiplied only by zeros. Raise UserError if `to` shares more
+    weights than the model.
     """
 
     def change(path: str, layer: Filter, shape: Shape, entry: dict[str, Array], step: str) -> dict[str, Array]:
@@ -63,10 +64,10 @@ def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connect
 def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connectivity) -> Projection:
     """Return the parameters of `model.with_connectivity(to)`, which shares more weights, nearest to `parameters`.
 
-    Each layer minimises the sum of squared differences over all connections, without taps on the padding. To local,
-    weights outside the windows are dropped. To conv, each shared weight is the mean of its weights at all positions. A
-    weight whose tap is on the padding at every position belongs to no connection and becomes 0. Raise UserError if `to`
-    shares fewer weights than the model.
+    For each layer, the result minimises the sum of squared differences over all connections. A tap on the padding is no
+    connection. A projection to local drops the weights outside the windows. A projection to conv sets each shared
+    weight to the mean of the weights at all positions where its tap is a connection. If there is no such position, the
+    shared weight becomes 0. Raise UserError if `to` shares fewer weights than the model.
     """
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
@@ -82,13 +83,14 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
                 positions = value.reshape(math.prod(window.output_size), -1, *value.shape[-2:][name == "bias" :])
                 is_used = _inside(window) if name == "kernel" else np.ones(positions.shape[:2], bool)
                 mask = jnp.asarray(is_used.reshape(*is_used.shape, *(1,) * (positions.ndim - 2)), value.dtype)
-                # `where`, not a product with the mask: this drops NaN on the padding too.
+                # `where` drops NaN on the padding too. A product with the mask would keep NaN.
                 seen[name] = jnp.where(mask > 0, positions, jnp.zeros((), value.dtype))
                 mean = _mean(seen[name], mask)
                 nearest[name] = mean.reshape(value.shape[len(window.output_size) :])
                 back[name] = mean * mask
             entry = seen
-        # The steps of a layer project onto nested sets, so the squares of their distances add up.
+        # A layer may take two steps, from full to local to conv. Each step projects onto a subspace of the previous
+        # one, so the squared distances of the steps add up.
         lost[path] = lost.get(path, jnp.zeros(())) + sum(jnp.sum((entry[name] - back[name]) ** 2) for name in entry)
         whole.setdefault(path, sum((jnp.sum(value**2) for value in entry.values()), jnp.zeros(())))
         return nearest
@@ -99,9 +101,9 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
 
 
 def tied(model: Model, gradient: Parameters, input_shape: Shape, source: Connectivity) -> Parameters:
-    """Convert a gradient for the parameters expanded to `source` to a gradient for the parameters of `model`.
+    """Convert the gradient of the parameters expanded to `source` to the gradient of the parameters of `model`.
 
-    This is the transpose of `expand`: it sums the gradient over weights that the model ties together.
+    The conversion is the transpose of `expand`: it sums the gradient over weights that are one weight in `model`.
     """
     like = parameter_shapes(model, input_shape, jax.tree.leaves(gradient)[0].dtype)
     transpose = jax.linear_transpose(lambda parameters: expand(model, parameters, input_shape, source), like)
@@ -136,7 +138,10 @@ def _along(
     order: tuple[Connectivity, ...],
     change: Callable[[str, Filter, Shape, dict[str, Array], str], dict[str, Array]],
 ) -> Parameters:
-    """Apply `change` to each layer that has a window, once per step in `order`, until its connectivity is `to`."""
+    """Apply `change` to each layer that has a window, once per step in `order`, until the layer's connectivity is `to`.
+
+    `order` lists the connectivities in the order in which the parameters are converted.
+    """
     names = {kind: name for name, kind in FILTERS.items()}
     for layer in counts.layers(model, input_shape):
         if not isinstance(layer.layer, Filter):
@@ -169,7 +174,10 @@ def _with_entry(tree: Parameters, path: tuple[str, ...], entry: dict[str, Any]) 
 
 
 def under(window: Window) -> np.ndarray:
-    """Return the input position under each tap at each output position: `(positions, taps)`, row-major; padding: -1."""
+    """Return the input position under each tap at each output position, as `(positions, taps)`, or -1 for padding.
+
+    All positions and taps are numbered in row-major order.
+    """
     places, inside = np.zeros((1, 1), np.int64), np.ones((1, 1), bool)
     for n, k, s, d, (low, _), outputs in zip(
         window.input_size, window.size, window.strides, window.dilation, window.padding, window.output_size, strict=True
@@ -186,7 +194,7 @@ def _inside(window: Window) -> np.ndarray:
 
 
 def _ungrouped(kernel: Array, groups: int) -> Array:
-    """Convert a grouped kernel to one over all channels; weights between different groups are zero."""
+    """Convert a grouped kernel to a kernel over all channels. Weights between different groups are zero."""
     if groups == 1:
         return kernel
     *axes, channels, features = kernel.shape
@@ -218,7 +226,7 @@ def _scattered(kernel: Array, window: Window, groups: int) -> Float[Array, "inpu
 
 
 def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, channels: int, groups: int) -> Array:
-    """Extract a local kernel from a full layer's matrix (inside windows and groups); taps on the padding are 0."""
+    """Take the weights inside windows and groups from a full layer's matrix, as a local kernel. Padded taps are 0."""
     places = under(window)
     position, tap = np.nonzero(places >= 0)
     inputs, outputs = math.prod(window.input_size), math.prod(window.output_size)
@@ -230,9 +238,10 @@ def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, ch
 
 
 def _mean(values: Array, mask: Array) -> Array:
-    """Return the mean over the first axis, `(1, ...)`, of the values whose mask is 1; 0 if there are none.
+    """Return the mean over the first axis of the values whose mask is 1, or 0 if the mask is 0 for all values.
 
-    It is computed relative to one of the values, so that the mean of equal values is exact to the last bit.
+    The result has shape `(1, ...)`. The function adds the mean difference from one of the values to that value.
+    Therefore the mean of equal values is exact to the last bit.
     """
     first = jnp.argmax(mask, axis=0, keepdims=True)
     base = jnp.take_along_axis(values, jnp.broadcast_to(first, (1, *values.shape[1:])), axis=0)

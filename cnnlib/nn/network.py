@@ -19,12 +19,12 @@ from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape
 
 Parameters = dict[str, Any]
-"""One entry per layer, named by its position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`. A residual's layers
-are nested in its entry, and those of its shortcut in `layer_0_shortcut`. `kernel_shape` and `bias_shape` give shapes. A
-norm has `scale` and `bias`, one value of each per channel."""
+"""One entry per layer, named by its position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`. If layer 0 is a
+residual, `layer_0` holds the entries of its layers, and `layer_0_shortcut` holds those of its shortcut. `kernel_shape`
+and `bias_shape` return the shapes. A norm has `scale` and `bias`, one value of each per channel."""
 
 Statistics = dict[str, Any]
-"""Running `mean` and `variance` per channel of each norm, by the same paths. Empty if there are no norms."""
+"""Running `mean` and `variance` per channel of each norm, named as in `Parameters`. Empty if there are no norms."""
 
 EPSILON = 1e-5
 """Added to the variance in a norm."""
@@ -35,14 +35,15 @@ Stretch = Callable[[Parameters, Statistics, Array], tuple[Array, Statistics]]
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
 NON_DECREASING = {"relu", "tanh"}
-"""Non-decreasing activations; they commute with a maximum."""
+"""Activations f that are non-decreasing. For these, max(f(a), f(b)) = f(max(a, b))."""
 
 
 def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
     """Return the shape of a layer's kernel on an input `(*spatial, channel)`.
 
-    Convolution: `(*window, channel, feature)`. Local layer: `(*positions, *window, channel, feature)`. In both,
-    channels are those of one group. Full layer: `(input node, output node)`; nodes are row-major, channels fastest.
+    Convolution: `(*window, channel, feature)`. Local layer: `(*positions, *window, channel, feature)`. For convolutions
+    and local layers, `channel` counts only the input channels of one group. Full layer: `(input node, output node)`.
+    Nodes are numbered in row-major order, with the channel index changing fastest.
     """
     if isinstance(layer, Full | Dense):
         return (math.prod(input_shape), math.prod(layer.output_shape(input_shape)))
@@ -52,12 +53,12 @@ def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shap
 
 
 def bias_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
-    """Return the shape of a layer's biases: one per feature for a convolution, else one per output node."""
+    """Return the shape of a layer's biases: one bias per feature in a convolution, one per output node in others."""
     return (layer.features,) if isinstance(layer, Conv) else layer.output_shape(input_shape)
 
 
 def kernel_init(positions: int) -> nn.initializers.Initializer:
-    """Return LeCun-normal as in Flax (variance 1 / fan-in); the first `positions` axes do not count as inputs."""
+    """Return Flax's LeCun-normal initialiser (variance 1 / fan-in). The fan-in excludes the first `positions` axes."""
     initializer: nn.initializers.Initializer = nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", batch_axis=tuple(range(positions))
     )
@@ -95,9 +96,10 @@ class Affine(nn.Module):
 class Normalised(nn.Module):
     """Batch normalisation with its running statistics (`spec.Norm`).
 
-    Like Flax's `nn.BatchNorm` with momentum 0.9. Training uses the batch's mean and biased variance, and moves the
-    running mean and variance towards them; these start at 0 and 1. Evaluation uses the running ones. (PyTorch moves its
-    running variance towards the unbiased one.) Computes in float32 for every input type, but in float64 for float64.
+    The module behaves like Flax's `nn.BatchNorm` with momentum 0.9. The running mean starts at 0 and the running
+    variance at 1. Training uses the mean and the biased variance of the batch, and moves the running statistics towards
+    them. (PyTorch moves the running variance towards the unbiased variance.) Evaluation uses the running statistics.
+    The module computes in float64 for float64 inputs, and in float32 for all other inputs.
     """
 
     data_axis: str | None
@@ -121,7 +123,7 @@ class Normalised(nn.Module):
 
 
 def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array, pool: MaxPool | None = None) -> Array:
-    """Apply a kernel to `(batch, *spatial, channel)`, without biases; after a convolution, apply `pool`."""
+    """Apply `kernel` to `x`, `(batch, *spatial, channel)`, without biases. Then apply `pool` to a convolution."""
     if isinstance(layer, Full | Dense):
         return (x.reshape(x.shape[0], -1) @ kernel).reshape(x.shape[0], *layer.output_shape(x.shape[1:]))
     arguments: dict[str, Any] = {
@@ -139,11 +141,13 @@ class Network(nn.Module):
     """A sequence of layers as a Flax module: `init(key, x)` gives variables, `apply(variables, x)` the output.
 
     `x` is `(batch, *spatial, channel)`, float. The output has type `compute_dtype`. If `training`, norms use the
-    batch's statistics and update their running ones: the collection `batch_stats`, which must be mutable then.
+    batch's statistics and update the running statistics. These are in the collection `batch_stats`, so `apply` must be
+    called with `mutable=["batch_stats"]`.
 
-    A bias, a rounding and a non-decreasing activation commute with a maximum. So max pooling can move before them
-    without changing values. We pool first, and they run on fewer values: a quarter for a 2x2 window. Gradients stay
-    the same too, except if rounding makes different values equal. Then only the true largest gets the gradient.
+    Bias, rounding and non-decreasing activations keep the order of values. Max pooling gives the same result before
+    them as after them. We pool first, so that bias and activation run on fewer values: a quarter for a 2x2 window.
+    Gradients are also the same, unless rounding would make different values equal. If we pool first, only the value
+    that was largest before rounding gets the gradient.
     """
 
     layers: tuple[Layer, ...]
@@ -162,7 +166,7 @@ class Network(nn.Module):
         return x
 
     def apply_layer(self, layer: Layer, x: Array, training: bool, name: str, pool: Layer | None) -> Array:
-        """Apply one layer; for a convolution, `pool` (if any) runs before its bias."""
+        """Apply one layer. If `pool` is given, `layer` is a convolution, and the pooling runs before its bias."""
         match layer:
             case Conv() | Local() | Full() | Dense():
                 return Affine(layer, self.compute_dtype, pool, name=name)(x)
@@ -187,9 +191,10 @@ def max_pool(x: Array, layer: MaxPool) -> Array:
 
 
 def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
-    """Map positions of convolutions to positions of the max pooling that may move before their bias.
+    """For each convolution whose max pooling can run before the bias, map its index in `layers` to that of the pooling.
 
-    Only a convolution has the same bias all over a window. Pooling cannot pass a norm: its scale may be negative.
+    Only a convolution has the same bias at all positions of a window. Pooling cannot move before a norm, because the
+    scale of the norm may be negative.
     """
     pools = {}
     for index, layer in enumerate(layers):
@@ -219,9 +224,10 @@ def logits(
 def training_logits(
     network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."], remat: bool = False
 ) -> tuple[Float[Array, "batch classes"], Statistics]:
-    """Return the logits in training, where norms use the batch's statistics, and the updated running statistics.
+    """Return the logits in training and the updated running statistics. Norms use the batch's statistics.
 
-    If `remat`, only the inputs of each of the `stretches` are kept for the backward pass; the rest is recomputed.
+    If `remat`, the layers are cut into `stretches`. Only the input of each stretch is kept for the backward pass, which
+    computes the other maps again.
     """
     changed: Statistics = {}
     for first, end in stretches(network.layers) if remat else [(0, len(network.layers))]:
@@ -244,7 +250,7 @@ def applied(network: Network) -> Stretch:
 
 
 def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, Any]:
-    """Return the entries of layers `first` to `end - 1`, with `by` added to the positions in their names."""
+    """Return the entries of layers `first` to `end - 1`, and add `by` to the number in each name."""
     found = {}
     for name, value in known.items():
         _, number, *rest = name.split("_")
@@ -254,7 +260,7 @@ def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, A
 
 
 def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
-    """Cut layers where maps are cheap to keep: after poolings and around residuals; return `(first, end)` per part."""
+    """Cut `layers` after each pooling, and before and after each residual. Return `(first, end)` per stretch."""
     ends = {0, len(layers)}
     for index, layer in enumerate(layers):
         if isinstance(layer, MaxPool | AvgPool | Residual):
@@ -267,10 +273,10 @@ def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
 def computed_again(stretch: Stretch) -> Stretch:
     """Return `stretch` with a derivative that keeps only the arguments and recomputes the rest.
 
-    `jax.checkpoint` does this with a barrier. On a CPU, XLA (jaxlib 0.10.2) removes the barrier, merges the two equal
-    computations, and so keeps the maps. Here the second computation's input depends on the incoming gradient, which
-    the compiler cannot predict: it is `x`, unless the first value of that gradient is NaN. Then the result is NaN in
-    any case.
+    `jax.checkpoint` separates the forward computation from its repetition with a barrier. On a CPU, XLA (jaxlib 0.10.2)
+    removes the barrier, merges the two equal computations, and so keeps the maps. Here the repetition uses `-x` if the
+    first value of the incoming gradient is NaN, and `x` if not. The compiler cannot predict this gradient, so it cannot
+    merge the computations. If the gradient is NaN, the result is NaN for `x` and `-x` alike.
     """
 
     def keep(*arguments: Any) -> tuple[Any, Any]:
@@ -288,5 +294,5 @@ def computed_again(stretch: Stretch) -> Stretch:
 
 
 def network(model: Model, compute_dtype: DTypeLike = jnp.float32, data_axis: str | None = None) -> Network:
-    """Return the Flax module of a model; the number of classes must be set (`model.with_num_classes`)."""
+    """Return the Flax module of a model. The model's number of classes must be set (`model.with_num_classes`)."""
     return Network(model.layers, compute_dtype, data_axis)

@@ -1,8 +1,8 @@
 """Convolution, local layers, pooling and batch normalisation of channels-last maps, with the usual arguments.
 
 Every operation has derivatives of any order, forward and reverse. It runs under jit, vmap (over inputs, weights or
-both), scan and remat, in float32, bfloat16 and float64. Arguments that do not fit raise UserError. To use several CPU
-devices, divide the work with `jax.shard_map`: JAX does not divide a compiled kernel automatically.
+both), scan and remat, in float32, bfloat16 and float64. Invalid arguments, and shapes that do not match, raise
+UserError. To use several CPU devices, divide the work with `jax.shard_map`: JAX cannot divide a call to kernels.cc.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def conv2d(
         dilation: Distance between neighbouring taps of the kernel: one int for all axes, or one per axis.
         feature_group_count: Number of groups of channels and of features. Each group of features sees only its own
             group of channels. As many groups as channels give a depthwise convolution.
-        pool: Max pooling to apply to the result. On a CPU the map between the two never leaves the cache.
+        pool: Max pooling to apply to the result. kernels.cc runs the convolution and unpadded pooling together, so
+            that the map between them stays in the processor's cache.
     """
     groups = _check_operands("conv2d", x, kernel, 2, feature_group_count)
     window = _window(x.shape[1:], kernel.shape[:2], strides, dilation, padding)
@@ -108,19 +109,20 @@ def conv_transpose2d(
 ) -> Float[Array, "batch output_height output_width channel"]:
     """Apply a transposed convolution: the gradient of `conv2d` with respect to its input.
 
-    The arguments describe the forward convolution, from images of `output_size` to maps of the size of `y`. The kernel
-    therefore has the layout of `conv2d` and is not rotated. PyTorch's `conv_transpose2d` stores the same weights as
+    The arguments describe the forward convolution, which maps images of `output_size` to maps of the size of `y`. Pass
+    the kernel of `conv2d` without rotating it. PyTorch's `conv_transpose2d` stores the same weights as
     `(feature, channel, height, width)`.
 
     Args:
         y: Maps.
         kernel: As for `conv2d`.
-        strides: As for `conv2d`; here the distance in the result between neighbouring positions of `y`.
-        padding: As for `conv2d`; here cropped from the result.
+        strides: As for `conv2d`. Neighbouring positions of `y` are `strides` apart in the result.
+        padding: As for `conv2d`. The padding is cropped from the result.
         dilation: As for `conv2d`.
         feature_group_count: As for `conv2d`.
-        output_size: Height and width of the result. The default for SAME is size * stride. Otherwise it is the smallest
-            that fits: (size - 1) * stride + span - padding with span = (kernel - 1) * dilation + 1.
+        output_size: Height and width of the result. For SAME, the default is size * stride, where size is that of `y`.
+            For other paddings, the default is the smallest size that fits: (size - 1) * stride + span - padding, with
+            span = (kernel - 1) * dilation + 1.
 
     Raises UserError if the forward convolution does not map `output_size` to the size of `y`.
     """
@@ -157,8 +159,8 @@ def local2d(
 ) -> Float[Array, "batch output_height output_width feature"]:
     """Correlate each image with separate weights at every position. Arguments are those of `conv2d`.
 
-    Neither the forward pass nor a gradient copies weights. Outside kernels.cc each is one matrix product, batched over
-    positions.
+    Neither the forward pass nor a gradient copies weights. Without kernels.cc, the forward pass and each gradient are
+    one matrix product each, batched over positions.
     """
     groups = _check_operands("local2d", x, kernel, 2, feature_group_count, shared=False)
     window = _window(x.shape[1:], kernel.shape[2:4], strides, dilation, padding)
@@ -211,10 +213,10 @@ def max_pool(
     strides: PerAxisLike | None = None,
     padding: PaddingLike = "VALID",
 ) -> Float[Array, "batch *output_spatial channel"]:
-    """Return the largest value under each window, over one or two spatial axes.
+    """Return the largest value in each window, over one or two spatial axes.
 
-    `strides` defaults to the window. Padding never wins. A NaN in a window makes its result NaN. Values that tie for
-    the largest share the gradient of the window equally.
+    `strides` defaults to `window_shape`. Padding never counts as the largest value. If a window contains NaN, its
+    result is NaN. If several values of a window are the largest, they share the gradient equally.
     """
     window = _pool_window(x, window_shape, strides, padding)
     pooling = Pooling(_pair(window.size), _pair(window.strides), _pads(window))
@@ -228,7 +230,7 @@ def avg_pool(
     padding: PaddingLike = "VALID",
     count_include_pad: bool = True,
 ) -> Float[Array, "batch *output_spatial channel"]:
-    """Return the mean under each window. `strides` defaults to the window.
+    """Return the mean of each window. `strides` defaults to `window_shape`.
 
     The mean includes the zeros of the padding, unless `count_include_pad` is False.
     """
@@ -253,10 +255,10 @@ def batch_norm(
 ) -> tuple[Float[Array, "batch *spatial channel"], Float[Array, " channel"], Float[Array, " channel"]]:
     """Normalise each channel of `x`; return the result and the mean and variance of each channel.
 
-    The result is (x - mean) / sqrt(variance + epsilon) * scale + bias. Mean and variance are over batch and positions;
-    the variance is biased (the mean square). All is computed in float32, or in the type of `x` if that is wider. The
-    result has the type of `x`. Inside `shard_map`, `over` names the mesh axis that divides the batch into equal parts.
-    Mean and variance then cover the whole batch.
+    The result is (x - mean) / sqrt(variance + epsilon) * scale + bias. Mean and variance are over batch and positions.
+    The variance is biased: the mean of the squared differences from the mean. The function computes in float32, or in
+    the type of `x` if that is wider. The result has the type of `x`. Inside `shard_map`, `over` names the mesh axis
+    that divides the batch into equal parts. With `over`, mean and variance cover the whole batch.
     """
     x, scale, bias, own = *(array.astype(wide_type(x.dtype)) for array in (x, scale, bias)), x.dtype
     y, mean, variance = _batch_norm(x, scale, bias, epsilon, over)
@@ -273,7 +275,7 @@ def _batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, over: str |
 def _batch_norm_derivative(
     epsilon: float, over: str | None, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
-    """Compute the JVP. Its transpose needs only two sums over the map: the gradients of bias and scale."""
+    """Compute the JVP. The gradient, its transpose, sums twice over the map: for the gradients of bias and scale."""
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
     normal, mean, variance = _normal(x, epsilon, over)
     deviation = jnp.sqrt(variance + epsilon)
@@ -286,7 +288,8 @@ def _batch_norm_derivative(
 def _normal(x: Array, epsilon: float, over: str | None) -> tuple[Array, Array, Array]:
     """Return `x` with mean 0 and standard deviation 1 per channel, and the mean and variance of the channels.
 
-    The mean is subtracted before squaring. The difference of two large sums would hold mostly rounding errors.
+    The mean is subtracted before squaring. The formula mean(x^2) - mean(x)^2 subtracts two large numbers, and most of
+    the difference may be rounding error.
     """
     mean = _mean(x, over)
     centred = x - _channels(mean, x)
@@ -309,7 +312,8 @@ def _check_operands(
 ) -> int:
     """Check shapes, types and groups, and return the number of groups.
 
-    Raises UserError if they do not fit. Without this check, compiled kernels would read outside their operands.
+    Raises UserError if `x`, `kernel` and `groups` do not match. Without this check, kernels.cc would read memory
+    outside the arrays.
     """
     spatial = ("height", "width") if axes == 2 else ("length",)
     positions = () if shared else tuple(f"output_{axis}" for axis in spatial)
@@ -390,7 +394,7 @@ def _pool_window(x: Array, size: PerAxisLike, strides: PerAxisLike | None, paddi
     return pool_window(x.shape[1:], "window", kept["window"], kept["strides"], pads)
 
 
-# The primitives have two spatial axes. A single axis becomes the width, with a height of 1.
+# The primitives have two spatial axes. For signals, the single axis becomes the width, and the height is 1.
 
 
 def _pair(numbers: tuple[int, ...]) -> Pair:

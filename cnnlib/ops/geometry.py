@@ -31,14 +31,14 @@ class Correlation(NamedTuple):
     def transposed(self, size: tuple[int, ...], window: tuple[int, ...]) -> Correlation:
         """Return the correlation that computes the gradient for an input of `size` from the gradient of the output.
 
-        Its kernel is the forward kernel, rotated by 180 degrees, with channels and features exchanged.
+        The returned correlation needs the forward kernel, rotated by 180 degrees, with channels and features exchanged.
         """
         padding = []
         for n, outputs, k, s, (low, _), spread, d in zip(
             size, self.output_size(size, window), window, *self, strict=True
         ):
             before = (k - 1) * d - low
-            # The window of the last of the n results, `spread` apart, must end exactly where the padding ends.
+            # The n results are `spread` steps apart. The window of the last result ends where the padding ends.
             after = (n - 1) * spread + 1 + (k - 1) * d - ((outputs - 1) * s + 1) - before
             padding.append((before, after))
         return Correlation(self.x_dilation, (padding[0], padding[1]), self.strides, self.kernel_dilation)
@@ -62,9 +62,10 @@ def wide_type(dtype: Any) -> Any:
 
 
 def taps_of(x: Array, window: tuple[int, ...], correlation: Correlation, fill: float) -> list[Array]:
-    """Return one array per tap of the window, row by row: the values under the tap at all positions.
+    """Return one array per tap, with the values under the tap at all output positions.
 
-    `x` is `(image, height, width, channel)`. Each result is `(image, row, column, channel)`. Padding has value `fill`.
+    A tap is one element of the window. Taps are in row-major order. `x` is `(image, height, width, channel)`. Each
+    returned array is `(image, row, column, channel)`. Padding has value `fill`.
     """
     rows, columns = correlation.output_size(x.shape[1:3], window)
     (low_h, high_h), (low_w, high_w) = correlation.padding
@@ -81,5 +82,8 @@ def taps_of(x: Array, window: tuple[int, ...], correlation: Correlation, fill: f
 
 
 def im2col(x: Array, window: tuple[int, ...], correlation: Correlation) -> Array:
-    """Return the values under the window at each position: `(image, row, column, taps * channels)`, tap-major."""
+    """Return the values under the window at each position: `(image, row, column, taps * channels)`.
+
+    In the last axis, the channel index changes fastest.
+    """
     return jnp.concatenate(taps_of(x, window, correlation, fill=0.0), axis=-1)

@@ -1,11 +1,13 @@
 """CPU kernels for convolution, local layers and max pooling: compile kernels.cc once per machine and let XLA call it.
 
 XLA's own CPU convolutions are slow for weight gradients in loops and for few channels. kernels.cc takes a quarter to
-half of their time (`benchmarks/README.md`). It needs a C++17 compiler (`$CXX`, else `c++`); the headers come with JAX.
-The first use compiles it for this processor, in 10 to 20 s, and keeps the result in the user's cache folder, unless
-other users could change it there. By default kernels.cc is used if it compiles. `CNNLIB_KERNELS=xla` uses XLA instead;
-`CNNLIB_KERNELS=native` fails if kernels.cc does not compile. `CNNLIB_KERNELS=gpu` and `=tpu` run the lowerings of those
-platforms (`cnnlib/ops/lowerings/`) on a CPU. That is slow, and tests that they are right.
+half of the time of XLA (`benchmarks/README.md`). kernels.cc needs a C++17 compiler (`$CXX`, or `c++` if `CXX` is not
+set); the headers come with JAX. The first use compiles kernels.cc for this processor, which takes 10 to 20 s. The
+compiled library is kept in the user's cache folder, unless other users could change files there.
+
+By default, kernels.cc is used if it compiles. `CNNLIB_KERNELS=xla` uses XLA instead. `CNNLIB_KERNELS=native` raises an
+error if kernels.cc does not compile. `CNNLIB_KERNELS=gpu` and `=tpu` run the GPU or TPU lowerings
+(`cnnlib/ops/lowerings/`) on a CPU. This is slow; the tests use it to check these lowerings.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ TARGETS = (
 
 
 def flags(machine: str) -> tuple[str, ...]:
-    """Return the compiler flags for a kind of processor, as `platform.machine` names it.
+    """Return the compiler flags for `machine`, a kind of processor as named by `platform.machine()`.
 
     clang accepts `-march=native` only on x86. On ARM, clang and g++ both accept `-mcpu=native`.
     """
@@ -77,10 +79,10 @@ def asked() -> Kernels | None:
 
 
 def chosen() -> Kernels:
-    """Return the kernels for float32 convolution and pooling on the CPU.
+    """Return which kernels run float32 convolutions, local layers and max pooling on the CPU.
 
-    They are those of kernels.cc (native), XLA's own (xla), or the lowerings of another platform (gpu, tpu).
-    Raises UserError if `CNNLIB_KERNELS` is unknown, or is `native` and kernels.cc cannot be compiled.
+    `native` means kernels.cc, `xla` means XLA's own operations, and `gpu` and `tpu` mean the lowerings for that
+    platform. Raises UserError if `CNNLIB_KERNELS` is unknown, or is `native` and kernels.cc cannot be compiled.
     """
     wanted = asked()
     if wanted not in (None, "native"):
@@ -104,7 +106,7 @@ def register() -> str | None:
 
 
 def is_compiled() -> bool:
-    """Return whether the compiled kernels are in the cache. Also True if they cannot be compiled at all."""
+    """Return whether the compiled kernels are in the cache. Also return True if they cannot be compiled at all."""
     try:
         return is_intact(library_path(compiler()))
     except Unavailable:
@@ -117,9 +119,10 @@ def not_kept() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """Return the shared library for this machine. Compile it if it is missing, damaged, or others could change it.
+    """Return the shared library for this machine.
 
-    Raises Unavailable if there is no compiler, or if compiling or loading fails.
+    Compile kernels.cc if the cached library is missing or damaged, or if other users could change it. Raises
+    Unavailable if there is no compiler, or if compiling or loading fails.
     """
     command = compiler()
     path = library_path(command)
@@ -150,10 +153,11 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 
 def keep(fresh: Path, path: Path) -> None:
-    """Copy a compiled library to `path`, where the next process looks for it, with its SHA-256 in a file beside it.
+    """Copy the compiled library `fresh` to `path`, and write its SHA-256 to a file beside `path`.
 
-    Each file is replaced as a whole, since several processes may write it at once. If the folder is not writable, or
-    others could change it, nothing is kept and the next process compiles again.
+    The next process looks for the library at `path`. Several processes may write at once, so each file is replaced as
+    a whole. If the folder is not writable, or other users could change it, nothing is kept, and the next process
+    compiles again.
     """
     content = fresh.read_bytes()
     files = {path: content, path.with_suffix(".sha256"): hashlib.sha256(content).hexdigest().encode()}
@@ -163,7 +167,7 @@ def keep(fresh: Path, path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether the library exists, matches its SHA-256, and cannot be changed by others."""
+    """Return whether the library exists, matches its SHA-256, and cannot be changed by other users."""
     try:
         expected = path.with_suffix(".sha256").read_text()
         return not changeable_by_others(path) and hashlib.sha256(path.read_bytes()).hexdigest() == expected

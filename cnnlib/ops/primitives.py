@@ -2,12 +2,13 @@
 
 A correlation is linear in its input and in its kernel, and so are its derivatives. Three primitives therefore suffice
 for derivatives of any order, forward and reverse: `correlate`, `input_gradient` and `kernel_gradient`. Local layers
-have three too: `local`, `local_input` and `local_kernel`. The derivative of max pooling is linear if the winners (the
-largest values) are given: `select` averages the tangents of the winners, and `spread` is its transpose.
+have three primitives too: `local`, `local_input` and `local_kernel`. In max pooling, the winners of a window are the
+positions of its largest value. For given winners, the derivative of max pooling is linear: `select` averages the
+tangents of the winners, and `spread` is the transpose of `select`.
 
-Except in max pooling, operands have lanes: `x` is `(lane, image, height, width, channel)`, a kernel `(lane, height,
-width, channel, feature)`. `jax.vmap` adds lanes, or images if the lanes share a kernel. The platform decides how a
-primitive and its lanes run: `cnnlib/ops/lowerings/`.
+A lane is one of several models that run together. Except in max pooling, operands have a lane axis: `x` is `(lane,
+image, height, width, channel)`, and a kernel is `(lane, height, width, channel, feature)`. `jax.vmap` adds lanes, or
+images if the kernel is not mapped. `cnnlib/ops/lowerings/` defines how each platform runs a primitive and its lanes.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def correlate_max(
     correlation: Correlation,
     pooling: Pooling,
 ) -> Float[Array, "lane image row column feature"]:
-    """Correlate and max-pool in one operation. Call it only if `pools_within` is True."""
+    """Correlate and max-pool in one operation. Call this function only if `pools_within` returns True."""
     largest, _ = correlate_max_p.bind(x, kernel, correlation=correlation, pooling=pooling, form=form_in_use())
     result: Array = largest
     return result
 
 
 def pools_within(dtype: Any, pooling: Pooling) -> bool:
-    """Return whether `correlate_max` supports this type and pooling on the platform traced for."""
+    """Return whether `correlate_max` supports this type and pooling in the current form (`form_in_use`)."""
     return fused_pooling.pools_within(form_in_use(), dtype, pooling)
 
 
@@ -68,7 +69,7 @@ def correlate_back(
     size: Pair,
     correlation: Correlation,
 ) -> Float[Array, "lane image height width channel"]:
-    """Map each lane's maps back to images of `size`: the transpose of `correlate` in its input."""
+    """Map the output of `correlate` back to images of `size`: the transpose of `correlate` with respect to `x`."""
     result: Array = input_gradient_p.bind(y, kernel, size=size, correlation=correlation, form=form_in_use())
     return result
 
@@ -86,18 +87,18 @@ def local(
 def max_pool(
     x: Float[Array, "image height width channel"], pooling: Pooling
 ) -> Float[Array, "image rows columns channel"]:
-    """Return the largest value under each window."""
+    """Return the largest value in each window."""
     result: Array = max_pool_p.bind(x, pooling=pooling, form=form_in_use())
     return result
 
 
 COMPILED_FOR: ContextVar[kernels.Kernels | None] = ContextVar("COMPILED_FOR", default=None)
-"""The form to trace operations in; None selects the form of JAX's default device."""
+"""The form in which to trace operations: `native`, `xla`, `gpu` or `tpu`. None: see `form_in_use`."""
 
 
 @contextlib.contextmanager
 def compiled_for(form: kernels.Kernels | None) -> Iterator[None]:
-    """Trace operations inside the `with` block in `form`; None selects the form of JAX's default device."""
+    """Trace operations inside the `with` block in `form`. If None, `CNNLIB_KERNELS` or JAX's device selects it."""
     token = COMPILED_FOR.set(form)
     try:
         yield
@@ -108,8 +109,8 @@ def compiled_for(form: kernels.Kernels | None) -> Iterator[None]:
 def form_in_use() -> kernels.Kernels:
     """Return the form in which operations are traced now.
 
-    It is the first that is set: the form given to `compiled_for`, `CNNLIB_KERNELS`, the form of JAX's default device.
-    Raises UserError if `CNNLIB_KERNELS` asks for a CPU's form on another device.
+    The argument of `compiled_for` has priority, then `CNNLIB_KERNELS`. If neither is set, JAX's default device
+    determines the form. Raises UserError if `CNNLIB_KERNELS` is `native` or `xla` and that device is not a CPU.
     """
     if (form := COMPILED_FOR.get()) is not None:
         return form
@@ -126,11 +127,12 @@ def form_in_use() -> kernels.Kernels:
 def define(
     name: str, shape: Callable[..., tuple[int, ...]], cpu: Any, gpu: Any, tpu: Any, winners: bool = False
 ) -> Primitive:
-    """Define a primitive whose result has the type of its operands. Integer operands hold the winners of a pooling.
+    """Define a primitive whose result has the floating-point type of its operands. Integer operands hold winners.
 
-    If the static argument `form` is `gpu` or `tpu`, every platform runs that lowering; otherwise each runs its own. If
-    an operand or result has no elements, no lowering runs: a sum over nothing is zero. With `winners` the primitive has
-    a second result: integers of the same shape.
+    `cpu`, `gpu` and `tpu` are the lowerings for these platforms. If the static argument `form` is `gpu` or `tpu`, all
+    platforms run the lowering of that name. For other forms, each platform runs its own lowering. If an operand or the
+    result has no elements, no lowering runs and the result is zero. If `winners` is True, the primitive has a second
+    result: the winners, as integers of the same shape.
     """
     primitive = Primitive(f"cnnlib_{name}")
     primitive.multiple_results = winners
@@ -173,10 +175,10 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def define_family(forward: Primitive, to_input: Primitive, to_kernel: Primitive, window: slice) -> None:
-    """Register derivatives of three primitives, linear in their first two operands and transposes of each other.
+    """Register the derivatives of `forward(x, kernel)`, `to_input(gradient, kernel)` and `to_kernel(x, gradient)`.
 
-    They are `forward(x, kernel)`, `to_input(gradient, kernel)` and `to_kernel(x, gradient)`. Further operands are
-    passed on unchanged. `window` is the slice of the kernel's shape that holds the window.
+    Each of these primitives is linear in its first two operands. Its two transposes are the other two primitives.
+    Further operands are passed on unchanged. `window` is the slice of the kernel's shape that holds the window.
     """
 
     def of_forward(gradient: Any, x: Any, kernel: Any, *others: Any, **static: Any) -> tuple[Any, Any]:
@@ -208,7 +210,7 @@ def _bilinear_jvp(primitive: Primitive, primals: Any, tangents: Any, **static: A
 
 
 def _direction(primitive: Primitive, y: Array, primals: Any, tangents: Any, **static: Any) -> Any:
-    """Return the JVP of a primitive that is linear in its first two operands. It has the shape and type of `y`."""
+    """Return the tangent of `y`, the result of a primitive that is linear in its first two operands."""
     first, second, *others = primals
     parts = []
     if not _is_zero(tangents[0]):
@@ -255,8 +257,8 @@ kernel_gradient_p = define(
 )
 define_family(correlate_p, input_gradient_p, kernel_gradient_p, window=slice(1, 3))
 
-# A correlation followed by max pooling. A small step does not change the winners, so the derivatives take the winners
-# as an operand and are bilinear in the others.
+# A correlation followed by max pooling. A small change of the operands does not change the winners. The derivatives
+# therefore take the winners as a fixed operand and are linear in each of the other two.
 
 correlate_max_p = define(
     "correlate_max",
@@ -337,7 +339,7 @@ def _one(operand: Array, axis: int | None) -> tuple[int, ...]:
 
 
 def _merged(operand: Array, axis: int | None, size: int, into: int) -> Array:
-    """Merge the mapped axis, or `size` copies if `axis` is None, into axis `into`. The mapped axis varies slower."""
+    """Merge the mapped axis, whose index changes more slowly, into axis `into`. If `axis` is None, merge copies."""
     moved = jnp.broadcast_to(operand[None], (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
     moved = jnp.moveaxis(moved, 0, into)
     return moved.reshape(*moved.shape[:into], size * moved.shape[into + 1], *moved.shape[into + 2 :])
@@ -374,7 +376,8 @@ for _primitive in (*WITH_KERNEL, kernel_gradient_p, pooled_kernel_gradient_p, lo
     batching.primitive_batchers[_primitive] = functools.partial(_batch_lanes, _primitive)
 
 
-# Max pooling: the largest values, the mean tangent of the winners (select), and the gradient for the winners (spread).
+# Max pooling has three primitives. `max_pool` returns the largest values. `select` averages the tangents of the
+# winners. `spread` gives each winner its share of the gradient.
 
 max_pool_p = define(
     "max_pool",
@@ -400,13 +403,14 @@ def _max_pool_jvp(primals: Any, tangents: Any, *, pooling: Pooling, form: kernel
         return y, ad.Zero(jax.typeof(y).to_tangent_aval())
     shares = y
     if poolings.keeps_shares(form):
-        # Without the barrier, the compiler computes the shares next to the gradient, in another pass over the input.
+        # Without the barrier, the compiler would compute the shares in the backward pass and read the input again.
         y, shares = lax.optimization_barrier((y, poolings.winner_shares(x, y, pooling)))
     return y, select_p.bind(x, y, shares, direction, pooling=pooling, form=form)
 
 
 ad.primitive_jvps[max_pool_p] = _max_pool_jvp
-# A small step does not change the winners, so only the last operand has a derivative.
+# `x`, `y` and `shares` only determine the winners, which a small change does not move. Therefore only the last operand
+# has a derivative.
 for _primitive, _transpose in ((select_p, spread_p), (spread_p, select_p)):
     _rule = functools.partial(
         lambda primitive, direction, x, y, shares, _, **static: primitive.bind(x, y, shares, direction, **static)
@@ -424,7 +428,7 @@ for _primitive, _transpose in ((select_p, spread_p), (spread_p, select_p)):
 
 
 def _batch_images(primitive: Primitive, operands: Any, axes: Any, **static: Any) -> tuple[Array, int]:
-    """Merge the mapped axis into the images: pooling treats all images alike."""
+    """Merge the mapped axis into the images, because pooling treats all images alike."""
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
     merged = [_merged(operand, axis, size, into=0) for operand, axis in zip(operands, axes, strict=True)]
     result = primitive.bind(*merged, **static)

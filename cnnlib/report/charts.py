@@ -24,14 +24,14 @@ COSTS = {
     "macs": "multiply-adds an example",
     "train_seconds_per_lane": "seconds of training",
 }
-"""What accuracy is plotted against: fields of an arm's results, with their axis titles."""
+"""Axis titles of the costs that accuracy is plotted against; the keys are fields of an arm's results."""
 PLACES = 5
-"""Number of positions for the points of an arm's lanes, side by side to the left of their mean."""
+"""Points of an arm's lanes are drawn to the left of the mean of these lanes, in this many columns."""
 MOST_NAMES = 12
-"""Most points that get a name beside them; with more, no point gets one."""
+"""If there are at most this many means, each mean has a name beside it; if there are more, none has a name."""
 SHAPES = {"full": "circle", "local": "square", "conv": "triangle-up"}
 DASHES = ([1, 0], [6, 3], [2, 2])
-"""Dash patterns for lines that share a colour of the palette."""
+"""Dash patterns that distinguish lines of the same colour."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 
 
@@ -50,7 +50,7 @@ def library() -> str:
 
 
 def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the lanes of an arm that have a setting's hyperparameters, diverged lanes included."""
+    """Return all lanes of `arm` with the hyperparameters of `setting`, diverged lanes included."""
     names = [name for name in SETTING_FIELDS if name in setting]
     return [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in names)]
 
@@ -94,7 +94,7 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     percent = [altair.Tooltip("accuracy:Q", title="test accuracy, %", format=".2f")]
     ends = [altair.Tooltip(f"{end}:Q", title=f"interval, {end}", format=".2f") for end in ("low", "high")]
     points = altair.Chart(altair.InlineData(lanes))
-    beside = altair.ExprRef(expr="-8 - 4 * datum.place")  # pixels: the mean and equal lanes must not cover it
+    beside = altair.ExprRef(expr="-8 - 4 * datum.place")  # pixels, so that points do not cover the mean or each other
     points = points.mark_point(filled=True, opacity=0.6, size=40, xOffset=beside)
     points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=[*told, altair.Tooltip("seed:N"), *percent])
     base = altair.Chart(altair.InlineData(means))
@@ -112,7 +112,7 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
 
 
 def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) -> list[int]:
-    """Return how many pixels to raise each mean's name so that none overlap, on a plot about `side` pixels wide."""
+    """Return how many pixels to raise the name of each mean so that no two names overlap; `side`: the plot's width."""
     x = np.log([mean["cost"] for mean in means])
     y = np.array([mean["accuracy"] for mean in means])
     spans = [max(float(np.ptp(each)), 1e-9) if len(means) else 1.0 for each in (x, y)]
@@ -124,7 +124,7 @@ def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) 
         while any(
             left < other_right
             and other_left < right
-            and abs(height + found[index] - other) < line - 1  # - 1: rounding must not decide
+            and abs(height + found[index] - other) < line - 1  # - 1: allow for rounding
             for other_left, other_right, other in placed
         ):
             found[index] += line
@@ -140,9 +140,10 @@ class Curves(NamedTuple):
 
 
 def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
-    """Return a metric of `metrics.jsonl` by arm and epoch, at `most_epochs` epochs per arm or fewer.
+    """Return the learning curves of `metric` for `arms`, from lines of `metrics.jsonl`.
 
-    Epochs are evenly spaced and include the last. Malformed lines are skipped. The result may be empty.
+    Each arm has at most `most_epochs` epochs, evenly spaced; the last epoch is one of these. Malformed lines are
+    skipped. The result may be empty.
     """
     values: dict[tuple[str, int], list[tuple[int, int, float]]] = defaultdict(list)
     for line in lines:
@@ -244,7 +245,8 @@ def growth_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     color = by_reading(altair.Color, [color for color, _ in STYLE.values()])
     shape = by_reading(altair.Shape, list(SHAPES.values()))
-    # Local layers and convolutions have equal connections: the later line is dashed, so both lines are visible.
+    # Local layers and convolutions have equally many connections, so one line covers the other. The upper line is
+    # dashed, so that both are visible.
     dash = by_reading(altair.StrokeDash, [[1, 0], [1, 0], [6, 6]])
     panels = []
     for number in ("connections", "parameters"):

@@ -11,14 +11,15 @@ from cnnlib.stats.fits import VarianceComponents, variance_components
 from cnnlib.stats.intervals import Difference, paired_differences
 
 MOST_ARMS = 6
-"""Up to this many arms, every pair is compared; of more arms, each is compared with the first."""
+"""If a run has at most this many arms, compare every pair; if it has more, compare each arm with the first one."""
 SEEDS = ("seed", "order_seed")
 
 
 def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
     """Return test accuracies by arm and seed, for the setting that validation chose; diverged lanes are left out.
 
-    Arms without a chosen setting are left out. So are older results, whose lanes lack some of today's hyperparameters.
+    Arms without a chosen setting are left out. Results of older cnnlib versions may lack some hyperparameters. Then
+    only the hyperparameters in the results select the lanes.
     """
     found: dict[str, dict[Hashable, float]] = {}
     for arm in results["arms"]:
@@ -36,9 +37,10 @@ def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
 
 
 def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Difference]:
-    """Compare the planned pairs FIRST:SECOND; the plan is `planned`, or else that of the run's configuration.
+    """Compare pairs of arms, FIRST:SECOND; the pairs are `planned`, or if empty, those of the run's configuration.
 
-    Without a plan, compare every pair of arms, or each arm with the first if there are more than `MOST_ARMS`.
+    If the configuration has no pairs either, compare every pair of arms. If there are more than `MOST_ARMS` arms,
+    compare only each arm with the first one.
     """
     values = accuracies(results)
     if len(values) < 2:
@@ -51,7 +53,10 @@ def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Di
 
 
 def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
-    """Split each arm's spread of accuracy into initial weights and data order, if each seed ran with each order."""
+    """Estimate how much of an arm's accuracy spread is due to initial weights, and how much to data order.
+
+    Arms in which not every seed ran with every order are left out.
+    """
     found = {}
     for arm, values in accuracies(results).items():
         seeds, orders = (list(dict.fromkeys(pair[place] for pair in values)) for place in (0, 1))  # type: ignore[index]
@@ -61,7 +66,7 @@ def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
 
 
 def spread_sentence(arm: str, found: VarianceComponents) -> str:
-    """Return a spread in words: standard deviations in percentage points, with their intervals."""
+    """Describe the spread in words: standard deviations in percentage points, with intervals."""
     parts = (("initial weights", found.initialisation), ("data order", found.order), ("the rest", found.rest))
     texts = []
     for name, part in parts:

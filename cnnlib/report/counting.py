@@ -1,4 +1,4 @@
-"""The output of `count`: the counts of a model's layers and their total, as JSON or as a table."""
+"""The output of the command `count`: the counts of each layer of a model and the total, as JSON or as a table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ HEADERS = {"receptive field": "field"}
 
 
 def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return the counts of a model, JSON-ready: `layers` has one entry per layer, `total` is their sum.
+    """Return the counts of a model, ready for JSON: `layers` has one entry per layer, `total` is the sum over layers.
 
-    Counts are per example; bytes are those of a training step. Raises UserError if a layer does not fit its input.
+    Counts are per example; bytes are per training step with `batch_size` examples. Raises UserError if a layer does not
+    fit its input.
     """
     counts = layers(model, input_shape)
     total = sum((layer.count for layer in counts), Count())
@@ -44,7 +45,7 @@ def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> di
 
 
 def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return counts and receptive field by name; field entries have one number per axis, or are None if they vary."""
+    """Return counts and receptive field by name; the field has a number per axis, or is None if positions differ."""
     known = [field for field in fields if field is not None]
     whole = len(known) == len(fields)
     return {
@@ -71,12 +72,12 @@ def name_of(layer: LayerCount) -> str:
 
 
 def layer_text(layer: LayerCount) -> str:
-    """Return a layer's notation; the entry of a residual itself is its `sum`, as its layers have their own entries."""
+    """Return a layer's notation; a residual is `sum`, because the layers inside it have their own entries."""
     return "sum" if isinstance(layer.layer, Residual) else str(layer.layer)
 
 
 def axes_text(sizes: list[int] | None) -> str:
-    """Return `5` if all axes agree, else `5x3`; `varies` if positions differ (None)."""
+    """Return sizes as text: `5` if all axes are equal, else `5x3`. If `sizes` is None, return `varies`."""
     if sizes is None:
         return "varies"
     return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes)) or "-"
@@ -95,7 +96,7 @@ def bytes_text(count: int) -> str:
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print one row per layer, the total, and below them the facts that have no column."""
+    """Print one row per layer and the total. Below the table, print the facts that have no column."""
     total = summary["total"]
     rows = [
         (

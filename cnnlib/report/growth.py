@@ -1,4 +1,4 @@
-"""Counts of layers as the input grows: a run without training, its table and its figure; needs no JAX."""
+"""Counts of layers as the input grows: a run without training, with a table and a figure. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnnlib.system import files, provenance
 from cnnlib.system.tables import markdown_table
 
 LANDMARKS = (32, 1000)
-"""Sides at which the figure labels the full layer with its count: those of the textbook argument."""
+"""Sides of the input at which the figure shows the full layer's count as text. Textbooks use these sides."""
 COUNTS = {
     "connections": "connections, taps on padding counted",
     "connections_without_padding": "connections without taps on padding",
@@ -23,7 +23,7 @@ COUNTS = {
 
 
 def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
-    """Return the arms by side of the input; raise UserError, with the side, if a layer does not fit."""
+    """Return the arms for each side of the input. If a layer does not fit, raise UserError, which names the side."""
     shapes = {side: (side, side, growth.channels) for side in growth.sides}
     return {
         side: resolve_arms(growth.arms, {arm.name: (shape, growth.num_classes) for arm in growth.arms})
@@ -32,7 +32,7 @@ def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
 
 
 def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:
-    """Count, and write `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
+    """Count layers, and write `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
 
     Return the content of `results.json`, and the folder to which the files of an earlier run were moved, or None.
     Raises UserError, and writes nothing, if a layer does not fit its input.
@@ -112,7 +112,7 @@ def draw(results: dict[str, Any]) -> Any:
         for index, arm in enumerate(arms):
             entries = [entry for entry in results["counts"] if entry["arm"] == arm]
             color, marker = STYLE[entries[0]["connectivity"]]
-            # Lines that coincide must all be visible: later ones are thinner and dashed.
+            # Lines may lie on top of one another. Later lines are thinner and dashed, so that all are visible.
             axes.plot(
                 [entry["side"] for entry in entries],
                 [entry[count] for entry in entries],

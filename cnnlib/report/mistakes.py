@@ -1,4 +1,4 @@
-"""Confusion matrices of each arm, and its worst mistakes as pictures."""
+"""The confusion matrix of each arm, and pictures of the arm's worst mistakes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import numpy as np
 from cnnlib.runs.predictions import Predictions
 
 MOST_CLASSES = 20
-"""Most classes of a confusion matrix that is shown."""
+"""A confusion matrix with more classes than this is not shown."""
 
 
 def class_name(data: Mapping[str, Any], number: int) -> str:
-    """Return a class's name if `data` (from the results) has names, else its number."""
+    """Return the name of class `number`; if `data` (from the results) has no class names, return the number."""
     names = data.get("class_names")
     known = isinstance(names, list) and 0 <= number < len(names)
     return str(names[number]) if known else str(number)  # type: ignore[index]
 
 
 def confusion_shares(found: Predictions, classes: int) -> np.ndarray:
-    """Return shares `(true class, answer)`, means over lanes that have not diverged; rows sum to 1."""
+    """Return the share of each answer among the examples of each true class, `(true class, answer)`.
+
+    Shares are means over lanes that have not diverged. Each row sums to 1.
+    """
     fine = found.predicted[(found.predicted >= 0).all(axis=1)]
     counts = np.zeros((classes, classes))
     np.add.at(counts, (np.broadcast_to(found.labels, fine.shape), fine), 1.0)
@@ -91,7 +94,7 @@ def scaled(example: np.ndarray) -> np.ndarray:
 
 
 def lines(signal: np.ndarray) -> list[str]:
-    """Return the points of one line per channel of a signal `(length, channel)`, in a square of 60 by 60."""
+    """Return one line per channel of a signal `(length, channel)`: its points in a square of 60 by 60."""
     found = []
     for channel in scaled(signal).T:
         places = np.linspace(1, 59, len(channel))

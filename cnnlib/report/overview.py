@@ -1,6 +1,6 @@
 """The commands `runs` and `compare`: list runs with their state, and show finished runs side by side; needs no JAX.
 
-Folders may come from anyone: their content is checked before use, and never executed.
+A folder may come from another person. So its content is checked before use, and never executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MARKS = (folder.RECORD, "results.json")
 
 
 def found_runs(place: Path) -> list[Path]:
-    """Return the folders of runs in `place`, at any depth, except those in `earlier`; raise UserError if none."""
+    """Return the folders of runs in `place`, at any depth, outside `earlier`; raise UserError if there are none."""
     if not place.is_dir():
         raise UserError(f"there is no folder {place}")
     found = []
@@ -40,7 +40,7 @@ def found_runs(place: Path) -> list[Path]:
 
 
 def print_runs(place: Path, console: Console) -> None:
-    """Print one line per run: state, start, progress and result so far."""
+    """Print one line per run in `place`: state, start, progress and the result so far."""
     print_table(console, COLUMNS, [described(run, place) for run in found_runs(place)], left=5)
 
 
@@ -64,7 +64,7 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
 
 
 def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
-    """Return the share of all arms' epochs that are done, such as `58 %`."""
+    """Return how much of the training is done, over the epochs of all arms, such as `58 %`."""
     arms, epochs = _list(config.get("arms")), config.get("epochs")
     if not isinstance(epochs, int) or epochs < 1 or not arms:
         return "-"
@@ -73,7 +73,7 @@ def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
 
 
 def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
-    """Return the latest arm's epoch and mean over its lanes, such as `lenet5 9/12, validation 96.96 %`."""
+    """Return the latest arm with its epoch and mean accuracy, such as `lenet5 9/12, validation 96.96 %`."""
     if not lines:
         return ""
     arm, epoch = (lines[-1][key] for key in ("arm", "epoch"))
@@ -128,14 +128,17 @@ def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None
 
 
 def computed_on(results: dict[str, Any]) -> str:
-    """Return a run's kind of device and precision of products: accuracies and times depend on both."""
+    """Return the kind of device of a run and the precision of its products. Accuracies and times depend on both."""
     device, config = _object(results.get("device")), _object(results.get("config"))
     kind, precision = device.get("kind"), config.get("precision", "default")
     return f"{kind}, precision {precision}"
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
-    """Return the shortest path endings that differ for all runs; raise UserError if a run is given twice."""
+    """Return a short label per run: the shortest ending of its path that no other run has.
+
+    Raises UserError if a run is given twice.
+    """
     for length in range(1, max(len(run.absolute().parts) for run in runs) + 1):
         names = [str(Path(*run.absolute().parts[-length:])) for run in runs]
         if len(set(names)) == len(names):
@@ -163,7 +166,7 @@ def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list
 
 
 def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Say whether all runs ended with the same parameters; return nothing if arms differ or checksums are missing."""
+    """Say whether all runs ended with the same parameters. If arms differ or checksums are missing, return no lines."""
     sums = [
         {
             arm["name"]: [_object(lane).get("parameters_sha256") for lane in _list(arm.get("lanes"))]
@@ -182,7 +185,7 @@ def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def is_results(found: Any) -> bool:
-    """Return whether `found` is the `results.json` of a run that trained; check only the fields that are shown here."""
+    """Return whether `found` looks like the `results.json` of a run that trained; check only fields that are shown."""
     arms = found.get("arms") if isinstance(found, dict) else None
     if not isinstance(arms, list) or not isinstance(found.get("config"), dict) or not arms:
         return False

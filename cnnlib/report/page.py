@@ -1,6 +1,7 @@
 """The report: one self-contained HTML page about finished runs. It opens from disk and loads nothing.
 
-The content of a run's files is untrusted data: it is escaped, and the page's policy forbids network access.
+The files of a run may contain anything, even HTML. So all text is escaped, and the page's security policy forbids
+network access.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cnnlib.runs.predictions import Predictions, read_answers
 from cnnlib.system.files import read_json_lines, write_whole
 
 MOST_ARMS = 24
-"""Most arms of a run for which curves, confusions and mistakes are shown."""
+"""The page shows curves, confusions and mistakes for at most this many arms of a run."""
 MOST_BYTES = 5_000_000
 """Most bytes of a page."""
 
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
     shown: str
     value: Any = None
-    """None if unknown: such rows stay at the bottom, in either sort order."""
+    """None if unknown. Rows with None stay at the bottom, in ascending and in descending order."""
 
 
 class Table(NamedTuple):
@@ -72,13 +73,13 @@ class Detail(NamedTuple):
     epochs: int
     """Most epochs per learning curve, evenly spaced."""
     mistakes: int
-    """Most pictures per arm."""
+    """Most pictures of mistakes per arm."""
     lanes: bool
     """Whether to show a learning curve and a table row per lane."""
 
 
 DETAILS = (Detail(40, 24, True), Detail(20, 12, True), Detail(20, 6, False), Detail(10, 0, False))
-"""From most to least detail: a page uses the first that keeps it within `MOST_BYTES`."""
+"""Levels of detail, most detail first. A page uses the first level with which it has at most `MOST_BYTES` bytes."""
 UNLIKE_RESULTS = (
     ArithmeticError,
     AttributeError,
@@ -89,7 +90,7 @@ UNLIKE_RESULTS = (
     TypeError,
     ValueError,
 )
-"""Errors that arise from files that look like results but are not."""
+"""Errors that reading a file raises if the file looks like results but has other content."""
 
 
 def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], str | None]) -> None:
@@ -146,7 +147,7 @@ def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Deta
 
 
 def detail_text(detail: Detail) -> str:
-    """Return a reduced level of detail in words."""
+    """Say in words how much the page shows at a reduced level of detail."""
     curves = "" if detail.lanes else " without single lanes"
     return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
 
@@ -171,7 +172,7 @@ def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, 
 
 
 class Answer(NamedTuple):
-    """The result in words: paragraphs before and after a list of differences."""
+    """The result in words: paragraphs, a list of differences between arms, and more paragraphs."""
 
     before: list[str]
     differences: list[str]
@@ -179,7 +180,7 @@ class Answer(NamedTuple):
 
 
 def answer(results: dict[str, Any]) -> Answer:
-    """Put the result into words, from the stored numbers alone."""
+    """Describe the result in words. The text uses only the stored numbers."""
     rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
     if not rated:
         told = "No arm has a test accuracy: nothing was chosen without validation data, or every lane diverged."
@@ -243,7 +244,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def lane_table(results: dict[str, Any]) -> Table:
-    """Return the table of lanes, one row per lane: the small points of the plots, for readers who cannot see them."""
+    """Return a table with one row per lane, for readers who cannot see the points of the lanes in the plots."""
     rows = [
         (
             arm["name"] + setting_text(results, arm, index),
@@ -273,7 +274,7 @@ def cost_plots(name: str, results: dict[str, Any]) -> list[Plot]:
 
 
 class Curves(NamedTuple):
-    """Learning curves, and their means as titled tables; `missing` says why there are none."""
+    """Learning curves, and tables of the mean curves with titles. If there are no curves, `missing` says why."""
 
     plots: list[Plot]
     tables: list[tuple[str, Table]]
@@ -309,7 +310,7 @@ def curves(name: str, run: Run, detail: Detail) -> Curves:
 
 
 class Provenance(NamedTuple):
-    """The command that repeats a run, the origin of its numbers, and its configuration."""
+    """Where the numbers of a run come from: command, machine, versions and configuration."""
 
     command: str
     facts: list[tuple[str, str]]
@@ -321,7 +322,7 @@ def provenance(results: dict[str, Any]) -> Provenance:
     try:
         command = command_to_repeat(results) or "not a registered experiment"
         fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
-    except UserError as error:  # from another version: show the configuration as stored
+    except UserError as error:  # from another version of cnnlib
         command = f"not known to this version of cnnlib: {error}"
         fields = json.dumps(results["config"], indent=2)
     device, machine = results["device"], results.get("machine", {})

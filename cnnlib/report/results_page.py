@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
 MOST_ROWS = 40
-"""Most arms in a table; a larger sweep shows only what was fitted to it."""
+"""Most arms in a table. For a sweep with more arms, the page shows only the curves fitted to the results."""
 Analysis = Callable[[dict[str, Any]], str]
 
 
 def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, ...]]:
-    """Return one row per setting of each arm; `train %` is the final models' accuracy on their training examples."""
+    """Return one row per setting of each arm; `train %` is the final models' accuracy on the training examples."""
     table: list[tuple[str, ...]] = []
     for arm in results["arms"]:
         for index, setting in enumerate(arm["settings"]):
@@ -53,7 +53,7 @@ def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, 
 
 
 def facts(results: dict[str, Any], command: str | None) -> str:
-    """Return the provenance of the numbers in one line: command, machine, versions, commit, date, data and time."""
+    """Say in one line where the numbers come from: command, machine, versions, commit, date, data and time."""
     device, versions, data = results["device"], results["versions"], results["data"]
     machine = results.get("machine", {})
     where = f"{machine.get('cores', '?')} cores of {machine.get('processor', 'an unknown processor')}"
@@ -77,7 +77,7 @@ class Asked(NamedTuple):
 
 
 def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str, str]) -> str:
-    """Return the section of one stored run, or of an experiment that could not be run and has only a note.
+    """Return the section of one stored run. An experiment that could not be run has only a note.
 
     Raises UserError if the folder has no note.
     """
@@ -115,7 +115,9 @@ not what it could. All of it again, and resumable: `cnnlib all`.
 
 
 def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: dict[str, dict[str, str]]) -> str:
-    """Return the page; `asked_of` maps an experiment to its question, `published` has accuracies by folder and arm.
+    """Return the page; `asked_of` maps an experiment's name to its question.
+
+    `published` has published accuracies by folder and arm.
 
     Raises UserError if a folder has no note.
     """
@@ -149,7 +151,7 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
 
 
 def sample_sizes(results: dict[str, Any]) -> str:
-    """Return a table of the training-set size that each connectivity needs per accuracy level: means over seeds."""
+    """Return a table of the training-set size that each connectivity needs for each accuracy; means over seeds."""
     levels = (0.85, 0.9, 0.94)
     smallest = min(arm["data"]["train"] for arm in results["arms"])
     curves = by_seed(results)
@@ -167,7 +169,8 @@ def sample_sizes(results: dict[str, Any]) -> str:
 def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
     """Return how the training-set size needed for accuracy `level` grows with k (patches) and d (their length).
 
-    Exponents have intervals. Seeds whose size lies outside the sizes tried are counted but not fitted.
+    Exponents have intervals. Some seeds need a size outside the range of sizes that were tried. The text gives the
+    number of these seeds, but the fit does not use them.
     """
     lines, needed_lines = [], []
     tasks: dict[str, list[tuple[int, int, float | None]]] = {}
@@ -234,7 +237,10 @@ def curves_figure(results: dict[str, Any]) -> Figure:
 
 
 def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """Return curves `(sizes, accuracies)`, one per seed, of arms named CONNECTIVITY_..._SIZE; keys omit the size."""
+    """Return curves `(sizes, accuracies)`, one per seed, of arms named CONNECTIVITY_..._SIZE.
+
+    Keys are the names of the arms without the size.
+    """
     values = accuracies(results)
     found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
     sizes = {arm["name"]: float(arm["data"]["train"]) for arm in results["arms"]}
@@ -247,7 +253,7 @@ def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[f
 
 
 def needed_text(needed: Sequence[float | None], smallest: float) -> str:
-    """Return the geometric mean of the sizes needed; count apart seeds at the `smallest` size and seeds at None."""
+    """Return the geometric mean of the sizes needed. Seeds at the `smallest` size or at None are only counted."""
     never, at_once = sum(size is None for size in needed), sum(size == smallest for size in needed)
     inside = [size for size in needed if size is not None and size > smallest]
     parts = [geometric(inside)] if inside else []
@@ -265,4 +271,4 @@ def geometric(sizes: Sequence[float]) -> str:
 
 
 ANALYSES: dict[str, Analysis] = {"sample_efficiency": sample_sizes, "dsd": dsd_exponents}
-"""By experiment: the function that fits its results."""
+"""For each experiment with a fit: the function that fits its results."""

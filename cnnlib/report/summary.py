@@ -13,7 +13,7 @@ from cnnlib.runs.callbacks import Watcher
 from cnnlib.system.files import write_whole
 from cnnlib.system.tables import markdown_table, print_table
 
-if TYPE_CHECKING:  # imported only when used: it takes half a second
+if TYPE_CHECKING:  # at run time, import only when drawing: the import takes half a second
     from matplotlib.figure import Figure
 
 COLUMNS = (
@@ -57,7 +57,10 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def setting_text(results: dict[str, Any], arm: dict[str, Any], index: int) -> str:
-    """Return how a setting differs from its arm's others and whether validation chose it; empty for a single one."""
+    """Say how a setting differs from other settings of the arm, and whether validation chose it.
+
+    Return an empty text if the arm has only one setting.
+    """
     if len(arm["settings"]) == 1:
         return ""
     varied = [name for name in SETTING_FIELDS if len({setting[name] for setting in arm["settings"]}) > 1]
@@ -66,7 +69,7 @@ def setting_text(results: dict[str, Any], arm: dict[str, Any], index: int) -> st
 
 
 def accuracy_text(accuracy: dict[str, Any]) -> str:
-    """Return percent as `97.40 [96.80, 98.00]`; only the mean for one lane (no interval), a dash for no lanes."""
+    """Return percent as `97.40 [96.80, 98.00]`. For one lane, return the mean only; for no lanes, a dash."""
     if accuracy["mean"] is None:
         return "-"
     low, high = accuracy["ci95"]
@@ -75,7 +78,7 @@ def accuracy_text(accuracy: dict[str, Any]) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """Return what the numbers are based on: data, training, interval, conventions and device."""
+    """Say what the numbers are based on: data, training, kind of interval, what is counted, and device."""
     data, config, device = results["data"], results["config"], results["device"]
     matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
     told = (
@@ -112,7 +115,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the same table in Markdown, with its caption below."""
+    """Return the table of `rows` in Markdown, with the caption below."""
     return f"{markdown_table(COLUMNS, rows(results), left=2)}\n{caption(results)}\n"
 
 
@@ -129,13 +132,14 @@ class ReportWriter(Watcher):
 
 
 MOST_NAMED = 8
-"""Most arms whose names fit beside their points."""
+"""With more arms than this, names do not fit beside the points of a figure."""
 
 
 def accuracy_figure(results: dict[str, Any]) -> Figure:
     """Draw test accuracy: one dot per lane, and the mean of each setting with its interval.
 
-    The other axis is the number of parameters (log). More than `MOST_NAMED` arms get one row per setting instead.
+    The other axis is the number of parameters (log). If there are more than `MOST_NAMED` arms, the other axis has one
+    row per setting.
     """
     return parameters_figure(results) if len(results["arms"]) <= MOST_NAMED else rows_figure(results)
 
@@ -174,7 +178,7 @@ def rows_figure(results: dict[str, Any]) -> Figure:
 
 
 def _finish(axes: Any, results: dict[str, Any]) -> None:
-    """Add title, grid and legend, which both figures share."""
+    """Add the title, grid and legend to a figure of accuracies."""
     where = f"{results['experiment']} on {results['data']['name']}"
     axes.set_title(f"{where}: every lane a dot, means with 95 % intervals", fontsize=10)
     axes.grid(alpha=0.3)
@@ -244,7 +248,7 @@ def parameters_figure(results: dict[str, Any]) -> Figure:
 
 
 def place_names(axes: Any, names: list[tuple[float, float, str]]) -> None:
-    """Write each name `(x, y, name)` above its point; move it up if it would cover a name already there."""
+    """Write each name `(x, y, name)` above its point. If the name would cover another name, move it up."""
     axes.figure.draw_without_rendering()  # makes limits and layout final
     points = 72 / axes.figure.dpi
     placed: list[tuple[float, float, float]] = []

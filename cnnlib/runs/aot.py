@@ -1,4 +1,4 @@
-"""Estimate the time and memory of an experiment's arms on absent hardware: `show NAME --on tpu:v5e:2x4`."""
+"""Estimate the time and memory of an experiment's arms on hardware that is absent: `show NAME --on tpu:v5e:2x4`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ def reports(arms: Sequence[TrainedArm], target: Target) -> Iterator[ArmReport]:
 
 
 def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compiled | str:
-    """Compile one epoch of an arm with as many lanes at a time as fit the memory, or return why it does not fit."""
+    """Compile one epoch of an arm, with as many lanes (models) at a time as fit in memory.
+
+    Return the estimate. If the arm does not compile or does not fit, return the reason as text.
+    """
     examples = examples_of(arm).y.shape[0]
     if not examples:
         return f"data set {arm.description.name} is not prepared, so its size is unknown: say data.train=N"
@@ -131,9 +134,10 @@ def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compi
 
 
 def flops_per_step(arm: TrainedArm) -> int:
-    """Return the operations per lane and step, two per multiply-add: forward pass, weight gradients, input gradients.
+    """Return the operations per lane and step. One multiply-add is two operations.
 
-    The first layer computes no gradient for its input.
+    A step computes the forward pass, the weight gradients and the input gradients. The first layer computes no input
+    gradient.
     """
     first = count(Model(arm.model.layers[:1]), arm.input_shape).macs
     return 2 * arm.experiment.batch_size * (3 * arm.count.macs - first)
@@ -161,7 +165,7 @@ def examples_of(arm: TrainedArm) -> Examples:
 
 
 def seconds_text(seconds: float) -> str:
-    """Format a time: two digits below 10 s, otherwise like `duration`."""
+    """Format a time: with two digits if it is below 10 s, else as `duration` does."""
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 

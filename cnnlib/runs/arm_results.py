@@ -1,4 +1,4 @@
-"""Build an arm's part of `results.json`."""
+"""Build an arm's part of `results.json`. A lane is one model of the arm."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TrainedModel(NamedTuple):
 
 
 def trained_models(hosts: Hosts, arm: TrainedArm, own: list[State]) -> list[TrainedModel]:
-    """Describe the models of all lanes. Each host describes its `own` models, so hosts exchange no weights."""
+    """Describe the models of all lanes. Each host describes only its `own` models: hosts exchange no weights."""
     is_sparse = any(arm.experiment.optim.l1)
     described = [
         TrainedModel(
@@ -126,7 +126,10 @@ def lane_results_of(
 
 
 def settings_of(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group lanes by traced hyperparameters, without seeds. Return each group's accuracy over the lanes that are ok."""
+    """Group the lanes that differ only in their seeds. Each group is a setting: one choice of hyperparameters.
+
+    Return the accuracies of each setting, over the lanes whose status is `ok`.
+    """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for lane in lanes:
         groups[tuple(lane[name] for name in SETTING_FIELDS)].append(lane)
@@ -149,10 +152,11 @@ def settings_of(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def headline_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arm's test accuracy: that of its only setting, or of the setting chosen on validation data.
+    """Return the arm's test accuracy: the accuracy of its only setting, or of the setting chosen on validation data.
 
-    The rule: fewest diverged lanes, then highest mean validation accuracy. Without validation examples, no setting is
-    chosen and the accuracy is null, because a choice by test accuracy would make that accuracy invalid.
+    The setting with the fewest diverged lanes is chosen. Among equals, the highest mean validation accuracy decides. If
+    there are no validation examples, no setting is chosen and the accuracy is null: a choice by test accuracy would
+    make the test accuracy invalid.
     """
     chosen: int | None = 0
     if len(settings) > 1:

@@ -1,4 +1,4 @@
-"""Train all lanes of one arm together: run its epochs, write checkpoints, and build its part of the results."""
+"""Train all lanes (models) of one arm together: run the epochs, write checkpoints, and build the arm's results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Pace:
         self._last = checkpoints
 
     def is_ready(self) -> bool:
-        """Return whether the last checkpoint is written and enough time has passed to stay within the share."""
+        """Return whether the last checkpoint is written, and whether another one would stay within the share."""
         if self._share == 1.0:
             return True
         if self._last is not None:
@@ -65,17 +65,17 @@ class Training(NamedTuple):
     seconds: Callable[[], float]
     """Returns the seconds that the run has taken so far, over all sessions."""
     out: Path
-    """The run's folder, which all hosts see. On process 0 `folder` is the same; on others it is temporary."""
+    """The run's folder, which all hosts see. On process 0 `folder` is the same folder, elsewhere a temporary one."""
     pace: Pace
     """Limits how often checkpoints are written."""
     unwritten: list[tuple[FinishedArm, Checkpoints | None]]
-    """Finished arms. A background task may still be writing their last checkpoint."""
+    """Finished arms. A background task may still be writing the last checkpoint of each arm."""
     hosts: Hosts = ALONE
     profiles: Path | None = None
     """The folder for one epoch's trace per arm; None: no traces."""
 
     def is_due(self, epoch: int) -> bool:
-        """Return whether to write a checkpoint after `epoch`, which is not the last. Process 0 decides for all."""
+        """Return whether to write a checkpoint after `epoch`, which must not be the last. Process 0 decides for all."""
         every = self.experiment.checkpoint.every
         if every == 0 or epoch % every:
             return False
@@ -89,7 +89,7 @@ class Training(NamedTuple):
 def train_arm(
     training: Training, arm: TrainedArm, programs: Programs | None, left: Left, metrics: files.JsonLines
 ) -> FinishedArm:
-    """Train the remaining epochs of an arm and return its results. If the arm is finished, only call the callback."""
+    """Train the remaining epochs of an arm and return its results. If no epochs remain, only call the callback."""
     if (before := left.finished.get(arm.name)) is not None:
         training.watcher.arm_ends(arm.name, before.result, arm.experiment.epochs)
         return before
@@ -144,7 +144,10 @@ def run_arm(
     in_flight: Progress | None,
     metrics: files.JsonLines,
 ) -> FinishedArm:
-    """Train all lanes of one arm from its start or its last checkpoint, then test them. Raise Stopped if asked to."""
+    """Train all lanes of one arm from its start or its last checkpoint, then test them.
+
+    Raise Stopped if the run was asked to stop.
+    """
     spread = programs.spread
     numbers = spread.put(numbers_of(arm))
     so_far = SoFar()
@@ -185,7 +188,7 @@ def run_arm(
 
 
 def tell(training: Training, arm: TrainedArm, epoch: Epoch, so_far: SoFar, metrics: files.JsonLines) -> float | None:
-    """Write the metrics of an epoch and call the callback. Return the mean validation accuracy, if there is one."""
+    """Write the metrics of an epoch and call the callback. Return the mean validation accuracy, or None."""
     sums = {"train": epoch.train, "validation": epoch.validation}
     told = [metrics_of_lane(sums, lane, bool(epoch.diverged[lane])) for lane in range(len(arm.lanes))]
     report = report_of(arm, epoch, told)
@@ -206,7 +209,7 @@ def finish_arm(
     validation: Sums | None,
     so_far: SoFar,
 ) -> FinishedArm:
-    """Test the trained models and write their answers. Return the finished arm."""
+    """Test the trained models and write their answers to the test examples. Return the finished arm."""
     spread = programs.spread
     if validation is None:
         validation = spread.fetched(feed.validate(states))
@@ -224,7 +227,7 @@ def finish_arm(
 
 @contextlib.contextmanager
 def profiled(training: Training, arm: TrainedArm, epoch: int) -> Iterator[bool]:
-    """Trace the second epoch of an arm, or its only one, if `--profile` is set. Tell the user how to open the trace."""
+    """If `--profile` is set, trace the second epoch of an arm, or its only epoch. Tell the user where the trace is."""
     if training.profiles is None or epoch != min(2, arm.experiment.epochs):
         yield False
         return
@@ -283,7 +286,7 @@ def save(
 
 
 def put_back(arm: TrainedArm, programs: Programs, keys: Keys, checkpoints: Checkpoints, epoch: int) -> State:
-    """Return the states of a checkpoint. Raise UserError if this JAX draws other keys from the seeds."""
+    """Return the states of a checkpoint. Raise UserError if this JAX makes other random keys from the same seeds."""
     spread = programs.spread
     states: State
     states, kept_keys = checkpoints.state(epoch, state_shapes(arm, spread), len(arm.lanes))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Beginning(NamedTuple):
-    """A run whose folder is open. All checks have passed, and training is about to begin."""
+    """The facts about a run that is about to train: all checks have passed, and the run's folder is open."""
 
     identity: str
     """The run's ID, which stays the same when the run is resumed."""
@@ -51,16 +51,19 @@ class Watcher:
         """Called before an arm's programs compile. The first `MOST_AHEAD` arms compile before any arm trains."""
 
     def run_begins(self, beginning: Beginning) -> None:
-        """Called when everything fits, the first programs are compiled, and the folder is open."""
+        """Called when everything fits in memory, the first programs are compiled, and the folder is open."""
 
     def training_begins(self, name: str, epoch: int) -> None:
-        """Called before an arm trains. `epoch` is the number of epochs it has finished: above 0 if it is resumed."""
+        """Called before an arm trains. `epoch` is the number of its finished epochs: above 0 if the arm is resumed."""
 
     def epoch_ends(self, report: EpochReport) -> None:
         """Called after an epoch of an arm. The device already computes the next epoch."""
 
     def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
-        """Called after an arm. `result` is its part of `results.json`; `epoch` counts epochs of earlier sessions."""
+        """Called after an arm. `result` is the arm's part of `results.json`.
+
+        `epoch` is the number of epochs that earlier sessions have trained.
+        """
 
     def run_ends(self, results: dict[str, Any]) -> None:
         """Called after `results.json` is written. `results` is its content."""

@@ -27,7 +27,7 @@ Hundreds of programs would not fit in memory together, so each later arm compile
 
 
 class Compiled:
-    """The compiled programs of unfinished arms. Arms with the same program share it."""
+    """The compiled programs of unfinished arms. Arms with equal programs share them."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Compiled:
         return (arm.program, self._before(arm))
 
     def _before(self, arm: TrainedArm) -> int | None:
-        """Return how many of the arm's lanes ran at a time in an earlier session; None if there was none."""
+        """Return how many of the arm's lanes ran at a time in an earlier session; None: no such session."""
         found = self._left.in_flight.get(arm.name)
         return None if found is None else found.lanes_at_a_time
 
@@ -85,7 +85,9 @@ class Compiled:
 
 
 def kernels_for(arms: tuple[TrainedArm, ...], device: jax.Device, watcher: Watcher) -> str:
-    """Choose kernels for convolution and pooling (`kernels.chosen`). Tell the user if they need compiling or are slow.
+    """Choose kernels for convolution and pooling (`kernels.chosen`).
+
+    Tell the user if the kernels must be compiled first, or if the kernels are slow.
 
     Raise UserError if `CNNLIB_KERNELS` is unknown or asks for kernels that cannot be compiled.
     """

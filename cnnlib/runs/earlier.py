@@ -28,7 +28,7 @@ from cnnlib.train.programs import spread_of, state_shapes
 
 
 def identity_with_data(known: dict[str, Any], data_sets: Iterable[DataSet | StreamedSet]) -> dict[str, Any]:
-    """Return the identity `known`, extended with the data sets of the run."""
+    """Extend the identity `known` (what the results depend on) with the data sets of the run."""
     sets = list(data_sets)
     streamed = [one.description.name for one in sets if feeds.is_streamed(one)]
     return {**known, "settings": {**known["settings"], "streamed": streamed}, "data_sha256": fingerprint(sets)}
@@ -70,7 +70,9 @@ def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
 def changes_since(
     held: RunFolder, this: dict[str, Any], arms: tuple[TrainedArm, ...], force: bool, watcher: Watcher
 ) -> tuple[list[str], dict[str, Any] | None]:
-    """Return what has changed since the run began, and the results if the run is finished. Tell the user both.
+    """Return the changes since the run began. If the run is finished, return its results too.
+
+    Print the changes to the user, and whether the run is finished.
 
     Raise UserError if a change makes the results incomparable and `force` is false.
     """
@@ -106,7 +108,7 @@ def what_is_left(
 ) -> Left:
     """Read on all hosts what earlier sessions saved of each arm. Tell the user after which epoch each arm resumes.
 
-    `held` is the folder `out` on process 0 if it has a run. On other processes `held` is None.
+    On process 0, `held` is the folder `out` if `out` has a run to resume, else None. On other hosts, `held` is None.
     """
     finished: dict[str, FinishedArm] = {}
     begun: list[str] = []
@@ -141,7 +143,7 @@ def what_is_left(
 
 
 def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], force: bool, watcher: Watcher) -> list[str]:
-    """Return, in words, how jobs differ from what this process would compute, and tell the user.
+    """Return how the jobs differ from what this process would compute, in words. Print the differences to the user.
 
     `expected` maps the name of an arm to the identity that its jobs must have. Raise UserError if a difference makes
     the results incomparable and `force` is false.

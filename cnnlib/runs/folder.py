@@ -120,13 +120,13 @@ class RunFolder:
     """A run's folder, locked by this process until the folder is closed or the process ends for any reason."""
 
     def __init__(self, path: Path) -> None:
-        """Create and lock the folder. Raise UserError if another process holds it or it cannot be written."""
+        """Create and lock the folder. Raise UserError if it is locked or cannot be written."""
         self.path = path
         self.record: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
             with files.cannot_write(path):
                 path.mkdir(parents=True, exist_ok=True)
-            # `is_locked` in another process holds the lock for a moment, so wait up to 1 s.
+            # Another process that calls `is_locked` holds the lock for a moment, so wait up to 1 s.
             stack.enter_context(locked(path / LOCK, 1.0, _in_use(path)))
             self._locks = stack.pop_all()
 
@@ -166,7 +166,7 @@ class RunFolder:
             return str(place)
 
     def begin_session(self, record: dict[str, Any]) -> None:
-        """Record that this process trains the run. `record` is what is known about the run."""
+        """Record that this process trains the run. `record` holds what to store in `run.json`."""
         began = {"began": provenance.now(), "host": platform.node(), "pid": os.getpid(), "state": "running"}
         sessions = [*self.record.get("sessions", []), began]
         self.record = {"id": secrets.token_hex(4), **self.record, **record, "sessions": sessions}
@@ -176,7 +176,7 @@ class RunFolder:
         """Record how the session ended: `state` is finished, interrupted or failed."""
         if self.record:
             self.record["sessions"][-1] |= {"ended": provenance.now(), "state": state, "message": message}
-            # The session may have failed because the disk is full. The next session then sees that it did not end.
+            # The session may have failed because the disk is full. Then the record on the disk still says `running`.
             with contextlib.suppress(UserError) if state != "finished" else contextlib.nullcontext():
                 self.write()
 
@@ -210,7 +210,7 @@ def is_record(found: dict[str, Any]) -> bool:
 
 
 def require_format(what: Path | str, found: Any) -> None:
-    """Raise UserError if `found` is not a run's record or has another format. Say which version reads that format."""
+    """Raise UserError if `found` is not a run's record or has another format. The message names the right version."""
     if not isinstance(found, dict):
         raise UserError(f"{what} is no folder of a run that can be read")
     version = found.get("format", 1)

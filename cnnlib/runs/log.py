@@ -12,7 +12,7 @@ from cnnlib.system.provenance import now
 
 
 class Log(Watcher):
-    """A callback that writes all lines for the user to `log.txt`, with their times. Lines wait for the run's folder."""
+    """A callback that writes all messages to `log.txt`, with times. Messages wait until the run's folder is open."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

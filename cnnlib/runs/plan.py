@@ -18,8 +18,9 @@ from cnnlib.system.files import is_number, read_json_lines
 from cnnlib.system.tables import print_table
 
 USUAL_RATE = 3e9
-"""Forward multiply-adds per second of a whole training step, backward pass included. Used if no run on this machine has
-measured a rate. The middle of what the arms of fc_vs_conv reach on 2 cores of an AVX-512 server processor."""
+"""Multiply-adds of the forward pass, divided by the seconds of a whole training step, which includes the backward pass.
+This rate is used if no run on this machine has measured one. It is the middle of the rates that the arms of fc_vs_conv
+reach on 2 cores of an AVX-512 server processor."""
 MOST_RATES = 500
 """Number of measured rates to keep. The latest are kept."""
 
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
     seconds: float
     """Seconds for all lanes, without compilation."""
     is_measured: bool
-    """True if `seconds` follows from earlier runs on this machine; False if from `USUAL_RATE`."""
+    """True if `seconds` is computed from earlier runs on this machine; False if it is computed from `USUAL_RATE`."""
 
 
 def rates_path() -> Path:
@@ -72,15 +73,16 @@ class RateKeeper(Watcher):
         ]
         lines = [json.dumps(rate._asdict()) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
         if is_writable(rates_path().parent):
-            with contextlib.suppress(OSError):  # harmless: the next estimate just does not improve
+            with contextlib.suppress(OSError):  # harmless: only the next estimate is less exact
                 keep_file(rates_path(), "".join(lines).encode())
 
 
 def cost_of(arm: TrainedArm, rates: Sequence[Rate]) -> Cost:
-    """Estimate an arm's cost from the measured step of its connectivity that is nearest in size, else `USUAL_RATE`.
+    """Estimate an arm's cost from the measured rate of the same connectivity whose step is nearest in multiply-adds.
 
-    Among equally near steps, the latest counts. The estimate assumes that time is proportional to multiply-adds. This
-    is right for large layers. For small layers it is close only if a measured step has about the same size.
+    If two rates are equally near, use the later one. Without a rate of this connectivity, use `USUAL_RATE`. The
+    estimate assumes that time is proportional to multiply-adds. This assumption is right for large layers. For small
+    layers, the estimate is close only if a measured step has about the same size.
     """
     macs, steps, lanes = arm.count.macs * arm.experiment.batch_size, arm.steps, len(arm.lanes)
     fitting = [rate for rate in rates if rate.connectivity == arm.model.connectivity]

@@ -1,4 +1,7 @@
-"""The answers of an arm's models to each test example. Confusions and mistakes are read from their file."""
+"""The answers of an arm's models to the test examples: predicted class and loss. A lane is one model of the arm.
+
+The confusions and mistakes are computed from the file that holds these answers.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,10 @@ def answers_of(
     loss: np.ndarray,
     diverged: np.ndarray,
 ) -> Predictions:
-    """Return what to store of the answers. `predicted` and `loss` are `(lane, example)`.
+    """Return the answers in the form in which they are stored.
 
-    `diverged` is `(lane,)`. `examples_at` returns the examples at the given indices.
+    `labels` has the shape `(example,)`, `predicted` and `loss` have `(lane, example)`, and `diverged` has `(lane,)`.
+    `examples_at` returns the test examples at the given indices.
     """
     predicted = np.where(diverged[:, None], -1, predicted).astype(np.int32)
     loss = np.where(diverged[:, None], np.nan, loss).astype(np.float32)

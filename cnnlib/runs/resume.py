@@ -37,7 +37,7 @@ NEVER_IN_THE_NUMBERS = (
     "data.stream",
     "comparisons",
 )
-"""Fields that may differ on resume. Which data sets are streamed is compared in `settings` of the identity."""
+"""Fields that may differ on resume. For `data.stream`, the identity compares the streamed data sets."""
 ON_EACH_HOST = ("wandb", "compile_cache", "data.data_dir", "data.workers")
 """Fields that may differ between hosts."""
 
@@ -46,7 +46,7 @@ ONLY_ROUNDING = ("lanes.at_a_time", "devices", "mesh", "accumulate", "remat")
 
 
 def identity(name: str, experiment: Experiment, device: jax.Device, devices: int, cpu_kernels: str) -> dict[str, Any]:
-    """Return what two sessions must share so that their results equal those of one session."""
+    """Return the identity of a session: what its results depend on. Equal identities give equal results."""
     return {
         "experiment": name,
         "config": flat(to_dict(experiment)),
@@ -62,7 +62,7 @@ def identity(name: str, experiment: Experiment, device: jax.Device, devices: int
 
 
 def fingerprint(data_sets: Iterable[DataSet | StreamedSet]) -> str:
-    """Return the SHA-256 of all examples and classes; of a stream, only of what `fingerprint_of_stream` reads."""
+    """Return the SHA-256 of all examples and classes; for a streamed data set, that of `fingerprint_of_stream`."""
     digest = hashlib.sha256()
     known = list(data_sets)
     for one in known:
@@ -86,12 +86,12 @@ class IdentityChanges(NamedTuple):
 
 
 def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> IdentityChanges:
-    """Return the identity_changes between two identities."""
+    """Return the differences between two identities, in words."""
     refused: list[str] = []
     told: list[str] = []
     for field, text in changed_fields(before, after, but=NEVER_IN_THE_NUMBERS):
         (told if field in ONLY_ROUNDING else refused).append(text)
-    # The SHA-256 of a stream differs from that of the same examples in memory.
+    # The SHA-256 of a stream differs from the SHA-256 of the same examples in memory.
     is_streamed_alike = _part(before, "settings").get("streamed") == _part(after, "settings").get("streamed")
     for part in ("experiment", "code_sha256", *(["data_sha256"] if is_streamed_alike else [])):
         if before.get(part) != after.get(part):
@@ -108,7 +108,7 @@ def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> IdentityC
 
 
 def streamed_in(record: dict[str, Any]) -> list[str] | None:
-    """Return the names of the data sets that a run has streamed since it began; None if its record does not say."""
+    """Return the names of the data sets that a run has streamed since it began; None if `record` does not list them."""
     found = _part(_part(record, "identity"), "settings").get("streamed")
     return found if isinstance(found, list) else None
 
@@ -214,8 +214,8 @@ class Progress(NamedTuple):
     arm: str
     epoch: int
     lanes: list[list[float]]
-    """The seed and hyperparameters of each lane, in the order of `LaneNumbers`. A lane's seed and its number of
-    finished epochs (in its state) determine its keys and data order. The state also has the keys, for comparison."""
+    """The seed and hyperparameters of each lane, in the order of `LaneNumbers`. The seeds of a lane and its
+    number of finished epochs determine its random keys and data order. The state has the keys too, for comparison."""
     lanes_at_a_time: int
     lines: list[dict[str, Any]]
     """The lines of this arm in `metrics.jsonl`."""
@@ -266,7 +266,7 @@ def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says:
         hosts: The processes of the run.
         says: Called with a message for each unreadable checkpoint, which moves to `unreadable/`.
 
-    Return the checkpoint's JSON part, or None without a checkpoint. Raise UserError if its format is another one.
+    Return the checkpoint's JSON part, or None without a checkpoint. Raise UserError if the format is another one.
     """
     place = checkpoints_folder(out, arm.name)
     for path in place.rglob("*"):  # at this point no process writes there
@@ -276,7 +276,7 @@ def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says:
             progress, reason = None, ""
             try:
                 progress = checked(kept.progress(epoch), run, arm, epoch)
-                kept.state(epoch, state, len(arm.lanes))  # only a test; `arms.put_back` reads it again
+                kept.state(epoch, state, len(arm.lanes))  # only a test; `arms.put_back` reads the state again
             except Unreadable as error:
                 reason = str(error)
             if not hosts.agreed(bool(reason)):
@@ -287,7 +287,7 @@ def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says:
                 with files.cannot_write(aside):
                     aside.parent.mkdir(exist_ok=True)
                     (place / str(epoch)).rename(aside)
-            hosts.agreed(False)  # wait until process 0 has moved it
+            hosts.agreed(False)  # wait until process 0 has moved the checkpoint
     return None
 
 

@@ -55,8 +55,9 @@ def run(
 
     Raises:
         Stopped: If `stop` returned True.
-        UserError: If settings conflict, something does not fit in memory, or the backend computes wrong results. Then
-            nothing is written. Also if the disk becomes full later; what was saved before stays.
+        UserError: If settings conflict, something does not fit in memory, or the backend computes wrong results. In
+            these cases, nothing is written. If the disk becomes full later, UserError is raised too, and all files that
+            were saved before stay.
     """
     with RunSession(name, experiment, out, watcher, options, hosts) as session:
         prepared = prepare(session)
@@ -96,7 +97,8 @@ def prepare(session: RunSession) -> PreparedRun:
     streamed = None if session.earlier is None else streamed_in(session.earlier.record)
     if options.merged is not None:
         streamed = options.merged.streamed
-    # Free memory decides which data sets are streamed, and so the order of examples. It differs by session and host.
+    # Free memory decides which data sets are streamed, and streaming changes the order of examples. All hosts and
+    # sessions must agree, so use the lowest free memory of all hosts, and the choice of earlier sessions.
     free = hosts.lowest(free_memory(device))
     streamed = json.loads(hosts.from_first(json.dumps(None if streamed is None else list(streamed)).encode()))
     data_sets = feeds.read_or_open_all((arm.data for arm in asked), free, says, streamed)
@@ -118,7 +120,7 @@ def prepare(session: RunSession) -> PreparedRun:
 
 
 def compared(session: RunSession, prepared: PreparedRun) -> tuple[list[str], dict[str, Any] | None]:
-    """Return how this session differs from earlier sessions and jobs, and the results if the run is finished.
+    """Return how this session differs from earlier sessions and jobs. If the run is finished, return its results too.
 
     Raise UserError if a difference makes the results incomparable, unless `--force` is set.
     """

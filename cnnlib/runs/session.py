@@ -39,13 +39,13 @@ class Options:
     force: bool = False
     """Resume or merge even if the results are not comparable."""
     check: bool = True
-    """Check the backend before training. The results say whether it was checked."""
+    """Check the backend before training. The results say whether the backend was checked."""
     profile: bool = False
     """Write a trace of one epoch per arm into the folder `profile`. That epoch takes longer."""
     part: Part | None = None
-    """Train only this part, as one job of several. The results are those of its arm."""
+    """Train only this part of the run, as one job of several. The results contain only the arm of this part."""
     merged: Merged | None = None
-    """The results of the jobs in the folder. Nothing is trained; they become the results of the run."""
+    """The merged results of the jobs in the folder. These become the results of the run, and nothing is trained."""
 
 
 class RunSession:
@@ -106,7 +106,7 @@ class RunSession:
         return time.perf_counter() - self._zero
 
     def begin(self, arms: Sequence[TrainedArm], identity: dict[str, Any], left: Left, changes: list[str]) -> None:
-        """Write the configuration, the environment and the record of the session, before it trains.
+        """Write the configuration, the environment and the record of the session, before training begins.
 
         Args:
             arms: The arms to train.
@@ -124,7 +124,7 @@ class RunSession:
                 keep_merged(self._folder, merged)
         self._is_begun = True
         beginning = self._write_beginning(arms, identity, left, changes)
-        if self.hosts.count > 1:  # if one dies, JAX ends the others before they can say this
+        if self.hosts.count > 1:  # after a host has died, JAX ends the others without a message
             self.watcher.says("if a host dies, the same commands with --resume, on all hosts, go on with what is saved")
         self.watcher.run_begins(beginning)
 

@@ -35,7 +35,7 @@ def _report_text(report: EpochReport) -> str:
 
 
 class BarWatcher(Watcher):
-    """One bar per arm: lanes, epoch, loss, validation accuracy, steps per second over all lanes, time left."""
+    """Show one bar per arm: lanes, epoch, loss, validation accuracy, steps per second over all lanes, and time left."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -73,7 +73,10 @@ class BarWatcher(Watcher):
 
 
 class LineWatcher(Watcher):
-    """One line per epoch for logs and pipes, at most one every two seconds, and always an arm's last epoch."""
+    """Print one line per epoch, for logs and pipes.
+
+    Skip an epoch that ends within two seconds of the last line, unless it is the last epoch of the arm.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console

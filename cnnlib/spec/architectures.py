@@ -36,15 +36,16 @@ def lenet_300_100() -> Model:
 
 @ARCHITECTURES.register
 def mlp_75_33() -> Model:
-    """Two hidden layers like LeNet-300-100, at the size of LeNet-5: 61,723 parameters against 61,706 on 28x28x1."""
+    """Two hidden layers like LeNet-300-100. On 28x28x1, it has 61,723 parameters (LeNet-5: 61,706)."""
     return mlp(75, 33)
 
 
 @ARCHITECTURES.register
 def lenet5() -> Model:
-    """LeNet-5 as it is built today (6-16-120-84): ReLU, max pooling, every map of C3 connected to every map of S2.
+    """LeNet-5 as it is built today (6-16-120-84): ReLU, max pooling, a second convolution that sees all 6 maps.
 
-    LeCun (1998) used scaled tanh, trained averages and a sparse C3. This version has 61,706 parameters on 28x28x1.
+    LeCun (1998) used scaled tanh and trained averages; a map of the second convolution saw only some of the 6 maps.
+    This version has 61,706 parameters on 28x28x1.
     """
     return Model(
         (
@@ -146,24 +147,25 @@ def vgg_16() -> Model:
 
 
 def norm_relu(layer: Conv | Dense) -> list[Layer]:
-    """Return the layer without biases, a norm and a ReLU. The norm would subtract the biases again."""
+    """Return `layer` without biases, a norm and a ReLU. Biases are of no use, because the norm subtracts them."""
     return [dataclasses.replace(layer, use_bias=False), Norm(), RELU]
 
 
 @ARCHITECTURES.register
 def neyshabur_s(alpha: int = 1) -> Model:
-    """The shallow family of Neyshabur (2020, arXiv 2007.13657): conv 9x9 with stride 2 (alpha), dense (24 alpha).
+    """The shallow family of Neyshabur (2020, arXiv 2007.13657): a 9x9 convolution, then 24 `alpha` hidden units.
 
-    The paper's tables use alpha = 150. The registered model has alpha = 1 and 6,687 parameters on 32x32x3.
+    The convolution has stride 2 and `alpha` features. The paper's tables use alpha = 150. The registered model has
+    alpha = 1 and 6,687 parameters on 32x32x3.
     """
     return Model((*norm_relu(Conv(alpha, 9, 2)), *norm_relu(Dense(24 * alpha)), Dense(NUM_CLASSES)))
 
 
 @ARCHITECTURES.register
 def neyshabur_d(alpha: int = 1) -> Model:
-    """The deep family of Neyshabur (2020): eight 3x3 convolutions, every second with stride 2, dense (64 alpha).
+    """The deep family of Neyshabur (2020): eight 3x3 convolutions, then 64 `alpha` hidden units.
 
-    The registered model has alpha = 1 and 7,277 parameters on 32x32x3.
+    Every second convolution has stride 2. The registered model has alpha = 1 and 7,277 parameters on 32x32x3.
     """
     layers: list[Layer] = []
     for index, width in enumerate((1, 2, 2, 4, 4, 8, 8, 16)):

@@ -26,11 +26,11 @@ MEASURES = (
     "macs_without_padding",
     "activations",
 )
-"""Measures that a budget can be given in: attributes of `Count`."""
+"""Names of the counts that can be a budget. Each name is an attribute of `Count`."""
 
 
 MOST_WIDTHS, MOST_CHOICES = 10, 20_000
-"""`match` accepts at most `MOST_WIDTHS` different widths, and tries about `MOST_CHOICES` combinations of roundings."""
+"""`match` accepts at most `MOST_WIDTHS` different widths, and rounds them in about `MOST_CHOICES` ways at most."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Match:
     by: str
     target: int
     value: int
-    """The model's count. It equals `target` if some rounding of the widths gives exactly that."""
+    """The count of `model`. It equals `target` if the widths can be rounded so that the count is exact."""
     width: Fraction
     """The multiplier of all widths, before rounding."""
 
@@ -61,15 +61,15 @@ class Match:
 
 
 def widths(model: Model) -> tuple[int, ...]:
-    """Return the different widths that a multiplier changes, ascending: numbers of features and of hidden units.
+    """Return the widths (numbers of features or hidden units) that a multiplier changes, each once, in ascending order.
 
-    If the last layer is a `Dense`, it makes the outputs, and its units do not count.
+    If the last layer is a `Dense`, it makes the outputs, and its number of units does not change.
     """
     return tuple(sorted({_width(layer) for layer in walk(_split(model)[0]) if isinstance(layer, Filter | Dense)}))
 
 
 def scaled(model: Model, multiplier: Fraction | float) -> Model:
-    """Return the model with all widths multiplied, rounded to the nearest integer (halves up), and at least 1."""
+    """Return the model with each width times `multiplier`, rounded to the nearest integer (halves up), at least 1."""
     return _with_widths(
         model, {width: max(1, math.floor(width * Fraction(multiplier) + Fraction(1, 2))) for width in widths(model)}
     )
@@ -79,10 +79,10 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     """Find the widths at which the model's count `by` (one of `MEASURES`) is nearest to `target`.
 
     One number multiplies all widths (see `widths`); each product is rounded up or down. Layers of equal width stay
-    equal, so that residual sums still fit. Of equally near counts, the one with widths nearest to their original
-    proportions wins. At most about `MOST_CHOICES` candidates are tried, around the multiplier that meets the target.
+    equal, so that residual sums still fit. If several counts are equally near, take the widths nearest to their
+    original proportions. About `MOST_CHOICES` roundings at most are tried, around the multiplier that meets the target.
 
-    Raises UserError if the target is out of reach, for example below the count with all widths 1; if the model has no
+    Raises UserError if `target` cannot be reached, for example below the count with all widths 1; if the model has no
     width to change; or if it has more than `MOST_WIDTHS` different widths.
     """
     if by not in MEASURES:
@@ -109,12 +109,12 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
     if value(tuple(LARGEST for _ in bases)) < target:
         raise UserError(f"{target:,} {by} cannot be reached: {model} has fewer with every width {LARGEST:,}")
 
-    # `low`: the least multiplier at which widths rounded up reach the target. `high`: the greatest at which widths
-    # rounded down do not exceed it. Solutions lie between. Counts grow with each width, so bisection finds both.
+    # `low`: least multiplier that reaches the target if widths are rounded up. `high`: greatest multiplier that does
+    # not exceed the target if widths are rounded down. Solutions lie between. Counts grow with widths, so bisect.
     limit = Fraction(LARGEST, bases[0])
     low, _ = _turn(lambda m: value(_rounded(bases, m, math.ceil)) >= target, limit)
     _, high = _turn(lambda m: value(_rounded(bases, m, math.floor)) > target, limit)
-    # If many widths or a wide layer give too many candidates to count one by one, try only those in the middle.
+    # Many widths or a wide layer can give too many candidates. Then try only the candidates near `middle`.
     if len(bases) > MOST_WIDTHS:
         raise UserError(f"{model} has {len(bases)} different widths; match rounds {MOST_WIDTHS} at most")
     middle, _ = _turn(lambda m: value(_rounded(bases, m, round)) >= target, limit)
@@ -138,9 +138,10 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
 
 
 def _quadratic(counted: Callable[[tuple[int, ...]], int], number: int) -> Callable[[tuple[int, ...]], int]:
-    """Return a count as an exact quadratic polynomial of the model's widths: each connection joins two layers.
+    """Return a function that gives the same counts as `counted`, in microseconds instead of milliseconds.
 
-    Counts at the widths 1, 2 and 3 determine it. Evaluating it takes microseconds; counting takes milliseconds.
+    A count is a quadratic polynomial of the widths, because each connection joins two layers. The counts at widths of
+    1, 2 and 3 determine the polynomial.
     """
 
     def at(*raised: int) -> int:
@@ -155,7 +156,7 @@ def _quadratic(counted: Callable[[tuple[int, ...]], int], number: int) -> Callab
         if (mixed := at(i, j) - once[i] - once[j] + base)
     ]
 
-    @cache  # neighbouring multipliers share most of their rounded widths
+    @cache  # neighbouring multipliers often give equal rounded widths
     def value(sizes: tuple[int, ...]) -> int:
         x = [size - 1 for size in sizes]
         alone = sum(n * (slope + half * n) for n, slope, half in zip(x, slopes, twice, strict=True))
@@ -192,7 +193,7 @@ def _rounded(bases: tuple[int, ...], multiplier: Fraction, each: Callable[[Fract
 
 
 def _turn(holds: Callable[[Fraction], bool], limit: Fraction) -> tuple[Fraction, Fraction]:
-    """Return two neighbouring multipliers between which `holds` turns true; `limit` twice if it never does."""
+    """Return two multipliers, close together, between which `holds` becomes true; `limit` twice if it never does."""
     below, above = Fraction(0), Fraction(1)
     while not holds(above):
         if above >= limit:
@@ -205,7 +206,7 @@ def _turn(holds: Callable[[Fraction], bool], limit: Fraction) -> tuple[Fraction,
 
 
 def _cells(bases: tuple[int, ...], low: Fraction, high: Fraction) -> Iterator[Fraction]:
-    """Yield one multiplier per interval between `low` and `high` in which no width crosses a whole number."""
+    """Cut `low` to `high` at the multipliers that make a width a whole number; yield the middle of each piece."""
     edges = {low, high}
     for width in bases:
         edges.update(Fraction(k, width) for k in range(math.ceil(low * width), math.floor(high * width) + 1))

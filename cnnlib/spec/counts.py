@@ -1,24 +1,25 @@
 """Exact counts of a model on an input shape, in Python integers, without JAX and without allocating.
 
 A *connection* is an edge with a weight. Biases and the unweighted edges of pooling do not count. A *multiply-add* (MAC)
-is one use of a weight for one example, which is two FLOPs; so each connection is one multiply-add. Both are counted in
-two ways: with taps on zero padding (as a plain loop over the padded map does) and without (as XLA's cost analysis does
-for convolutions). An *activation* is an output node of a layer. A local layer has weights for the taps on padding too,
-although these never see a value. A full layer has no padding. A norm has two `norm_parameters` per channel: a scale and
-a bias. They count as parameters, but neither as weights nor as biases. A norm has no connections and no multiply-adds.
-Its running statistics are not trained, so they are no parameters. In training, a norm's mean mixes positions and
-examples of a batch; the receptive fields here ignore that, because they describe evaluation.
+is one use of a weight for one example, which is two FLOPs; so each connection is one multiply-add. A *tap* is one place
+of a window. Connections and multiply-adds are counted in two ways: with taps on zero padding (as a plain loop over the
+padded map has them), and without such taps (as XLA's cost analysis counts convolutions). An *activation* is an output
+node of a layer. A local layer has weights for the taps on padding too, although these weights never see a value. A full
+layer has no padding. A norm has two `norm_parameters` per channel: a scale and a bias. They count as parameters, but
+neither as weights nor as biases. A norm has no connections and no multiply-adds. The running statistics of a norm are
+not trained, so they are no parameters. In training, a norm mixes positions and examples of a batch. The receptive
+fields here ignore this mixing, because they describe evaluation.
 
-A training step *keeps* what the derivatives of its backward pass need: the input of every layer with weights, the
+A training step *keeps* the values that its backward pass needs: the input of every layer with weights, the
 output of every tanh, the input and output of max pooling (each array once), the normalised input of every norm (in
-float32 at least), and one byte per ReLU output, for the sign. A norm also keeps a few numbers per channel. They do not
-grow with the batch and are not counted. JAX keeps exactly this if layers run in the order of the spec. A compiler may
-compute values again instead of keeping them.
+float32 at least), and one byte per ReLU output, for the sign. A norm also keeps a few numbers per channel. These do not
+grow with the batch and are not counted. JAX keeps exactly these values if layers run in the order of the spec. A
+compiler may compute values again instead of keeping them.
 
 XLA's cost analysis of one forward pass counts two FLOPs per multiply-add. It leaves out taps on padding in convolutions
 and includes them in products of patches. It counts one FLOP per added bias, per ReLU, per sum of a residual, and per
-comparison of max pooling (window size - 1 per output); and three per output of a norm, plus a few per channel.
-tests/test_cost.py compares our counts with it.
+comparison of max pooling (window size - 1 per output). It counts three FLOPs per output of a norm, and a few per
+channel. tests/test_cost.py compares our counts with it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Count:
         return self.connections_without_padding
 
     def parameter_bytes(self, dtype: str = "float32") -> int:
-        """Return the bytes of the parameters. Gradients take as many again, momentum too, Adam's moments twice."""
+        """Return the bytes of the parameters. Gradients take as many, momentum too, Adam's moments twice as many."""
         return self.parameters * BYTES[dtype]
 
     def activation_bytes(self, batch_size: int, dtype: str = "float32") -> int:
@@ -89,9 +90,9 @@ class Count:
 
 
 class Field(NamedTuple):
-    """The receptive field along one input axis: position p sees `size` nodes, from node p * stride - padding on.
+    """The receptive field along one input axis: output p sees `size` input nodes, from node p * stride - padding on.
 
-    `stride` and `padding` are the effective stride and the effective padding. A stride of 0 means that every position
+    `stride` and `padding` are the effective stride and the effective padding. A stride of 0 means that every output
     sees the same nodes, as after a full layer. Nodes beyond the ends of the input are zeros.
     """
 
@@ -111,7 +112,7 @@ class Field(NamedTuple):
         """Return the field of the sum of two maps over `nodes` input nodes; None if it differs between positions."""
         if self.stride != other.stride and min(self.stride, other.stride) > 0:
             return None
-        if self.stride != other.stride:  # one map sees the same nodes everywhere: they must be all nodes
+        if self.stride != other.stride:  # one map sees the same nodes everywhere. These must be all input nodes
             whole = self if self.stride == 0 else other
             return whole if whole == Field(nodes, 0, 0) else None
         padding = max(self.padding, other.padding)
@@ -157,7 +158,7 @@ def layers(model: Model, input_shape: Shape) -> tuple[LayerCount, ...]:
 
 Ends = tuple[int, int]
 NOTHING: Ends = (0, -1)
-"""The `Ends` of positions that see only padding."""
+"""`Ends` are the first and the last input node seen. `NOTHING` means that only padding is seen."""
 
 
 @dataclass
@@ -260,10 +261,10 @@ def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
 
 
 def _covered(window: Window, axis: int, field: Field | None, cover: Ends) -> Ends:
-    """Return the input nodes that all positions of a window see together, given `field` and `cover` of its map."""
+    """Return the first and last input node that any position of a window sees, given `field` and `cover` of its map."""
     n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
     low, last = window.padding[axis][0], window.output_size[axis] - 1
-    # Find the first and the last place of the map under a tap. If dilation leaves gaps, try d more positions.
+    # Find the first and the last node of the map under a tap. Dilation can leave gaps, so try d more positions.
     used = []
     first = max(0, -(((k - 1) * d - low) // s))
     for p in range(first, min(last, first + d) + 1):
@@ -286,6 +287,6 @@ def _covered(window: Window, axis: int, field: Field | None, cover: Ends) -> End
 
 
 def _joined(one: Ends, other: Ends) -> Ends:
-    """Return the input nodes that the sum of two maps sees."""
+    """Return the first and last input node that the sum of two maps sees."""
     seen = [ends for ends in (one, other) if ends != NOTHING]
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else NOTHING

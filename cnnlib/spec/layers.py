@@ -123,7 +123,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Pool:
-    """A window that slides over each channel separately. By default, `strides` equals the window: the windows tile."""
+    """A window that slides over each channel separately. `strides=None`: equal to the window, without overlap."""
 
     window_shape: PerAxis
     strides: PerAxis | None = None
@@ -147,7 +147,7 @@ class Pool:
 
 
 class MaxPool(Pool):
-    """The largest value of each window. Padding is never the largest."""
+    """The largest value of each window. Padding never counts as the largest value."""
 
 
 class AvgPool(Pool):
@@ -175,10 +175,10 @@ class Activation:
 class Norm:
     """Batch normalisation (Ioffe and Szegedy 2015) of each channel of a map, or of each unit of a vector.
 
-    A channel's mean and variance are taken over the batch and all positions. A channel has one scale and one bias. This
-    holds for every connectivity. With statistics per node, a local or full network would not compute the same function
-    of a batch as the convolution that it comes from. The norm subtracts the bias of a convolution or dense layer right
-    before it, together with the mean; `nobias` leaves that bias out.
+    A channel's mean and variance are taken over the batch and all positions. A channel has one scale and one bias.
+    Norms are alike for every connectivity: with statistics per node, a local or full network would not compute the same
+    function of a batch as the convolution that it comes from. If a convolution or dense layer right before the norm has
+    a bias, the norm subtracts the bias together with the mean. `nobias` leaves such a bias out.
     """
 
     def output_shape(self, input_shape: Shape) -> Shape:

@@ -79,7 +79,7 @@ def _parse_layer(token: str) -> Layer:
     name, *parts = token.split(":")
     try:
         if name in ("relu", "tanh") and not parts:
-            return Activation(name)  # type: ignore[arg-type]  # mypy does not see that the line above narrows it
+            return Activation(name)  # type: ignore[arg-type]  # mypy does not see that `name` is one of the two
         if token == "norm":
             return Norm()
         use_bias = "nobias" not in parts

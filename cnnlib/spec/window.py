@@ -1,4 +1,4 @@
-"""Windows that slide over an input: check their sizes, strides, dilations and paddings, and bring them to one form."""
+"""Check sizes, strides, dilations and paddings of windows that slide over an input, and bring them to one form."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def pad_pairs(
 ) -> tuple[tuple[int, int], ...]:
     """Return the number of zeros before and after each spatial axis.
 
-    `SAME` gives ceil(size / stride) outputs. An odd zero goes to the end, as in XLA and TensorFlow. `VALID` pads
-    nothing. An int pads every side. Pairs stay as they are. Raises UserError if their number is wrong.
+    `SAME` gives ceil(size / stride) outputs. If the number of zeros is odd, the end gets one more, as in XLA and
+    TensorFlow. `VALID` pads nothing. An int pads every side. Pairs stay as they are. Raises UserError if there is not
+    one pair per axis.
     """
     if isinstance(padding, int):
         return ((padding, padding),) * len(size)
@@ -79,7 +80,7 @@ class Window:
 
     @functools.cached_property
     def taps_inside(self) -> int:
-        """Number of pairs of a position and a tap that fall on the map itself, not on its padding."""
+        """Number of taps (places of the window), over all positions, that fall on the map and not on its padding."""
         product = 1
         for n, k, s, d, (low, _), outputs in zip(
             self.input_size, self.size, self.strides, self.dilation, self.padding, self.output_size, strict=True
@@ -109,7 +110,7 @@ def window_over(
         span = (k - 1) * d + 1
         if span > n + low + high:
             raise UserError(f"{what} spans {span}, its map has only {n + low + high} ({n} and {low + high} of padding)")
-        # SAME pads for any kernel. Deep nets have 3 taps on a map of 1; with larger spans most taps meet no node.
+        # SAME pads for any kernel. Deep nets have 3 taps on a map of 1. With larger spans, most taps meet no node.
         if span > 2 * n + 1:
             raise UserError(f"{what} spans {span}, its map has only {n}")
     return Window(spatial, sizes, steps, spread, pairs)
@@ -118,7 +119,7 @@ def window_over(
 def pool_window(
     input_shape: Shape, what: str, window_shape: PerAxis, strides: PerAxis | None, padding: Padding
 ) -> Window:
-    """Return the window of a pooling layer. Raises UserError also if padding could fill a whole window."""
+    """Return the window of a pooling layer. Raises UserError if it does not fit or can lie wholly on padding."""
     window = window_over(input_shape, what, window_shape, window_shape if strides is None else strides, 1, padding)
     for k, pair in zip(window.size, window.padding, strict=True):
         if max(pair) >= k:
@@ -168,12 +169,12 @@ def whole_per_axis(value: Any, what: str) -> PerAxis:
 
 
 def padding_of(value: Any, name: str) -> Padding:
-    """Return padding in the one form that specs keep. Raises UserError for anything else.
+    """Return padding in the form that layers store. Raises UserError for anything else.
 
     Args:
         value: `"SAME"` or `"VALID"`, in upper or lower case; one whole number for all sides; or, per axis, a whole
             number or a pair (before, after).
-        name: What has the padding, for the error message.
+        name: Name of the layer, for the error message.
     """
     if isinstance(value, str) and value.upper() in ("SAME", "VALID"):
         return value.upper()
@@ -200,9 +201,9 @@ def _shortened(value: Any) -> str:
 
 
 def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[dict[str, PerAxis], Padding]:
-    """Return the arguments of a layer's window in the form that specs keep.
+    """Return the arguments of a layer's window in the form that layers store.
 
-    Raises UserError if a number is not whole or not in 1..`LARGEST`, or if the padding is invalid for every map.
+    Raises UserError if a number is not whole or not in 1..`LARGEST`, or if no map can have this padding.
     """
     kept = {what: whole_per_axis(value, f"{name}: {what}") for what, value in numbers.items()}
     for what, value in kept.items():

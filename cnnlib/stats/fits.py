@@ -38,7 +38,8 @@ class VarianceComponents(NamedTuple):
     """The variance between runs of one arm, split by its sources.
 
     initialisation, order: the parts due to the seed of the initial weights and to the seed of the data order.
-    rest: their interaction and everything else. rows, columns: number of initialisation seeds and of order seeds.
+    rest: the interaction of the two seeds, and all other variance. rows, columns: number of initialisation seeds and of
+    order seeds.
     """
 
     initialisation: Component
@@ -51,11 +52,12 @@ class VarianceComponents(NamedTuple):
 def variance_components(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) -> VarianceComponents:
     """Split the variance of a table of runs: one row per initialisation seed, one column per data-order seed.
 
-    The estimates are those of analysis of variance for two crossed random effects. The rest has a chi-square interval.
-    The effects have Williams' intervals ("A confidence interval for variance components", Biometrika 49, 1962). Their
-    coverage is at least 1 - 2 (1 - level); 95 % intervals covered 95 to 97.5 % of simulated tables of 2 x 2 to 10 x 10.
-    All three intervals assume normal effects and stay wide for few seeds: with five, the upper end is eight times the
-    estimate. Raises UserError if the table is smaller than 2 x 2 or a value is not finite.
+    The estimates are those of analysis of variance for two crossed random effects. `rest` has a chi-square interval.
+    `initialisation` and `order` have Williams' intervals ("A confidence interval for variance components", Biometrika
+    49, 1962). Williams' intervals hold the true value with probability at least 1 - 2 (1 - level). In simulated tables
+    of 2 x 2 to 10 x 10, 95 % intervals held it in 95 to 97.5 %. All three intervals assume normal effects. They are
+    wide if there are few seeds: with five seeds, the upper end is eight times the estimate. Raises UserError if the
+    table is smaller than 2 x 2 or a value is not finite.
     """
     table = _finite("the table of seeds", values)
     if table.ndim != 2 or min(table.shape) < 2:
@@ -90,7 +92,7 @@ def _chi_squares(freedom: int, level: float) -> tuple[float, float]:
 
 
 class Coefficient(NamedTuple):
-    """A fitted coefficient and its Student's t interval; None without one (as many coefficients as points)."""
+    """A fitted coefficient and its Student's t interval, which is None if there are as many coefficients as points."""
 
     value: float
     low: float | None
@@ -98,10 +100,10 @@ class Coefficient(NamedTuple):
 
 
 class LogLinear(NamedTuple):
-    """The fit log y = constant + sum of exponent log x.
+    """The fit log y = constant + the sum of exponent * log x over the variables x.
 
-    constant: natural logarithm of y if every x is 1. exponents: by the names in the design. deviation: residual
-    standard deviation of log y; None without degrees of freedom. n: number of points.
+    constant: natural logarithm of y if every x is 1. exponents: one per variable, by name. deviation: residual standard
+    deviation of log y; None if there are as many coefficients as points. n: number of points.
     """
 
     constant: Coefficient
@@ -113,9 +115,9 @@ class LogLinear(NamedTuple):
 class PowerLaw(NamedTuple):
     """The fit log y = constant + exponent log x.
 
-    constant: natural logarithm of y at x = 1. deviation: residual standard deviation of log y; None without degrees of
-    freedom. lack_of_fit: p value of the F test that the means of log y at each x lie on the line; None if no x has
-    several different y, or with fewer than three x. n: number of points.
+    constant: natural logarithm of y at x = 1. deviation: residual standard deviation of log y; None for two points.
+    lack_of_fit: p value of the F test of whether the means of log y at each x lie on the line; None if no x has several
+    different y, or if there are fewer than three different x. n: number of points.
     """
 
     constant: Coefficient
@@ -131,8 +133,9 @@ def log_linear(
     """Fit y ~ c k^p d^q ... by least squares in logarithms. `design` maps a name, such as "k", to one value per point.
 
     The intervals assume that residuals of log y are independent and normal, with equal variance. Points that share a
-    seed are correlated, and then the intervals are too short. Leaving out points whose y was out of reach biases the
-    exponents. Raises UserError if a value is not positive, or if the points do not determine the exponents.
+    seed are correlated, and then the intervals are too short. If points are left out because their y was out of reach,
+    the exponents are biased. Raises UserError if a value is not positive, or if the points do not determine the
+    exponents.
     """
     logs = {name: _logarithms(name, x) for name, x in design.items()}
     target = _logarithms("y", y)
@@ -172,7 +175,7 @@ def _lack_of_fit(x: np.ndarray, y: np.ndarray) -> float | None:
     places, group, count = np.unique(x, return_inverse=True, return_counts=True)
     means = np.bincount(group, y) / count
     deviations = y - means[group]
-    # The mean of three equal numbers can differ from them by rounding. Such differences are no scatter to test with.
+    # Rounding can make the mean of three equal numbers differ from the numbers. Do not count this as scatter.
     if len(places) < 3 or np.abs(deviations).max() <= 1e-12 * max(1.0, np.abs(y).max()):
         return None
     pure = float(np.sum(deviations**2))
@@ -188,7 +191,8 @@ def needed(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, lev
 
     The curve is the isotonic regression of y (accuracies) on x (sizes), linear in log x between its points. A running
     maximum would keep every lucky point and give sizes that are too small. Isotonic regression averages a lucky point
-    with the worse ones after it. If the curve starts at `level` or above, return the smallest x, an upper bound.
+    with the worse points after it. If the first point is at `level` or above, return the smallest x, which is an upper
+    bound.
     """
     sizes, accuracies = _logarithms("x", x), _finite("y", y)
     if sizes.shape != accuracies.shape or len(np.unique(sizes)) != len(sizes) or not len(sizes):
@@ -197,7 +201,7 @@ def needed(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, lev
 
     order = np.argsort(sizes)
     sizes, curve = sizes[order], isotonic_regression(accuracies[order]).x
-    reached = curve >= level - 1e-12 * abs(level)  # a mean of equal numbers can be less by rounding
+    reached = curve >= level - 1e-12 * abs(level)  # rounding can make a mean of equal numbers smaller
     if not reached[-1]:
         return None
     after = int(np.argmax(reached))

@@ -66,12 +66,12 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> BootstrapInterval:
-    """Return the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987), which assumes no shape.
+    """Return the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987); it assumes no distribution.
 
-    It needs dozens of values; with fewer it is too short. In simulations, a 95 % interval covered the mean of normal
-    samples in 84 % for n = 5, 90 % for n = 10 and 93 % for n = 40. For exponential samples it was 78, 87 and 92 %, and
-    Student's interval covered 90 to 92 %. There is no interval (None) if n < 2 or if all values are equal, because
-    resampling equal values gives no information.
+    The interval needs dozens of values: with fewer values it is too short. In simulations, 95 % intervals held the true
+    mean for 84 % of normal samples of n = 5, for 90 % of n = 10 and for 93 % of n = 40. For exponential samples they
+    held it for 78, 87 and 92 %, and Student's intervals for 90 to 92 %. The interval is None if n < 2 or if all values
+    are equal, because resampling equal values gives no information.
     """
     t_quantile(1, level)  # raises UserError if `level` is invalid
     n = len(values)
@@ -98,7 +98,8 @@ class Difference(NamedTuple):
     fields from `deviation` to `simultaneous_high` are None. deviation: standard deviation of the differences.
     low, high: Student's t interval of this difference alone. p: p value of the two-sided t test of no difference.
     holm: `p` corrected over all comparisons (Holm 1979). simultaneous_low, simultaneous_high: the wider Bonferroni
-    interval; all `comparisons` of them hold together with probability `level`. verdict: follows from that interval.
+    interval; with probability `level`, the intervals of all `comparisons` hold together. verdict: which arm is ahead,
+    judged by the simultaneous interval.
     """
 
     first: str
@@ -117,7 +118,8 @@ class Difference(NamedTuple):
     verdict: Verdict
 
     def sentence(self) -> str:
-        """Return the result as a sentence in percentage points. Values must be fractions of 1, such as accuracies."""
+        """Return the result as a sentence in percentage points. The values must be fractions of 1, such as
+        accuracies."""
         seeds = f"{self.n} seed{'' if self.n == 1 else 's'}"
         if self.mean is None:
             return f"{self.first} and {self.second}: no seed in common, undecided"
@@ -151,12 +153,12 @@ def paired_differences(
 ) -> list[Difference]:
     """Compare every pair of arms, every arm with `reference`, or the planned `pairs`, by the seeds that both arms have.
 
-    `values` maps an arm's name to its values by seed. A verdict needs a simultaneous interval without zero. Comparisons
-    with fewer than two common seeds are undecided and not counted. Accuracies of few examples can give differences that
-    are all equal up to rounding. Then the intervals are a single point, p is that of the sign test (each sign by a fair
-    coin), 2^(1-n), and the verdict rests on p. The intervals are about further seeds, not about further data sets. They
-    assume independent seeds and normal differences.
-    Raises UserError for unknown arms and for values that are not finite: leave diverged lanes out, and say so.
+    `values` maps an arm's name to its values by seed. The verdict names an arm only if the simultaneous interval does
+    not contain zero. Comparisons with fewer than two common seeds are undecided and not counted. If accuracies come
+    from few examples, all differences can be equal up to rounding. Then the intervals are a single point, p is that of
+    the sign test, 2^(1-n), and p determines the verdict. The intervals hold for further seeds, not for further data
+    sets. They assume independent seeds and normal differences. Raises UserError for unknown arms and for values that
+    are not finite: leave diverged lanes (models) out, and say so.
     """
     for name in (*([reference] if reference is not None else []), *(name for pair in pairs for name in pair)):
         if name not in values:
@@ -179,7 +181,7 @@ def paired_differences(
                 Difference(first, second, n, sample[0] if n else None, *rest, comparisons, level, "undecided")
             )
             continue
-        equal = np.ptp(sample) == 0  # then np.mean and np.std would add rounding errors
+        equal = np.ptp(sample) == 0  # if equal, np.mean and np.std would add rounding errors
         mean, deviation = (float(sample[0]), 0.0) if equal else (float(np.mean(sample)), float(np.std(sample, ddof=1)))
         error = deviation / math.sqrt(n)
         half = t_quantile(n - 1, level) * error
@@ -197,7 +199,7 @@ def paired_differences(
 def _paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> list[float]:
     pairs = [(float(value), float(second[seed])) for seed, value in first.items() if seed in second]
     differences = [one - other for one, other in pairs]
-    # In binary, 0.05 - 0.03 differs from 0.31 - 0.29. Treat such differences as equal; otherwise t would be huge.
+    # In binary, 0.05 - 0.03 differs from 0.31 - 0.29. Treat such differences as equal, so that t is not huge.
     noise = 4 * float(np.finfo(np.float64).eps) * max((abs(value) for pair in pairs for value in pair), default=0.0)
     if differences and max(differences) - min(differences) <= noise:
         return [differences[0] if abs(differences[0]) > noise else 0.0] * len(differences)
@@ -222,9 +224,9 @@ def detectable_difference(
     """Return the least true mean difference that n seeds detect with probability `power`.
 
     To detect means that the interval lies on the same side of zero as the true difference.
-    `deviation` is the standard deviation of the paired differences; the result has its unit. If it is a guess from few
-    seeds, the result is as rough. Several `comparisons` use Bonferroni intervals. The result comes from the noncentral
-    t distribution; its power is accurate to about 1e-6.
+    `deviation` is the standard deviation of the paired differences; the result has its unit. If `deviation` is a guess
+    from few seeds, the result is a guess too. If `comparisons` > 1, the intervals are Bonferroni's. The result comes
+    from the noncentral t distribution. The power at that difference equals `power` to about 1e-6.
     """
     if not (math.isfinite(deviation) and deviation > 0):
         raise UserError(f"deviation={deviation}: the deviation of the differences is a positive number")

@@ -1,4 +1,4 @@
-"""The cache folder. It keeps between runs what can be made again: decoded data, compiled kernels and programs."""
+"""The cache folder, for files that cnnlib can make again: decoded data, compiled kernels and compiled programs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from numpy.typing import DTypeLike
 
 
 def cache_folder(part: str) -> Path:
-    """Return `$XDG_CACHE_HOME/cnnlib/PART`, else `~/.cache/cnnlib/PART`; without a home, use the temporary folder.
+    """Return `$XDG_CACHE_HOME/cnnlib/PART`; if the variable is not set, return `~/.cache/cnnlib/PART`.
 
-    This function resolves links in the path. Otherwise a link could change after the `changeable_by_others` check.
+    If the user has no home folder, use the temporary folder. Links in the returned path are resolved, because a link
+    could change after the `changeable_by_others` check.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -30,7 +31,7 @@ def cache_folder(part: str) -> Path:
 def private_folder(folder: Path) -> Path:
     """Make `folder` for this user only, and return it. If the path exists and is not private, return a new folder.
 
-    Others must not write there, because cnnlib runs compiled code from it.
+    Other users must not write to the folder, because cnnlib runs compiled code from it.
     """
     try:
         folder.mkdir(mode=0o700)
@@ -42,7 +43,7 @@ def private_folder(folder: Path) -> Path:
 
 
 def keep_file(path: Path, data: bytes) -> None:
-    """Replace a file at once, so that other processes that read or write `path` always see one whole file.
+    """Write `data` to a temporary file and rename that file to `path`, so that nobody sees a half-written file.
 
     Raises OSError if the file cannot be written.
     """
@@ -52,7 +53,7 @@ def keep_file(path: Path, data: bytes) -> None:
 
 
 def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray | None:
-    """Return the array that an earlier run wrote; None if it is missing, damaged, or of another shape or type."""
+    """Return the array that an earlier run wrote; None if the file is missing or damaged, or shape or type differ."""
     try:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # missing, unreadable or truncated
@@ -61,7 +62,7 @@ def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarr
 
 
 def keep_array(path: Path, array: np.ndarray) -> None:
-    """Write an array for later runs. Processes that read at the same time see the whole file or none.
+    """Write an array for later runs. A process that reads at the same time sees the whole file or no file.
 
     If the write fails, log a warning; the next run then makes the array again.
     """
@@ -92,10 +93,11 @@ def is_writable(folder: Path) -> bool:
 
 
 def changeable_by_others(path: Path) -> Path | None:
-    """Return the path or the parent folder through which users other than this one and root can change `path`.
+    """Return the place where other users can change `path`: `path` itself or one of its parents. None: nowhere.
 
-    Return None if there is no such place. A sticky parent such as /tmp is safe: there, others can replace only
-    their own files. The user's private group is safe: it has no other members. Raises OSError if `path` is missing.
+    This user and root are not other users. A sticky parent such as /tmp is safe, because users can replace only their
+    own files in it. This user's private group is safe, because it has no other members. Raises OSError if `path` is
+    missing.
     """
     for place in (path, *path.parents):
         found = place.lstat()
@@ -116,7 +118,7 @@ def is_private_group(group: int) -> bool:
 
 
 def refusal(folder: Path) -> str | None:
-    """Return why code must not be loaded from or kept in a folder; None if it may. Make the folder if missing."""
+    """Return the reason why `folder` is not safe for code; None if it is safe. Make the folder if it is missing."""
     if not is_writable(folder):
         return f"{folder} cannot be written"
     place = changeable_by_others(folder)

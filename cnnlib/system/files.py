@@ -1,4 +1,4 @@
-"""Read and write files: whole or not at all, standard JSON, and JSON Lines (one JSON object per line)."""
+"""Read and write standard JSON and JSON Lines (one JSON object per line). Write a whole file or nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnnlib.system.provenance import MOST_BYTES
 
 
 def plain(value: Any) -> Any:
-    """Return a JSON-ready copy. NaN and infinities become None, since JSON cannot express them."""
+    """Return a copy of `value` for JSON. NaN and infinities become None, because JSON cannot express them."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +52,7 @@ class JsonLines:
             self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Append lines in one write. If the process is killed, at worst the last line is truncated."""
+        """Append `lines` in one write. If the process is killed, at worst the last line is truncated."""
         with cannot_write(self._path):
             self._file.write(_json_lines(lines))
             self._file.flush()
@@ -102,7 +102,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without None, NaN and infinite values, such as the loss of a diverged lane."""
+    """Return `row` without None, NaN and infinite values. For example, a diverged lane (model) has a NaN loss."""
     return {key: value for key, value in plain(row).items() if value is not None}
 
 
@@ -113,7 +113,7 @@ def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> It
         file.seek(begin)
         ends = False
         while not ends:
-            ends = is_over()  # call before reading, so that no line written until then is missed
+            ends = is_over()  # call before reading: lines written before the end are then not missed
             *whole, rest = (rest + file.read()).split(b"\n")
             yield [json.loads(line) for line in whole]
 

@@ -37,7 +37,7 @@ class Defect(NamedTuple):
 
 NO_XNNPACK = "--xla_cpu_use_xnnpack=false"
 NO_YNN_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-"""Turn off library fusions for sums only. Library fusions for products are correct and stay on."""
+"""Keep XLA from handing sums to its CPU kernel library. The library computes products correctly and still gets them."""
 
 DEFECTS = (
     Defect(
@@ -81,7 +81,7 @@ DEFECTS = (
         "https://github.com/jax-ml/jax/issues/40412",
     ),
 )
-"""Versions before 0.7.2 were not tried; cnnlib does not support them."""
+"""All known defects. jaxlib before 0.7.2 was not tried; cnnlib does not support it."""
 
 
 def numbers_of(text: str) -> Version:
@@ -103,13 +103,14 @@ def with_flags(jaxlib: str, flags: str) -> str:
 
 
 def avoid() -> None:
-    """Add the flags that the installed jaxlib needs to `XLA_FLAGS`.
+    """Add to `XLA_FLAGS` the flags that the installed jaxlib needs.
 
-    Warn if JAX has already started: JAX reads its flags only once, at its first computation.
+    Warn if JAX has already started. The flags then have no effect, because JAX reads them once, at its first
+    computation.
     """
     try:
         jaxlib = version("jaxlib")
-    except PackageNotFoundError:  # parts of cnnlib run without JAX
+    except PackageNotFoundError:  # there is no jaxlib; parts of cnnlib run without it
         return
     before = os.environ.get("XLA_FLAGS", "")
     after = with_flags(jaxlib, before)

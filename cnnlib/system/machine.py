@@ -1,4 +1,4 @@
-"""What a process may use of this machine: cores and memory within the limits of its control groups, and GPUs."""
+"""Find the cores, memory and GPUs that this process may use. Control groups (of containers) limit cores and memory."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def cores_here() -> int:
 def free_memory() -> int:
     """Return the bytes of host memory that this process can still use.
 
-    Limits of control groups count (containers and Slurm set them), and so does `ulimit -v` on the address space.
-    Inside a control group, cached file pages count as free, because the kernel can drop them.
+    The result respects the limits of control groups, which containers and Slurm set, and `ulimit -v`, which limits the
+    address space. Inside a control group, cached file pages count as free, because the kernel can drop them.
     """
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (meminfo := Path("/proc/meminfo")).exists():
@@ -57,7 +57,8 @@ def free_memory() -> int:
 def groups(controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control groups and of their parents, for cgroup versions 1 and 2.
 
-    Any of them may have a limit. A container may see only the outermost one. `controller` is `cpu` or `memory`.
+    Each of these groups may have a limit. A process in a container may see only the outermost group. `controller` is
+    `cpu` or `memory`.
     """
     with contextlib.suppress(OSError):  # not Linux
         for line in OWN_GROUPS.read_text().splitlines():
@@ -76,9 +77,10 @@ def number_after(pattern: str, text: str, otherwise: int) -> int:
 
 
 def gpus() -> list[dict[str, str]] | None:
-    """Return one dict of environment variables per GPU, which restricts a process to that GPU.
+    """Return one dict of environment variables per GPU. A process with these variables uses only that GPU.
 
-    On a TPU machine, return one empty dict for all chips. Return None if JAX has neither, or may use neither.
+    On a TPU machine, return one empty dict, so that one process uses all chips. Return None if JAX has neither GPU nor
+    TPU, or if `JAX_PLATFORMS` excludes both.
     """
     asked = os.environ.get("JAX_PLATFORMS", "").split(",")
     if asked != [""] and not {"cuda", "gpu", "tpu"} & set(asked):

@@ -104,7 +104,7 @@ def code_sha256() -> str:
 def _git(*arguments: str) -> str | None:
     """Return git's output for cnnlib's own checkout; None outside a checkout or without git.
 
-    The command turns `core.fsmonitor` off, because git would run that program and somebody else may have set it.
+    `core.fsmonitor` names a program that git runs. It is turned off, because another user may have set it.
     """
     package = Path(cnnlib.__file__).parent
     command = ["git", "-c", "core.fsmonitor=false", *arguments]
@@ -116,7 +116,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of cnnlib's checkout, plus `-dirty` if tracked files differ from it; None outside git."""
+    """Return the commit of cnnlib's checkout, plus `-dirty` if tracked files have changed; None outside git."""
     # An installed copy may lie inside somebody else's checkout. The checkout is ours only if git tracks this file.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None

@@ -13,10 +13,10 @@ D = TypeVar("D", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
-    """A table that maps a name to the function that declares the thing of that name.
+    """A table from names to functions. The function of a name returns the thing of that name, such as a model.
 
-    `register` is a decorator. The function's name becomes the entry's name, so every name is an identifier. If
-    `package` is given, it holds the declarations; the registry imports it at the first look-up.
+    `register` is a decorator. The function's name becomes the entry's name, so every name is an identifier. `package`
+    is the package that calls `register`, if it must be imported first. The registry imports it at the first look-up.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -38,13 +38,13 @@ class Registry(Generic[T]):
         return declaration
 
     def declaration(self, name: str) -> Callable[[], T]:
-        """Return the declaring function. Raises UserError, with all known names, if the name is unknown."""
+        """Return the function registered as `name`. Raises UserError, with all known names, if the name is unknown."""
         if name not in self._known():
             raise UserError(f"no {self.kind} {name!r}; there are: {', '.join(self)}")
         return self._declarations[name]
 
     def get(self, name: str) -> T:
-        """Call the declaring function and return the new thing. Raises UserError if the name is unknown."""
+        """Call the function registered as `name` and return its result. Raises UserError if the name is unknown."""
         return self.declaration(name)()
 
     def __iter__(self) -> Iterator[str]:

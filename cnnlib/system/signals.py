@@ -25,10 +25,10 @@ class Wish:
 
 @contextlib.contextmanager
 def by_signal() -> Iterator[Wish]:
-    """Turn SIGINT and SIGTERM into a stop request; the second signal exits with status 128 + its number.
+    """Turn SIGINT and SIGTERM into a stop request; the second one exits with status 128 + the signal's number.
 
-    Python runs its own signal handlers only after the current device computation returns. Therefore a thread reads
-    the signal number from the pipe of `signal.set_wakeup_fd`, and reacts at once.
+    Python calls signal handlers only after the current device computation returns, which can take long. Therefore a
+    thread reads the signal number from the pipe of `signal.set_wakeup_fd`, and reacts at once.
     """
     wish = Wish()
     reader, writer = os.pipe()

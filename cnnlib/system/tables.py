@@ -1,4 +1,4 @@
-"""Tables for people: on a terminal (as a list if the terminal is too narrow) and in Markdown."""
+"""Print tables on a terminal, or as lists if the terminal is too narrow; write tables in Markdown."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ from cnnlib.system.files import finite, follow_json_lines, plain
 RESULTS = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv", "sparsity")
 """Results of a lane that are copied to W&B."""
 SUMMARIES = {"train_loss": "min", "train_accuracy": "max", "validation_loss": "min", "validation_accuracy": "max"}
-"""Metrics of a lane, and the summary that W&B keeps of each beside its last value."""
+"""For each metric of a lane (a model of an arm): the summary that W&B keeps in addition to the last value."""
 PATIENCE = {"online": 20.0, "offline": 120.0}
-"""Seconds that a run waits for W&B at its end. Online, servers may not answer; offline, only a busy machine delays."""
+"""Seconds that a run waits for W&B at its end. Online, servers may not answer; offline, a busy machine may be slow."""
 LOOK = 0.5
 """Seconds between two reads of `metrics.jsonl`."""
 QUIET = ("disable_code", "disable_git", "disable_job_creation", "x_disable_machine_info", "x_disable_meta")
@@ -48,9 +48,10 @@ SETTINGS |= dict.fromkeys((*QUIET, "x_disable_stats"), True)
 
 
 def chosen_mode(asked: str) -> tuple[str | None, str | None]:
-    """Return the mode (`online`, `offline`, or None for no copy) and, if `auto` makes no copy, a hint how to get one.
+    """Return the mode: `online`, `offline`, or None for no copy. If `auto` makes no copy, add a hint for the user.
 
-    `auto` follows `WANDB_MODE` if set, else it is online if there is a key. Raises UserError if `asked` is impossible.
+    `auto` follows the environment variable `WANDB_MODE` if it is set. Without `WANDB_MODE`, `auto` is online if there
+    is a key. Raise UserError if the mode `asked` is impossible.
     """
     modes = {"offline": "offline", "online": "online", "disabled": "off"}
     wanted = modes.get(os.environ.get("WANDB_MODE", ""), "auto") if asked == "auto" else asked
@@ -81,14 +82,14 @@ def has_key() -> bool:
 
 
 class WandbCopy(Watcher):
-    """Start the process that copies a run; at the end, wait for it up to `PATIENCE`."""
+    """Start the process that copies a run. At the end of the run, wait for this process up to `PATIENCE`."""
 
     def __init__(self, mode: str, tell_user: Callable[[str], None]) -> None:
         self._mode, self._tell = mode, tell_user
         self._process: subprocess.Popen[str] | None = None
 
     def run_begins(self, beginning: Beginning) -> None:
-        """Start the copying process. For a resumed run, it copies only the new metrics."""
+        """Start the copying process. For a resumed run, the process copies only new metrics."""
         inside(beginning.folder, beginning.folder / "wandb")
         self._again = f"to send the run again: cnnlib wandb {shlex.quote(str(beginning.folder))}"
         begin = (beginning.folder / "metrics.jsonl").stat().st_size if beginning.is_resumed else 0
@@ -231,7 +232,10 @@ class _Copy:
 
 
 def main(folder: str, mode: str, begin: str) -> int:
-    """Copy a run while it trains, until standard input delivers its exit status, or closes because the run died."""
+    """Copy a run while it trains. Stop when standard input delivers the exit status of the run, or is closed.
+
+    Standard input is closed without a status if the run has died.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # only the training process handles signals; it ends the copy
     os.nice(19)  # training has priority

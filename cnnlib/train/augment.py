@@ -13,11 +13,11 @@ from cnnlib.spec.window import Shape
 
 
 def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: bool) -> Num[Array, "batch ..."]:
-    """Take a batch of the stored examples.
+    """Return the stored examples at `index`, as one batch.
 
-    With `images_last`, uint8 images are multiplied by the identity. The product puts the batch axis last in memory, as
-    a TPU's convolutions need it. The matrix unit takes a third of the cycles of a copy; full nets gain as well.
-    bfloat16 holds uint8 values exactly.
+    With `images_last`, multiply uint8 images by the identity matrix. The product has the batch axis last in memory, as
+    a TPU's convolutions need it. The TPU's matrix unit multiplies in a third of the cycles of a copy. Fully connected
+    networks become faster too. bfloat16 holds uint8 values exactly, so the product equals the images.
     """
     batch = x[index]
     if not images_last or x.dtype != jnp.uint8:
@@ -30,13 +30,13 @@ def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: 
 def normalize(
     x: Num[Array, "batch ..."], mean: Float[Array, " channel"], deviation: Float[Array, " channel"]
 ) -> Float[Array, "batch ..."]:
-    """Return (x - mean) / standard deviation per channel, float32; arguments are in stored units (images: 0 to 255)."""
+    """Return (x - mean) / deviation per channel, as float32. The arguments are in stored units (images: 0 to 255)."""
     shape = (1,) * (x.ndim - 1) + mean.shape
     return (x.astype(jnp.float32) - mean.reshape(shape)) / deviation.reshape(shape)
 
 
 def central(x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch ..."]:
-    """Return what evaluation sees: the central window of size `augment.crop`, or all of `x` without a crop."""
+    """Return the part of `x` to evaluate: the central window of size `augment.crop`, or all of `x` without a crop."""
     if augment.crop is None:
         return x
     index = [slice(None), *(slice((n - augment.crop) // 2, (n + augment.crop) // 2) for n in x.shape[1:-1])]
@@ -44,7 +44,7 @@ def central(x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch .
 
 
 class Draws(NamedTuple):
-    """Random draws per example of a batch; a field is None if `augment` does not use it."""
+    """Random numbers for each example of a batch. A field is None if the augmentation does not use it."""
 
     crop: Int[Array, "batch axis"] | None
     shift: Int[Array, "batch axis"] | None
@@ -52,7 +52,10 @@ class Draws(NamedTuple):
 
 
 def drawn(key: Key[Array, ""], batch: int, spatial: Shape, augment: Augment) -> Draws:
-    """Return the draws for a whole batch of examples of size `spatial`, even if a device uses only part of them."""
+    """Return the random numbers for a whole batch, even if a device uses only part of them.
+
+    `spatial` is the shape of an example without its channels.
+    """
     key_crop, key_shift, key_flip = jax.random.split(key, 3)
     crop = shift = flip = None
     if augment.crop is not None:
@@ -66,7 +69,7 @@ def drawn(key: Key[Array, ""], batch: int, spatial: Shape, augment: Augment) -> 
 
 
 def changed(x: Num[Array, "batch ..."], draws: Draws, augment: Augment) -> Num[Array, "batch ..."]:
-    """Crop, shift and flip each example by its own draws."""
+    """Crop, shift and flip each example as its row of `draws` says."""
     spatial = x.shape[1:-1]
     if draws.crop is not None:
         x = _windows(x, draws.crop, (augment.crop or 0,) * len(spatial))
@@ -84,7 +87,7 @@ def augmented(key: Key[Array, ""], x: Num[Array, "batch ..."], augment: Augment)
 
 
 def _windows(x: Array, starts: Array, size: Shape) -> Array:
-    """Cut from each example the window of `size` that begins at its row of `starts`."""
+    """Cut one window of shape `size` from each example. `starts` holds the first index of each example's window."""
 
     def window(example: Array, start: Array) -> Array:
         zero = jnp.zeros((1,), start.dtype)

@@ -1,8 +1,8 @@
 """Checkpoints of an arm during training, and fingerprints of trained models. Only this file imports Orbax.
 
-A checkpoint holds the state of all lanes as Orbax arrays. Each host writes the lanes of its own devices in the
-background. No format of Orbax detects a number that changed on disk, so a checkpoint also stores a checksum per lane.
-Everything else, such as the epoch, is JSON. Reading a checkpoint never runs code from it.
+A lane is one model of an arm. A checkpoint holds the state of all lanes as Orbax arrays. Each host writes the lanes of
+its own devices in the background. Orbax does not detect a number that changed on disk, so a checkpoint also stores one
+checksum per lane. Everything else, such as the epoch, is JSON. Reading a checkpoint never runs code from the file.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def snapshot(tree: Any) -> Snapshot:
 
 
 def checksums(tree: Any) -> UInt32[Array, " lane"]:
-    """Return one checksum per lane: the sum of its 32-bit words times 1, 3, 5 ..., modulo 2^32.
+    """Return one checksum per lane, modulo 2^32: 1 x (first 32-bit word) + 3 x (second word) + 5 x (third word) + ...
 
-    The factors are odd, so a change of any one word changes the checksum.
+    All factors are odd, so a change of any single word changes the checksum.
     """
     total, first = jnp.zeros((), jnp.uint32), 0
     for _, leaf in leaves(tree):
@@ -76,9 +76,9 @@ def words_of(rows: Shaped[Array, "lane number"]) -> UInt32[Array, "lane word"]:
 def sha256(*trees: Any) -> str:
     """Return the fingerprint of a model: of its parameters, and of its running statistics if it has any.
 
-    It is the SHA-256 of all leaves, sorted by path (`layer_0/bias` before `layer_0/kernel`). Each leaf adds a UTF-8
-    line `PATH DTYPE SHAPE` with its newline, where SHAPE is written as `5x5x1x6`. Then follow the leaf's numbers,
-    little endian, the last axis fastest.
+    The fingerprint is the SHA-256 of all arrays, sorted by path (`layer_0/bias` before `layer_0/kernel`). For each
+    array, the SHA-256 first reads the UTF-8 line `PATH DTYPE SHAPE` and its newline. SHAPE looks like `5x5x1x6`. Then
+    the SHA-256 reads the numbers of the array: little endian, with the last axis fastest.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(itertools.chain(*map(leaves, trees)), key=itemgetter(0)):
@@ -99,9 +99,9 @@ class Checkpoints:
         self._folder, self._keep = folder, keep
         self._began = 0.0
         self.best: int | None = None
-        """Epoch whose checkpoint is kept, however old it is."""
+        """Epoch of the best checkpoint, which is kept even if it is old; None: no checkpoint is the best."""
         self.seconds: float | None = None
-        """Seconds that writing the last checkpoint took; None while it is being written."""
+        """Seconds that writing the last checkpoint took; None while that checkpoint is being written."""
         self.written_at = 0.0
         """`time.monotonic()` when the last checkpoint was complete."""
 
@@ -140,9 +140,10 @@ class Checkpoints:
             raise UserError(f"cannot read the checkpoints in {self._folder}: {_first_line(error)}") from error
 
     def save(self, epoch: int, taken: Snapshot, progress: dict[str, Any]) -> None:
-        """Wait for the previous checkpoint, then begin to write this one, completely or not at all; delete older ones.
+        """Wait until the previous checkpoint is written, then begin to write the checkpoint after `epoch`.
 
-        Raise UserError if this write cannot begin or the previous one failed.
+        An interrupted write leaves no checkpoint behind. Orbax deletes checkpoints that are too old to keep. Raise
+        UserError if this write cannot begin, or if the previous write failed.
         """
         self._began, self.seconds = time.monotonic(), None
         try:
@@ -156,7 +157,7 @@ class Checkpoints:
             raise UserError(f"cannot write a checkpoint to {self._folder}: there is one after epoch {epoch}")
 
     def _check_space(self, taken: Snapshot) -> None:
-        """Raise OSError if the disk is too full. Orbax would report it too, but among tracebacks."""
+        """Raise OSError if the disk is too full. Orbax would also report a full disk, but among tracebacks."""
         self._folder.mkdir(parents=True, exist_ok=True)
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(taken)) + BESIDE
         if (free := shutil.disk_usage(self._folder).free) < need:
@@ -185,11 +186,11 @@ class Checkpoints:
 
         Args:
             epoch: The epoch of the checkpoint.
-            like: Tree of shapes (`jax.ShapeDtypeStruct`) with shardings. Its lane axis may be longer or shorter than in
-                the checkpoint, because padding lanes fill up devices.
-            lanes: Number of lanes that must exist with correct checksums. Lanes after them may be filled with zeros.
+            like: Tree of shapes (`jax.ShapeDtypeStruct`) with shardings. The lane axis of `like` may be longer or
+                shorter than in the checkpoint, because the number of padding lanes depends on the devices.
+            lanes: Number of lanes that must exist with correct checksums. Later lanes may be filled with zeros.
 
-        Raises Unreadable.
+        Raise Unreadable if the checkpoint is damaged, or if its arrays are not like those of `like`.
         """
         orbax = self._orbax
         wanted = _flat(Snapshot(like, jax.eval_shape(checksums, like)))
@@ -243,10 +244,10 @@ class _LatestAndBest:
 
 @functools.cache
 def _quiet_orbax() -> Any:
-    """Import Orbax once (slow: as long as several checkpoints), and silence its reports.
+    """Import Orbax once, and silence its messages. The import takes as long as writing several checkpoints.
 
-    Errors that matter are raised. After one failed read or write, Orbax's other threads print tracebacks that add
-    nothing. Reports of other libraries still appear.
+    Errors that matter are still raised. After a failed read or write, Orbax's other threads print tracebacks. These
+    tracebacks add nothing, so they are silenced. Messages of other libraries still appear.
     """
     import orbax.checkpoint as orbax
 
@@ -273,5 +274,5 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     text = " ".join((str(error).strip() or type(error).__name__).split())
-    system = re.search(r"os_error_code='(\d+)'", text)  # tensorstore puts it after long paths
+    system = re.search(r"os_error_code='(\d+)'", text)  # tensorstore puts the error code after long paths
     return os.strerror(int(system[1])) if system else text[:300]

@@ -1,4 +1,4 @@
-"""Evaluate trained models: pure functions of one model, which `step.over_lanes` maps over lanes, as in step.py."""
+"""Evaluate trained models. Each function handles one model; `step.over_lanes` maps it over all lanes (models)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from cnnlib.train.types import Answers, Examples, Recipe, Sums
 def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Statistics, Examples], Answers]:
     """Return a function that predicts every example: `answer(parameters, statistics, examples) -> answers`.
 
-    Norms use their running statistics. Copies of the last example fill up the last batch; their answers are dropped.
+    Norm layers use their running statistics. Copies of the last example fill up the last batch. The answers to these
+    copies are dropped.
     """
 
     answer_at = answers_at(recipe)
@@ -29,7 +30,7 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
     def answer(parameters: Parameters, statistics: Statistics, examples: Examples) -> Answers:
         count = examples.y.shape[0]
         size = min(batch_size, count)
-        rounds = -(-count // (size * recipe.shards))  # devices that share training batches share these too
+        rounds = -(-count // (size * recipe.shards))  # devices that share training batches share test batches
         positions = jnp.minimum(jnp.arange(rounds * recipe.shards * size), count - 1).reshape(-1, rounds, size)
         own = positions[shard_of(recipe)]
 
@@ -59,7 +60,7 @@ def answers_at(recipe: Recipe) -> Callable[[Parameters, Statistics, Examples, In
 
 
 def shard_of(recipe: Recipe) -> int | Int[Array, ""]:
-    """Return the index of this device among those that share a batch."""
+    """Return the index of this device among the devices that share a batch."""
     return 0 if recipe.data_axis is None else jax.lax.axis_index(recipe.data_axis)
 
 

@@ -1,7 +1,7 @@
 """Feed examples to training: all on the devices from the start (resident), or read during training (streamed).
 
-A `Feed` is the data set of a run. Its method `to` returns the `ArmFeed` that trains and tests an arm's models. Both
-kinds have the same methods, so a caller need not know which one it has.
+A `Feed` is the data set of a run. Its method `to` returns an `ArmFeed`, which trains and tests the lanes (the models)
+of an arm. Resident and streamed feeds have the same methods, so a caller uses both kinds in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cnnlib.train.types import Answers, Examples, State, Sums
 STREAM_SHARE = 0.25
 """A data set that needs more than this share of the free memory is streamed, unless `data.stream` is set."""
 AHEAD = 2
-"""Chunks that may be queued on a device: the one that it computes, and the next one."""
+"""Largest number of chunks on a device: the chunk that the device computes now, and the next chunk."""
 
 
 class Tested(NamedTuple):
@@ -58,7 +58,7 @@ class Resident:
 
     def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> ResidentFeed:
         """Return the feed that trains and tests an arm's models."""
-        # `position` is set only if `--force` resumes a run that was streamed. It lies after a whole epoch: ignore it.
+        # `position` is set only if `--force` resumes a run that was streamed. A resident epoch needs no position.
         return ResidentFeed(programs, programs.spread.shared(self.splits))
 
 
@@ -66,7 +66,7 @@ class ResidentFeed:
     """A data set in the memory of the devices that train an arm's lanes."""
 
     runs_ahead = True
-    """Whether an epoch can begin before the sums of the last one are known."""
+    """Whether an epoch can begin before the sums of the previous epoch are known."""
     position = None
     waited = 0.0
 
@@ -74,7 +74,7 @@ class ResidentFeed:
         self._programs, self._splits = programs, splits
 
     def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
-        """Start one epoch of all lanes; return before it ends."""
+        """Start one epoch of all lanes; return before the epoch ends."""
         trained: tuple[State, Sums] = self._programs.epoch(states, numbers, self._splits["train"])
         return trained
 
@@ -102,7 +102,7 @@ class ResidentFeed:
         return examples
 
     def close(self) -> None:
-        """Do nothing: there is nothing to end."""
+        """Do nothing: a resident feed has no worker processes to end."""
 
 
 class Streamed:
@@ -119,7 +119,7 @@ class Streamed:
         return stream.steps_a_chunk(train, arm.experiment.batch_size)
 
     def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
-        """Return the shapes that the programs of an arm take, per split: all chunks have the same size."""
+        """Return the shapes that the programs of an arm take, per split. All chunks have the same shapes."""
         train, known = self.data_set.train, self.data_set
         count = self.steps_a_chunk(arm) * arm.experiment.batch_size
         shape: Any = jax.ShapeDtypeStruct
@@ -132,7 +132,7 @@ class Streamed:
         return {name: shapes for name, source in parts.items() if source.count}
 
     def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> StreamedFeed:
-        """Return the feed that trains and tests an arm's models; it continues an earlier stream from `position`."""
+        """Return the feed that trains and tests an arm's models. A stream begins at `position`; None: at its start."""
         return StreamedFeed(self.data_set, arm, programs, self.steps_a_chunk(arm), position, waited)
 
 
@@ -171,12 +171,12 @@ class StreamedFeed:
             stack.callback(self._chunks.close)
             self._to_end = stack.pop_all()
         self.position = position
-        """Stream position after the last chunk that was trained on: JSON, from which an equal stream continues."""
+        """Position in the stream after the last trained chunk, as JSON. A resumed run continues from this position."""
         self.waited = waited
         """Upper bound on the seconds for which the devices were idle while examples were read."""
 
     def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
-        """Train all lanes for one epoch; return while the last chunks still run."""
+        """Train all lanes for one epoch. Return while the last chunks may still run."""
         total: Sums | None = None
         going: deque[Sums] = deque()
         ends_epoch = False
@@ -195,7 +195,7 @@ class StreamedFeed:
         return states, total
 
     def _next(self, going: deque[Sums]) -> stream.Chunk:
-        """Return the next chunk; count its reading time as waiting if the devices have run out of work."""
+        """Return the next chunk. If the devices have run out of work, add the reading time of the chunk to `waited`."""
         since = time.perf_counter()
         chunk = next(self._chunks)
         latest: Any = going[-1].loss if going else None  # JAX's type for arrays has no `is_ready`
@@ -246,7 +246,7 @@ class StreamedFeed:
                 yield y, self._put(x, y)
 
     def _put(self, x: np.ndarray, y: np.ndarray) -> Examples:
-        """Put a chunk on the devices; copies of its last example fill it up to the common chunk size."""
+        """Put a chunk on the devices. If the chunk is too short, fill it up with copies of its last example."""
         if lacking := self._capacity - len(y):
             x, y = (np.concatenate([rows, np.repeat(rows[-1:], lacking, axis=0)]) for rows in (x, y))
         known = (self._data_set.mean, self._data_set.deviation)
@@ -255,7 +255,7 @@ class StreamedFeed:
 
 
 def keep_going(going: deque[Any], sums: Any) -> None:
-    """Add `sums` to the running chunks, then block until at most `AHEAD` of them still run."""
+    """Add the `sums` of a new chunk to `going`, then block until at most `AHEAD` chunks still run."""
     going.append(sums)
     if len(going) > AHEAD:
         jax.block_until_ready(going.popleft())  # type: ignore[no-untyped-call]
@@ -278,10 +278,12 @@ ArmFeed = ResidentFeed | StreamedFeed
 def read_or_open(
     data: Data, free: int, says: Callable[[str], None], streamed: Collection[str] | None = None
 ) -> DataSet | StreamedSet:
-    """Load a data set into memory, or open it for streaming; tell the user through `says` if its size decides this.
+    """Load a data set into memory, or open it for streaming.
 
-    `free` is the free memory in bytes. `streamed` holds the names of the data sets that earlier sessions of the run
-    streamed, which then decides instead of `free`; None for a new run.
+    If `data.stream` is set, it decides, and `streamed` and `free` are ignored. `streamed` is the set of names of the
+    data sets that earlier sessions of this run streamed. If `streamed` is given, it decides, and `free` is ignored. For
+    a new run `streamed` is None, and `free`, the free memory in bytes, decides. If the data set is then streamed
+    because of its size, tell the user through `says`.
     """
     is_streamed = data.stream
     if is_streamed is None and streamed is not None:
@@ -303,7 +305,7 @@ def read_or_open(
 def read_or_open_all(
     sets: Iterable[Data], free: int, says: Callable[[str], None], streamed: Collection[str] | None = None
 ) -> dict[Data, DataSet | StreamedSet]:
-    """Load or open each data set in turn; each loaded one reduces the `free` bytes for those after it."""
+    """Load or open each data set in turn. Each loaded data set reduces the `free` bytes for the next data sets."""
     found: dict[Data, DataSet | StreamedSet] = {}
     for data in dict.fromkeys(sets):
         found[data] = read_or_open(data, free, says, streamed)
@@ -312,12 +314,12 @@ def read_or_open_all(
 
 
 def is_streamed(data_set: DataSet | StreamedSet) -> bool:
-    """Return whether examples are read during training."""
+    """Return whether the examples of `data_set` are read during training."""
     return isinstance(data_set, StreamedSet)
 
 
 def check_streamable(arm: TrainedArm, data_set: DataSet | StreamedSet) -> None:
-    """Raise UserError if the data set is streamed but each lane of the arm would need its own chunks."""
+    """Raise UserError if the data set is streamed, but each lane of the arm would need its own chunks."""
     if isinstance(data_set, StreamedSet) and arm.experiment.data.train is not None:
         raise UserError(
             f"arm {arm.name}: data.train={arm.experiment.data.train} draws examples for each lane, and all lanes see "

@@ -1,4 +1,7 @@
-"""The training loop of one arm: all lanes, epoch by epoch. It writes no files, prints nothing and keeps no results."""
+"""The training loop of one arm: train all lanes (the models of the arm), epoch by epoch.
+
+The loop writes no files, prints nothing and keeps no results.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Epoch:
     validation: Sums | None
     diverged: np.ndarray
     seconds: float
-    """Training time: on the device or waiting for examples."""
+    """Training time, including the time that training waited for examples."""
     snapshot: Snapshot | None
     """Copy of the states after this epoch, on the devices; None if no checkpoint is due."""
     position: Any
@@ -36,11 +39,11 @@ class Epoch:
     waited: float
     """Upper bound on the seconds that training has waited for examples so far."""
     has_next_begun: bool
-    """Whether the next epoch has begun; then `TrainingLoop.states` no longer holds the states of this epoch."""
+    """Whether the next epoch has begun. If so, `TrainingLoop.states` no longer holds the states of this epoch."""
 
 
 class Begun(NamedTuple):
-    """What an epoch keeps on the device, because the next epoch may overwrite the states."""
+    """The results of an epoch, kept on the device. They stay valid when the next epoch overwrites the states."""
 
     train: Sums
     diverged: jax.Array
@@ -51,9 +54,9 @@ class Begun(NamedTuple):
 
 
 class TrainingLoop:
-    """Train all lanes of an arm; iterate over `epochs`.
+    """Train all lanes of an arm. To train, iterate over the method `epochs`.
 
-    If the examples are in device memory, the next epoch begins before the sums of the last one are fetched.
+    If the examples are in device memory, the next epoch begins before the sums of the previous epoch are fetched.
     """
 
     def __init__(
@@ -76,15 +79,16 @@ class TrainingLoop:
             states: The states of all lanes, on the devices. Training overwrites them.
             keys: The random keys of all lanes, for snapshots.
             is_due: Takes an epoch number; returns whether to take a snapshot after it.
-            is_to_stop: Called once per epoch. If it returns True, this epoch is yielded before the next one begins.
-            trace: Takes an epoch number; returns a context for its training, which yields whether the epoch is traced.
+            is_to_stop: Called once per epoch. If it returns True, the loop yields the epoch before the next one.
+            trace: Takes an epoch number; returns a context manager for the training of this epoch. The context manager
+                yields whether it traces the epoch.
         """
         self._programs, self._feed, self._numbers, self._keys = programs, feed, numbers, keys
         self._is_due, self._is_to_stop, self._trace = is_due, is_to_stop, trace
         self.states = states
 
     def epochs(self, done: int, last: int) -> Iterator[Epoch]:
-        """Train from epoch `done + 1` to epoch `last`; yield the results of each."""
+        """Train from epoch `done + 1` to epoch `last`; yield the results of each epoch."""
         feed, fetched = self._feed, self._programs.spread.fetched
         jax.block_until_ready(self.states)  # type: ignore[no-untyped-call]
         idle_since = time.perf_counter()
@@ -111,7 +115,7 @@ class TrainingLoop:
             self.states, sums = self._feed.train(self.states, self._numbers)
             if is_traced:
                 jax.block_until_ready(self.states)  # type: ignore[no-untyped-call]
-        if not self._feed.runs_ahead:  # validation reads chunks too: end the timing before it
+        if not self._feed.runs_ahead:  # validation also reads chunks: stop the clock before validation
             jax.block_until_ready(self.states)  # type: ignore[no-untyped-call]
             seconds = time.perf_counter() - began
         validation = self._feed.validate(self.states)

@@ -1,7 +1,7 @@
 """Run one experiment in several processes, one per host, with `jax.distributed`.
 
-JAX finds, connects and monitors the processes. If one dies, JAX ends the others. The processes exchange messages
-through `multihost_utils`.
+JAX finds, connects and monitors the processes. If one process dies, JAX ends the other processes. The processes
+exchange messages through `multihost_utils`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from cnnlib.errors import Stopped, UserError
 START = 300.0
 """Seconds within which the processes must find each other."""
 HEARTBEAT = 20
-"""Seconds without a heartbeat after which JAX considers a process dead and ends the others."""
+"""Seconds without a heartbeat after which JAX considers a process dead and ends the other processes."""
 LEAVING = 10.0
-"""Seconds that a process with an error waits for the others, which may need to print the same error."""
+"""Seconds that a process with an error waits before it ends, so that other processes can print the same error."""
 SMALLEST = 1024
-"""Minimum message size in bytes. Sizes are rounded up to few values, since JAX compiles one program per size."""
+"""Minimum message size in bytes. Sizes are rounded up to powers of two, because JAX compiles one program per size."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """The processes of a run: this one is `process` of `count`. All must call the same methods in the same order.
+    """The processes of a run. There are `count` processes; this process has the number `process`, from 0 on.
 
-    `with hosts:` ends the run on exit. It waits for the others if all is well, and raises UserError if one has died.
+    All processes must call the same methods in the same order. On exit, `with hosts:` ends the run. If there is no
+    error, the exit waits for the other processes. If another process has died, the exit raises UserError.
     """
 
     process: int = 0
@@ -57,7 +58,7 @@ class Hosts:
         return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def from_first(self, value: bytes | None) -> bytes:
-        """Return the `value` of process 0; the values of the others are ignored."""
+        """Return the `value` of process 0; the values of the other processes are ignored."""
         if self.is_first and value is None:
             raise ValueError("process 0 gives nothing")
         return self.gathered((value or b"") if self.is_first else b"")[0]
@@ -71,7 +72,7 @@ class Hosts:
         return min(map(int, self.gathered(b"%d" % number)))
 
     def same(self, what: str, value: str) -> None:
-        """Raise UserError on all processes if `value` differs; the message names those that differ from process 0."""
+        """Raise UserError on all processes if any `value` differs from that of process 0. `what` names the value."""
         first, *others = (text.decode() for text in self.gathered(value.encode()))
         found = [
             f"process {process} of {self.count}: {what} {other}, process 0 has {first}"
@@ -95,7 +96,8 @@ class Hosts:
                 f"another process of the run has ended, and its own output says why ({reason}); --resume on all hosts "
                 "goes on with what is saved"
             ) from error
-        # JAX ends the others as soon as process 0 is gone. `shutdown` waits for all processes, even for dead ones.
+        # JAX ends the other processes as soon as process 0 is gone, so wait for them. `shutdown` waits even for dead
+        # processes, so limit the wait after an error.
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
         leaving.join(None if error is None or isinstance(error, Stopped) else LEAVING)
@@ -106,7 +108,7 @@ ALONE = Hosts()
 
 
 class Cluster(NamedTuple):
-    """The run to join. JAX takes each field that is None from the cluster's environment."""
+    """The run to join. If a field is None, JAX takes its value from the environment of the cluster."""
 
     coordinator: str | None
     processes: int | None
@@ -162,7 +164,7 @@ def join(cluster: Cluster, seconds: float = START) -> Hosts:
     """Join this process to a run on several hosts. Call this function before JAX computes anything.
 
     Raise UserError if JAX finds no cluster, or if the hosts have different numbers of devices. If the processes do not
-    find each other within `seconds`, end this process with one line and status 2, since JAX would abort it.
+    find each other within `seconds`, print one line and end the process with status 2. JAX would abort the process.
     """
     import jax
 
@@ -185,7 +187,7 @@ def join(cluster: Cluster, seconds: float = START) -> Hosts:
         raise _not_joined(error, cluster) from error
     finally:
         alarm.cancel()
-        if on_sigterm is not None:  # JAX took it as notice of preemption: restore ours
+        if on_sigterm is not None:  # JAX has replaced the handler of SIGTERM: restore ours
             signal.signal(signal.SIGTERM, on_sigterm)
     hosts = Hosts(jax.process_index(), jax.process_count())
     counts = [devices.count(process) for process in range(hosts.count)]

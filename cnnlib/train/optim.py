@@ -1,4 +1,4 @@
-"""Build optax chains with traced hyperparameters, so that the lanes of one program may differ in them."""
+"""Build optax chains with traced hyperparameters, so that lanes (models) of one program may have different values."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cnnlib.config.schema import LaneNumbers, Optim
 def schedule(name: str, total_steps: int) -> optax.Schedule:
     """Return the learning rate relative to its peak: `constant`, `cosine` (1 to 0), or `one_cycle` (Smith 2018).
 
-    `one_cycle` is optax's `cosine_onecycle_schedule` with its defaults. It rises from 1/25 to 1 over the first 30 % of
-    the steps, then falls to 1/250,000, both along a cosine.
+    `one_cycle` is optax's `cosine_onecycle_schedule` with its defaults. The learning rate rises from 1/25 to 1 over
+    the first 30 % of the steps, then falls to 1/250,000. Both parts follow a cosine.
     """
     if name == "constant":
         return optax.constant_schedule(1.0)
@@ -29,8 +29,8 @@ def schedule(name: str, total_steps: int) -> optax.Schedule:
 def optimizer(optim: Optim, numbers: LaneNumbers, total_steps: int) -> optax.GradientTransformation:
     """Return the update rule of one lane: static settings from `optim`, traced scalar hyperparameters from `numbers`.
 
-    If any lane of the arm has an L1 term, all lanes have one, with a lambda that may be zero. If none has, the program
-    contains no L1 term.
+    If any lane of the arm needs an L1 term, all lanes have one. The strength of the term is zero in the other lanes. If
+    no lane needs an L1 term, the program contains none.
     """
     relative = schedule(optim.schedule, total_steps)
 
@@ -52,13 +52,13 @@ def optimizer(optim: Optim, numbers: LaneNumbers, total_steps: int) -> optax.Gra
 
 
 # beta-LASSO (Neyshabur 2020, arXiv 2007.13657, algorithm 1): SGD on the loss plus lambda |theta|. After each step,
-# every weight of magnitude below beta lambda becomes zero. Kernels only: a bias or scale near zero saves no connection.
+# every weight of magnitude below beta lambda becomes zero. Only for kernels: a zero bias or scale saves no connection.
 
 
 def add_l1_subgradient(strength: jax.typing.ArrayLike) -> optax.GradientTransformation:
     """Add `strength` times the sign of each weight (0 at 0) to the gradient of every kernel.
 
-    Put it first in a chain, so that momentum and Adam's moments are those of the penalised loss.
+    Put this transformation first in a chain. Momentum and Adam's moments then include the penalty.
     """
 
     def update(gradient: jax.Array, weights: jax.Array) -> jax.Array:
@@ -70,11 +70,11 @@ def add_l1_subgradient(strength: jax.typing.ArrayLike) -> optax.GradientTransfor
 def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransformation:
     """Set each kernel weight to zero if its magnitude after the update would be below `smallest`.
 
-    Put it last in a chain, after the learning rate.
+    Put this transformation last in a chain, after the learning rate.
     """
 
     def update(step: jax.Array, weights: jax.Array) -> jax.Array:
-        # `<`, not `<=`: `smallest` 0 changes nothing.
+        # Use `<`, not `<=`, so that `smallest` = 0 changes nothing.
         return jnp.where(jnp.abs(weights + step) < jnp.asarray(smallest, weights.dtype), -weights, step)
 
     return _of_kernels(update)
@@ -83,7 +83,7 @@ def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransfor
 def sparsity(parameters: Any) -> float:
     """Return the share (0 to 1) of a model's kernel weights that are exactly zero, computed on the host.
 
-    A local layer's weights on padding count as well: only an L1 term changes them.
+    In a local layer, some weights only see padding. These weights are counted too. Only an L1 term makes them zero.
     """
     kernels = [np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parameters) if _is_kernel(path)]
     return sum(int((kernel == 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)

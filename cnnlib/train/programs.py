@@ -1,4 +1,4 @@
-"""Compile an arm's programs ahead of time, for as many lanes at a time as are fast and fit in memory."""
+"""Compile an arm's programs ahead of time. Run as many lanes (models) at a time as are fast and fit in memory."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from cnnlib.train.sharding import Spread
 from cnnlib.train.types import Examples, Recipe, State
 
 CPU_GROUP = 8
-"""Most lanes of a full net to vectorise on a CPU. More outgrow its cache (`python -m benchmarks lanes`)."""
+"""Most lanes of a full net to vectorise on a CPU. More lanes do not fit in the cache (`python -m benchmarks lanes`)."""
 
 
 TPU_GROUP = 16
-"""Most lanes of a full net to vectorise on a TPU. With 64, libtpu 0.0.42.1 finds no room for LeNet-300-100."""
+"""Most lanes of a full net to vectorise on a TPU. With 64 lanes, libtpu 0.0.42.1 has no room for LeNet-300-100."""
 TPU_SIGNAL_GROUP = 8
 """Most lanes of a local or conv net on signals to vectorise on a TPU (docs/accelerators.md)."""
 EVALUATION_BYTES = 2**26
 """Most bytes per evaluation batch: about 500 examples of 105x105x3 as float32."""
 COMPILERS = 2
-"""Number of programs compiled at the same time. Each takes memory, and XLA gives each several threads."""
+"""Number of programs compiled at the same time. Each compilation takes memory and several threads."""
 KEPT_FROM = 0.05
-"""Least compile time in seconds for which a program is kept on disk."""
+"""Seconds. A program that compiles in less time is not kept on disk."""
 LITTLE_OPTIMISED = {"xla_backend_optimization_level": 1}
-"""Compiler options on a CPU. Level 0 would round initial weights differently."""
+"""Compiler options for `initialize` on a CPU. Level 0 would round the initial weights differently."""
 PLACE = step.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
 """A `Place` that only gives the data types."""
 
@@ -56,10 +56,13 @@ PLACE = step.Place(np.int32(0), np.int32(0), np.int32(0), np.int32(0), np.bool_(
 def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: int, platform: str) -> int:
     """Return how many lanes to vectorise together if memory does not matter.
 
-    - CPU: one lane of a local or conv net, since it fills the cores; up to 8 lanes of a full net.
-    - TPU: one lane of a local or conv net on images. A core starts each operation at no cost, and lanes as groups of
-      one convolution take twice the cycles. Up to 8 lanes of such a net on signals; up to 16 lanes of a full net.
-    - GPU: all lanes, since each kernel costs microseconds to start.
+    A net is full, local or conv: fully connected, locally connected or convolutional.
+
+    - CPU: one lane of a local or conv net, because one lane keeps the cores busy; up to 8 lanes of a full net.
+    - TPU: one lane of a local or conv net on images. Vectorising gains nothing there, because a TPU starts each
+      operation at no cost. Vectorising even doubles the cycles, because lanes become groups of one convolution. Up to 8
+      lanes of a local or conv net on signals; up to 16 lanes of a full net.
+    - GPU: all lanes, because each kernel takes microseconds to start.
 
     All groups of lanes have nearly equal sizes.
     """
@@ -74,10 +77,11 @@ def preferred_at_a_time(connectivity: Connectivity, input_shape: Shape, lanes: i
 
 
 def free_memory(device: jax.Device) -> int:
-    """Return the bytes that programs may still take: nine tenths of what the device's allocator, or the host, has free.
+    """Return the bytes that programs may still take: nine tenths of the free memory of the device.
 
-    The last tenth is for what the compiler does not see: other processes, and the scratch memory of kernels.cc (16
-    partial sums of a layer's kernel per lane).
+    If the device reports no memory limit, use the free memory of the host. The last tenth is for memory that the
+    compiler does not count: that of other processes, and the scratch memory of kernels.cc (16 partial sums of a layer's
+    kernel per lane).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
@@ -106,7 +110,7 @@ class Programs(NamedTuple):
     """The compiled programs of an arm; each call runs all lanes."""
 
     initialize: Any
-    """Makes the initial states and the keys."""
+    """Makes the initial states and the random keys."""
     epoch: Any
     predict: Any
     """Predicts the test examples."""
@@ -123,7 +127,7 @@ class Programs(NamedTuple):
     at_a_time: int
     """Number of lanes vectorised together per device."""
     memory_bytes: int
-    """Peak bytes of the largest program in one memory, as the compiler counts them, without resident examples."""
+    """Peak bytes of the largest program in one memory, as the compiler counts them. Resident examples are excluded."""
     compile_seconds: float
 
 
@@ -141,7 +145,7 @@ class ExamplesOf(Protocol):
     is_streamed: bool
 
     def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
-        """Return what the programs of an arm take per split: arrays on its devices, or the shapes of a chunk."""
+        """Return what the programs of an arm take per split: arrays on the devices, or the shapes of a chunk."""
 
 
 def compile_programs(
@@ -153,11 +157,12 @@ def compile_programs(
         arm: The arm to compile. Its `precision` overrides JAX's own setting.
         feed: The source of the arm's examples.
         devices: The devices to spread the lanes over. Each holds all examples, or a chunk of them.
-        before: The lanes at a time of the session that this one resumes.
+        before: The lanes at a time of the earlier session, if this session resumes one.
         hosts: The processes of the run. All of them compile together.
 
     Raises:
-        UserError: One lane at a time does not fit, or fewer fit than `lanes.at_a_time`; the message says how many fit.
+        UserError: Not even one lane at a time fits, or `lanes.at_a_time` lanes do not fit. The message then says how
+            many lanes fit.
     """
     start = time.perf_counter()
     with jax.default_matmul_precision(arm.experiment.precision), ThreadPoolExecutor(COMPILERS) as pool:
@@ -180,7 +185,7 @@ def compile_programs(
 
 
 def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dict[str, Any], int, int]:
-    """Compile for fewer and fewer lanes at a time until they fit; return the programs, lanes at a time and bytes."""
+    """Compile for fewer and fewer lanes at a time until they fit. Return the programs, lanes at a time and bytes."""
     arm, spread, chunks = compiler.arm, compiler.spread, compiler.chunk_bytes
     wanted, most = arm.experiment.lanes.at_a_time, spread.lanes_a_device
     preferred = preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, spread.own_device.platform)
@@ -189,8 +194,8 @@ def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dic
     while True:
         compiled = compiler.for_lanes(at_a_time)
         need = compiler.need(compiled) * spread.sharing + chunks
-        # Measure only now: the compiled programs take memory too, which a `ulimit` counts. All hosts use the lowest
-        # value per device, so they decide alike.
+        # Measure the free memory after compilation: the compiled programs take memory too, and a `ulimit` counts it.
+        # All hosts use the lowest value per device, so all hosts choose the same number of lanes.
         free = hosts.lowest(max(0, free_memory(spread.own_device) - chunks) // spread.sharing) * spread.sharing + chunks
         if need <= free:
             break
@@ -210,14 +215,14 @@ def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dic
 
 
 class _Compiler:
-    """Compile an arm's programs. The next one is traced while a thread compiles one or loads it from the cache."""
+    """Compile an arm's programs. While a thread compiles or loads a program, the next program is traced."""
 
     def __init__(self, arm: TrainedArm, feed: ExamplesOf, spread: Spread, pool: ThreadPoolExecutor) -> None:
         self.arm, self.spread, self._pool = arm, spread, pool
         self._recipe, self._numbers = recipe_of(arm, spread), shapes(spread.filled(numbers_of(arm)))
         self._splits, self._is_streamed = feed.examples(arm, spread), feed.is_streamed
         self.chunk_bytes = 3 * size_of(self._splits["train"]) if feed.is_streamed else 0
-        """A stream has three chunks in memory; devices with one memory share them."""
+        """Bytes of the three chunks that a stream has in memory. Devices with one memory share these chunks."""
 
     def _compile(self, program: Any, *arguments: Any, options: Any = None) -> Future[Any]:
         return self._pool.submit(program.lower(*arguments).compile, options)
@@ -229,7 +234,8 @@ class _Compiler:
     def initialize(self) -> Future[Any]:
         """Compile the program that makes the initial states and the keys.
 
-        It runs only once, so it is neither vectorised nor much optimised. This compiles far faster, to the same bits.
+        The program runs only once, so it is neither vectorised nor much optimised. This makes compilation far
+        faster and does not change the results.
         """
         initialize = self.spread.compiled_for(step.over_lanes(begin(self._recipe), at_a_time=1))
         self._states, self._keys = jax.eval_shape(initialize, self._numbers)
@@ -259,7 +265,7 @@ class _Compiler:
             compiling["train"] = self._compile(epoch, states, numbers, splits["train"])
             fit = self._mapped(evaluate.fit(recipe, batch), at_a_time, lanes=3)
             compiling["fit"] = self._compile(fit, *model, numbers, splits["train"])
-        if "validation" in splits and self._is_streamed:  # chunks of all splits have one shape
+        if "validation" in splits and self._is_streamed:  # chunks of all splits have the same shape
             compiling["validation"] = compiling["fit"]
         elif "validation" in splits:
             validate = self._mapped(evaluate.evaluate(recipe, batch), at_a_time)
@@ -272,8 +278,8 @@ class _Compiler:
     def need(self, compiled: dict[str, Any]) -> int:
         """Return the bytes that the largest program takes per device, without the examples.
 
-        The examples are on the device already, so the free memory excludes them too. With checkpoints, add a copy of
-        the states, which may wait to be written while the next epoch runs.
+        The examples are on the device already, so they are not part of the free memory either. If the arm keeps
+        checkpoints, add a copy of the states: the copy may wait to be written while the next epoch runs.
         """
         part = {"train": "train", "fit": "train", "test": "test", "validation": "validation"}
         own = max(
@@ -285,8 +291,10 @@ class _Compiler:
 
 
 def begin(recipe: Recipe) -> Callable[[LaneNumbers], tuple[State, types.Keys]]:
-    """Return a function that makes a model's state and its keys, as words. The keys follow from its seeds; checkpoints
-    store the keys so that a resumed run can compare them."""
+    """Return a function that makes the initial state and the random keys of a model. The keys are 32-bit words.
+
+    The model's seeds determine the keys. Checkpoints store the keys, so that a resumed run can compare them.
+    """
     initialize = step.initialize(recipe)
     return lambda numbers: (initialize(numbers), types.Keys(*map(jax.random.key_data, step.keys_of(numbers))))
 
@@ -307,8 +315,10 @@ def has_freed_weights(model: Model) -> bool:
 
 
 def evaluation_batch(arm: TrainedArm) -> int:
-    """Return the examples per evaluation batch: at most 500, at most `EVALUATION_BYTES` as float32, and at most one
-    piece of `accumulate`."""
+    """Return the number of examples per evaluation batch: at most 500, and at most `EVALUATION_BYTES` as float32.
+
+    If `accumulate` cuts training batches into pieces, an evaluation batch is at most as large as one piece.
+    """
     one = arm.experiment
     fitting = EVALUATION_BYTES // (4 * math.prod(arm.input_shape))
     most = one.batch_size // one.accumulate if one.accumulate > 1 else 500
@@ -338,7 +348,7 @@ def spread_of(arm: TrainedArm, devices: Sequence[jax.Device], hosts: Hosts = ALO
     """Spread an arm's lanes over devices. Raise UserError if the arm's `mesh` is not possible."""
     one = arm.experiment
     asked = None if one.mesh is None else (one.mesh[0], one.mesh[1])
-    # Divide first: each device that shares a batch must be able to cut its rows into `accumulate` pieces.
+    # Divide by `accumulate` first: each device that shares a batch must cut its rows into that many equal pieces.
     return sharding.spread(len(arm.lanes), devices, one.batch_size // one.accumulate, asked, hosts)
 
 
@@ -369,9 +379,10 @@ def recipe_of(arm: TrainedArm, spread: Spread | None = None) -> Recipe:
 def compile_cache(wanted: bool, says: Callable[[str], None]) -> Iterator[None]:
     """Within this context, keep compiled programs in the user's cache folder, one subfolder per kind of processor.
 
-    The user's own settings `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE` stay in force. If the folder
-    cannot be written, or others could put machine code there, keep nothing and report it through `says`. A run that
-    was killed, or that is writing at the moment, may leave a damaged program. Then delete its files and report it.
+    If `wanted` is false, keep no programs. The user's settings `JAX_COMPILATION_CACHE_DIR` and
+    `JAX_ENABLE_COMPILATION_CACHE` stay in force. If the folder cannot be written, or if other users could put machine
+    code there, keep nothing and tell the user through `says`. A program in the folder may be damaged, for example if
+    a run was killed. In that case, delete the files of the damaged program and tell the user.
     """
     settings: Any = jax.config
     folder: Path | None = None

@@ -1,7 +1,7 @@
 """Spread lanes over a mesh of devices with the axes (lane, data).
 
-Lanes are spread over the first axis, and never communicate. Devices along the second axis share each batch of the same
-lanes, and add up their gradients.
+A lane is one model of an arm. Lanes are spread over the first axis, and never communicate. Devices along the second
+axis train the same lanes: each device takes a part of every batch, and the gradients of the parts are added up.
 
 `use_cores` makes each CPU core a device before JAX starts. A small model's step is as fast on one core as on several,
 so N models on N cores train N times faster (benchmarks/README.md).
@@ -27,7 +27,7 @@ from cnnlib.train.multihost import ALONE, Hosts
 
 LANE, DATA = "lane", "data"
 ALIGNMENT = 64
-"""Bytes. A host array whose address is a multiple of this needs no copy: all CPU devices share it."""
+"""Bytes. If `ALIGNMENT` divides the address of a host array, all CPU devices share the array without a copy."""
 
 
 def use_cores(count: int | None = None) -> None:
@@ -43,7 +43,7 @@ def use_cores(count: int | None = None) -> None:
 def devices(most: int | None = None) -> tuple[jax.Device, ...]:
     """Return the devices of JAX's default platform: `most` per host, or all if `most` is None.
 
-    Raise UserError if a host has fewer than `most`, or if the requested platform has none.
+    Raise UserError if a host has fewer than `most` devices, or if the requested platform has no device.
     """
     try:
         found = tuple(jax.devices())
@@ -76,11 +76,11 @@ def evenly(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
 
 
 class Spread(NamedTuple):
-    """How an arm's lanes are spread: equally many per device. Copies of the last lane (padding) fill up the devices."""
+    """How an arm's lanes are spread: equally many per device. Copies of the last lane (padding) fill up devices."""
 
     lanes: int
     devices: tuple[jax.Device, ...]
-    """In the order of the lanes."""
+    """The devices, in the order of the lanes that they train."""
     shards: int = 1
     """Number of devices that share the batches of the same lanes."""
     hosts: Hosts = ALONE
@@ -88,12 +88,12 @@ class Spread(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Number of groups of devices that the lanes are divided over."""
+        """Number of groups of devices. The devices of a group train the same lanes."""
         return len(self.devices) // self.shards
 
     @property
     def data_axis(self) -> str | None:
-        """Mesh axis along which devices share batches; None if they do not."""
+        """Mesh axis along which devices share batches; None if no devices share batches."""
         return DATA if self.shards > 1 else None
 
     @property
@@ -131,7 +131,8 @@ class Spread(NamedTuple):
         if len(self.devices) == 1:
             return jax.jit(function, **options)
         specs = (PartitionSpec(LANE),) * lane_arguments + (PartitionSpec(),) * shared_arguments
-        # check_vma=False: our primitives have no rules for it. They need none: they never see other devices' lanes.
+        # check_vma=False: our primitives have no rules for this check. They need none, because they never use the lanes
+        # of other devices.
         mapped = jax.shard_map(
             function, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(LANE), check_vma=False
         )
@@ -139,7 +140,7 @@ class Spread(NamedTuple):
         return jax.jit(mapped, in_shardings=shardings, **options)
 
     def filled(self, tree: Any) -> Any:
-        """Append padding lanes to host arrays with a leading lane axis, so that all devices have equally many."""
+        """Append padding lanes to host arrays with a leading lane axis, so that all devices have equally many lanes."""
         copies = self.lanes_a_device * self.groups - self.lanes
         if not copies:
             return tree
@@ -160,7 +161,7 @@ class Spread(NamedTuple):
         return jax.tree.map(lambda rows: rows[: self.lanes], arrays)
 
     def own(self, tree: Any) -> list[Any]:
-        """Return one tree per lane whose first device belongs to this host, without padding lanes."""
+        """Return one tree per lane of this host, without padding. A lane belongs to the host of its first device."""
         of_hosts = [device.process_index for device in self.devices[:: self.shards]]
         if self.hosts.process not in of_hosts:
             return []
@@ -175,7 +176,7 @@ class Spread(NamedTuple):
         return np.concatenate(own)
 
     def shared(self, tree: Any) -> Any:
-        """Restrict arrays that `replicated` put on a larger set of devices to these devices."""
+        """Restrict replicated arrays to the devices of this spread. `replicated` may have put them on more devices."""
         sharding = NamedSharding(self._mesh, PartitionSpec())
 
         def on_these(array: jax.Array) -> Any:
@@ -195,12 +196,13 @@ def spread(
     mesh: tuple[int, int] | None = None,
     hosts: Hosts = ALONE,
 ) -> Spread:
-    """Return the requested `mesh`, or spread lanes first, then share batches among the remaining devices.
+    """Return how to spread lanes: as `mesh` says, or over as many devices as are useful if `mesh` is None.
 
-    5 lanes use 3 of 4 devices, since some device has 2 lanes anyway; 3 lanes on 8 devices use 2 devices per lane. The
-    number of devices that share a batch divides `batch_size`. The cores of a CPU never share one: a lane keeps them
-    busy, and adding gradients costs more than it gains (`python -m benchmarks mesh`). Raise UserError if the mesh
-    needs more devices or lanes than there are, or if it leaves a host without work.
+    Without `mesh`, spread the lanes first. Then use the remaining devices to share batches. 5 lanes use 3 of 4 devices,
+    because one device has 2 lanes in any case. 3 lanes on 8 devices use 2 devices per lane. The number of devices that
+    share a batch divides `batch_size`. The cores of a CPU never share a batch: a lane keeps the cores busy, and adding
+    gradients costs more than it gains (`python -m benchmarks mesh`). Raise UserError if the mesh needs more devices or
+    lanes than there are, or if the mesh leaves a host without work.
     """
     if mesh is None:
         a_device = math.ceil(lanes / min(lanes, len(devices)))

@@ -1,9 +1,10 @@
 """The heart of training: one model's training as pure functions, and the map over lanes.
 
-Read this file from top to bottom. Functions close over what is static (network, training rule, sizes); everything else
-is an argument. `initialize`, `epoch` and `chunk` (an epoch's part of a stream) are written for one model, as are the
-functions in evaluate.py. `over_lanes` maps any of them over lanes, and the caller compiles the result. The program
-itself draws, augments and normalises examples, so only a few sums leave the device between two epochs.
+Read this file from top to bottom. A `Recipe` holds all static settings (network, training rule, sizes). Each function
+takes a recipe and returns a function of everything else. `initialize`, `epoch` and `chunk` (a part of an epoch of a
+stream) train one model; the functions in evaluate.py evaluate one model. `over_lanes` maps any of these functions over
+lanes (the models of an arm), and the caller compiles the result. The compiled program itself draws, augments and
+normalises examples, so only a few sums leave the device between two epochs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cnnlib.train.types import Examples, Keys, Recipe, State, Sums
 def keys_of(numbers: LaneNumbers) -> Keys:
     """Return the keys of a lane: `init` from its seed, all others from its order seed.
 
-    The generator is threefry by name, so the bits do not change under vmap or with JAX's default generator.
+    The generator is always threefry, so the bits depend neither on vmap nor on JAX's default generator.
     """
 
     def of(seed: int | Integer[Array, ""]) -> Keys:
@@ -61,9 +62,9 @@ def initialize(recipe: Recipe) -> Callable[[LaneNumbers], State]:
 def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[State, Sums]]:
     """Return a function that trains a model for one epoch: `train(state, numbers, examples) -> (state, sums)`.
 
-    With `reshuffle`, each pass draws a new order; without it, each pass uses the stored order. A pass leaves out the
-    examples at its end that do not fill a batch. `sums` hold the training loss and the correct predictions, measured on
-    augmented examples while the parameters change.
+    An epoch passes over the examples `passes` times. With `reshuffle`, each pass draws a new order. Without it, each
+    pass uses the stored order. A pass leaves out the last examples if they do not fill a batch. `sums` hold the
+    training loss and the correct predictions, measured on augmented examples while the parameters change.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
@@ -93,11 +94,11 @@ class Place(NamedTuple):
     """The place of a chunk of a stream within the training."""
 
     pass_number: Int[Array, ""] | np.int32
-    """Counted from the start of the training."""
+    """Number of the pass over the data, counted from the start of the training."""
     number: Int[Array, ""] | np.int32
     """Index of the chunk in its pass."""
     first_step: Int[Array, ""] | np.int32
-    """Counted from the start of the training."""
+    """Number of the first step of the chunk, counted from the start of the training."""
     steps: Int[Array, ""] | np.int32
     """Number of real batches in the chunk; padding follows them."""
     ends_epoch: Bool[Array, ""] | np.bool_
@@ -106,8 +107,8 @@ class Place(NamedTuple):
 def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Examples, Place], tuple[State, Sums]]:
     """Return a function that trains a model on a chunk of a stream: `train(state, numbers, examples, place)`.
 
-    All models see the same chunks. With `reshuffle`, each model draws its own order of a chunk anew in each pass. A
-    model that diverges keeps its state from before the chunk.
+    All models see the same chunks. With `reshuffle`, each model draws its own order of the examples in a chunk, and a
+    new order in each pass. A model that diverges keeps its state from before the chunk.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples, place: Place) -> tuple[State, Sums]:
@@ -135,7 +136,7 @@ def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Exa
 
 
 def after(state: State, model: tuple[Any, ...], sums: Sums, epochs: int | Int[Array, ""]) -> State:
-    """Return the trained state if all is finite, else the old state, marked as diverged."""
+    """Return the trained state if all its numbers are finite, else the old state, marked as diverged."""
     parameters, statistics, optimizer_state = model
     # The last loss was computed before the last update, so check the updated parameters as well.
     finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
@@ -151,8 +152,8 @@ def one_step(
     """Return a function that trains a model on one batch: `step(model, (index, number)) -> (model, (loss, correct))`.
 
     `model` is (parameters, statistics, optimiser state). `index` selects the examples. `number` counts steps from the
-    start of the training. If devices share a batch, each takes its own rows. These are cut into `accumulate` pieces,
-    which run one after another; their gradients are added up.
+    start of the training. If devices share a batch, each device takes its own rows. A device cuts its rows into
+    `accumulate` pieces, which run one after another. The gradients of all pieces of all devices are added up.
     """
     rule = optimizer(recipe.optim, numbers, total_steps)
     images_last = primitives.form_in_use() == "tpu"
@@ -235,7 +236,7 @@ def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int
         def one(lane: tuple[Any, ...]) -> Any:
             return function(*lane, *shared)
 
-        if at_a_time == 1:  # no vmap over one lane: its matrix products would be batches of one
+        if at_a_time == 1:  # no vmap over one lane: it would turn matrix products into batches of one
             return jax.lax.map(one, lanes)
         if at_a_time >= jax.tree.leaves(lanes)[0].shape[0]:
             return jax.vmap(one)(lanes)

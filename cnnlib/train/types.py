@@ -50,7 +50,7 @@ class Answers(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """One key per random choice in a model's training."""
+    """The random keys of one model: one key per kind of random choice in its training."""
 
     init: Key[Array, ""]
     order: Key[Array, ""]
@@ -59,7 +59,7 @@ class Keys(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The static settings of one model's training. A change of any of them needs another program."""
+    """The static settings of one model's training. If any setting changes, a new program is compiled."""
 
     network: Network
     input_shape: Shape
@@ -68,7 +68,7 @@ class Recipe(NamedTuple):
     batch_size: int
     epochs: int
     examples: int | None = None
-    """Number of examples that one model trains on, drawn by its order seed; None: all."""
+    """Number of examples that a model trains on, selected by the model's order seed; None: all examples."""
     reshuffle: bool = True
     passes: int = 1
     accumulate: int = 1
@@ -79,4 +79,4 @@ class Recipe(NamedTuple):
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them (`nn.network.training_logits`)."""
     start: Network | None = None
-    """The network of the connectivity that draws the initial weights; None: `network` itself."""
+    """Network of another connectivity, whose initialiser draws the initial weights; None: `network` draws them."""

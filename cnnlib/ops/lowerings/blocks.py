@@ -21,19 +21,21 @@ NARROW = 16
 """Largest number of features for which `in_blocks` takes fewer cycles than a plain convolution (libtpu 0.0.42.1, v5e).
 With more features, rearranging the blocks into an output map costs more than the blocks save."""
 NARROW_GRADIENT = 64
-"""Same as `NARROW`, for `kernel_gradient_in_blocks`."""
+"""Largest number of features for which `kernel_gradient_in_blocks` is faster than a plain convolution."""
 FEW_TAPS = 16
-"""Windows with fewer taps use no blocks, since they grow too much: 4x4 blocks need four times the multiply-adds of 3x3
-taps. Kernel gradients of more than `NARROW` features use smaller blocks and still gain (docs/accelerators.md)."""
+"""A window with fewer taps uses no blocks, because blocks would multiply by too many zeros: for 3x3 taps, 4x4 blocks
+need four times the multiply-adds. Kernel gradients with more than `NARROW` features are an exception: smaller blocks
+are faster for them (docs/accelerators.md)."""
 
 
 class Blocks(NamedTuple):
     """A correlation that computes a block of neighbouring outputs at each position.
 
-    A TPU's matrix unit has 128 columns. A convolution with 6 features leaves 122 of them idle. A block's outputs become
-    additional features of one position. The window grows by the block, and the strides are multiplied by its size. The
-    larger kernel holds one copy of the small kernel per output of the block, surrounded by zeros. These zeros are
-    multiplied too: 5x5 taps in 4x4 blocks need 2.6 times the multiply-adds, on 16 times as many columns.
+    A TPU's matrix unit has 128 columns. A convolution with 6 features leaves 122 of them idle. With blocks, the outputs
+    of a block become additional features of one position. The larger window covers the windows of all these outputs,
+    and the strides are multiplied by the size of the block. The larger kernel holds one copy of the small kernel per
+    output of the block, surrounded by zeros. The matrix unit multiplies these zeros too: 5x5 taps in 4x4 blocks need
+    2.6 times the multiply-adds, on 16 times as many columns.
     """
 
     size: Pair
@@ -49,9 +51,10 @@ class Blocks(NamedTuple):
 def blocks_of(
     size: tuple[int, ...], window: tuple[int, ...], features: int, most: int, correlation: Correlation
 ) -> Blocks | None:
-    """Return the largest blocks, of up to 4 outputs per axis, that fit the columns and divide the outputs.
+    """Return the largest blocks, of up to 4 outputs per axis, that use at most `COLUMNS` columns.
 
-    Return None if a plain convolution is better: for signals, for more than `most` features, or if no block fits.
+    The size of the blocks must divide the number of outputs on each axis. Return None for signals, for more than `most`
+    features (rounded up to a multiple of `ROWS`), or if no block fits.
     """
     outputs = correlation.output_size(size, window)
     wide = features + -features % ROWS

@@ -14,12 +14,12 @@ def cropped(x: Array, correlation: Correlation) -> tuple[Array, Correlation]:
     """Apply negative padding by cropping; return the cropped images and their correlation.
 
     XLA's CPU compiler reads outside images if a convolution crops one side and pads the other (openxla/xla issue 48713;
-    seen with jaxlib 0.7.2 and 0.10.2, in float32 and bfloat16). Gradients crop if the padding is wider than the kernel
-    covers.
+    seen with jaxlib 0.7.2 and 0.10.2, in float32 and bfloat16). A gradient has negative padding if the padding of the
+    forward convolution is wider than (kernel - 1) * dilation.
     """
     edges, padding = [(0, 0, 0)], []
     for n, pair, spread in zip(x.shape[1:3], correlation.padding, correlation.x_dilation, strict=True):
-        # Number of image values to crop, rounded up. One value takes `spread` steps.
+        # Number of image values to crop, rounded up. Neighbouring values are `spread` steps of padding apart.
         low, high = (-(min(side, 0) // spread) for side in pair)
         low = min(low, n)
         high = min(high, n - low)
@@ -40,7 +40,7 @@ def stock(x: Array, kernel: Array, correlation: Correlation) -> Array:
 def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Correlate one lane with XLA's own convolution, over a single axis if `x` holds signals (height 1).
 
-    Under `jax.vmap`, the single axis takes one seventh fewer cycles on a TPU (MNIST-1D's CNN, 5 lanes).
+    Under `jax.vmap` on a TPU, a single axis takes one seventh fewer cycles than two (MNIST-1D's CNN, 5 lanes).
     """
     padding, dilation = correlation.padding, correlation.x_dilation
     if x.shape[1] != 1 or kernel.shape[0] != 1 or padding[0] != (0, 0) or dilation[0] != 1:
@@ -60,10 +60,10 @@ def convolution(x: Array, kernel: Array, correlation: Correlation) -> Array:
 
 
 def convolution_input_gradient(gradient: Array, kernel: Array, size: Pair, correlation: Correlation) -> Array:
-    """Compute the input gradient of one lane: the transpose of `convolution` in its input.
+    """Compute the input gradient of one lane: the transpose of `convolution` with respect to its input.
 
-    Padding wider than the kernel covers is applied before the convolution. Otherwise the transpose would crop (see
-    `cropped`).
+    Padding beyond (kernel - 1) * dilation is added to the input before the convolution. If the convolution itself
+    added this padding, its transpose would have negative padding (see `cropped`).
     """
     spans = [(k - 1) * d for k, d in zip(kernel.shape[:2], correlation.kernel_dilation, strict=True)]
     spare, kept = [], []
@@ -84,7 +84,7 @@ def convolution_input_gradient(gradient: Array, kernel: Array, size: Pair, corre
 
 
 def convolution_kernel_gradient(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
-    """Compute the kernel gradient of one lane: the transpose of `convolution` in its kernel."""
+    """Compute the kernel gradient of one lane: the transpose of `convolution` with respect to its kernel."""
     like = jax.ShapeDtypeStruct((*window, x.shape[-1], gradient.shape[-1]), x.dtype)
     (result,) = jax.linear_transpose(lambda kernel: convolution(x, kernel, correlation), like)(gradient)
     return jnp.asarray(result)

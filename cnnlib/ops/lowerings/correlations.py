@@ -1,13 +1,13 @@
 """Lowerings of correlations and their gradients on a CPU, a GPU and a TPU.
 
-A lowering is a function of the primitive's operands, written in JAX, so it runs on any platform. Tests run those of
-GPUs and TPUs on a CPU (`CNNLIB_KERNELS=gpu`, `=tpu`). All operands have lanes, the models that are trained together:
-`x` is `(lane, image, height, width, channel)`.
+A lowering is a function of the primitive's operands. A GPU or TPU lowering is written in JAX, so it also runs on a CPU,
+where the tests check it (`CNNLIB_KERNELS=gpu`, `=tpu`). A lane is one of the models that are trained together. All
+operands have a lane axis: `x` is `(lane, image, height, width, channel)`.
 
 - A CPU runs all lanes in kernels.cc, or one lane after another in XLA's operations. In kernels.cc, a convolution and
   the max pooling that follows it are one operation.
 - A GPU runs all lanes as the groups of one convolution.
-- A TPU does the same for several lanes. It runs a single lane in blocks of neighbouring outputs: see `Blocks`.
+- A TPU also runs several lanes as the groups of one convolution. It runs a single lane in blocks (see `Blocks`).
 
 docs/accelerators.md has the measurements behind these choices.
 """
@@ -36,7 +36,8 @@ from cnnlib.ops.lowerings.convolutions import (
 from cnnlib.ops.lowerings.lanes import one_after_another, together
 
 FEW_CHANNELS = 4
-"""With fewer input channels, as in grey and colour images, im2col is faster than XLA's CPU convolutions."""
+"""With fewer input channels, as in grey and colour images, a CPU multiplies all windows (`im2col`) by the kernel in one
+matrix product. This is faster than XLA's convolutions."""
 
 
 # Shapes of results. Each function takes the static arguments of its primitive.
@@ -91,7 +92,7 @@ def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, form:
 
 
 def input_gradient_on_cpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
-    """Scatter the gradient if that is faster; otherwise correlate it with the rotated kernel."""
+    """Scatter the gradient in kernels.cc if that is faster (`scatters`), or correlate it with the rotated kernel."""
     if form == "native" and gradient.dtype == jnp.float32 and scatters(gradient, kernel, size, correlation):
         shape = input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form)
         output = jax.ShapeDtypeStruct(shape, gradient.dtype)
@@ -101,16 +102,17 @@ def input_gradient_on_cpu(gradient: Array, kernel: Array, *, size: Pair, correla
 
 
 VECTOR = 8
-"""Values per vector register, as `scatters` counts costs. A larger value would favour scattering."""
+"""Number of values per vector that `scatters` assumes. A larger number would favour scattering."""
 
 
 def scatters(gradient: Any, kernel: Any, size: Pair, correlation: Correlation) -> bool:
     """Return whether kernels.cc should compute the input gradient by scattering instead of correlating.
 
-    A correlation computes each input value separately, in vectors of channels. It multiplies padding too. Scattering
-    computes what each output position adds to its window, in vectors that hold a row of the window, and adds it there.
-    Few channels and little forward padding therefore favour scattering. The unit of cost is one product of vectors. A
-    single vector per row is a third slower than several, and an addition takes as long as two products.
+    A correlation computes the gradient of each input value separately, in vectors of channels. It also multiplies
+    padding. Scattering multiplies the gradient of each output position by the kernel and adds the products to the input
+    values in the window, in vectors that hold a row of the window. Few channels and little forward padding therefore
+    favour scattering. Costs are in products of two vectors. In a correlation, a single vector of channels is a third
+    slower than several. In scattering, an addition takes as long as two products.
     """
     if correlation.x_dilation != (1, 1):
         return False
@@ -126,9 +128,9 @@ def scatters(gradient: Any, kernel: Any, size: Pair, correlation: Correlation) -
 
 
 def turned_for(kernel: Array, size: Pair, correlation: Correlation) -> tuple[Correlation, Array]:
-    """Return the correlation that computes gradients for inputs of `size`, and its kernel.
+    """Return the correlation that computes gradients for inputs of `size`, and the kernel of this correlation.
 
-    The result is `kernel` rotated by 180 degrees, with channels and features exchanged. `kernel` may have lanes.
+    The returned kernel is `kernel` rotated by 180 degrees, with channels and features exchanged. It may have lanes.
     """
     return correlation.transposed(size, kernel.shape[-4:-2]), jnp.flip(kernel, (-4, -3)).swapaxes(-1, -2)
 
@@ -143,8 +145,8 @@ def kernel_gradient_on_cpu(x: Array, gradient: Array, *, window: Pair, correlati
         )
 
     def one(x: Array, gradient: Array) -> Array:
-        # Up to 8 blocks of the batch run in turn, because the patches of a whole batch outgrow the cache. Also, XLA
-        # stores the operands of a loop. Otherwise it would compute x again for every tap.
+        # The batch runs in up to 8 blocks, one after another, because the windows of a whole batch do not fit in the
+        # cache. The loop also makes XLA store `x`. Without a loop, XLA would compute `x` again for every tap.
         blocks = max(n for n in range(1, 9) if x.shape[0] % n == 0)
         parts = (x.reshape(blocks, -1, *x.shape[1:]), gradient.reshape(blocks, -1, *gradient.shape[1:]))
         products: Array = lax.map(lambda part: contract(im2col(part[0], window, correlation), part[1]), parts)
@@ -159,7 +161,7 @@ def correlate_on_gpu(x: Array, kernel: Array, *, correlation: Correlation, form:
 
 
 def input_gradient_on_gpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
-    """Compute all lanes as the groups of one convolution. XLA rotates the kernels within it."""
+    """Compute all lanes as the groups of one convolution. XLA rotates the kernels as part of this convolution."""
     one = functools.partial(convolution_input_gradient, size=size, correlation=correlation)
     return together(one, gradient, kernel)
 

@@ -27,16 +27,20 @@ from cnnlib.ops.lowerings.correlations import (
 )
 from cnnlib.ops.lowerings.poolings import max_pool, pooling_attributes, taps_under, winning_taps
 
-# Only the winners of the map between correlation and pooling are kept: one integer per window, with one bit per tap
-# that equals the largest value. In kernels.cc the map never leaves the cache, forward or backward. Accelerators run the
-# two operations separately. `..._elsewhere` is for programs traced for a CPU and lowered for another platform.
+# The winners of a pooling window are the taps that hold its largest value. They are stored as one integer per window,
+# with one bit per tap. The gradient needs only the winners, so the map between correlation and pooling is not kept: in
+# kernels.cc it never leaves the cache, forward or backward. Accelerators run the two operations separately. A function
+# named `..._elsewhere` serves programs that are traced for a CPU and lowered for another platform.
 
 MOST_TAPS = 31
-"""Largest number of taps of a window: an int32 has 31 bits besides its sign, and each tap takes one."""
+"""Largest number of taps of a pooling window: each tap takes one bit, and an int32 has 31 bits besides its sign."""
 
 
 def pools_within(form: str, dtype: Any, pooling: Pooling) -> bool:
-    """Return whether correlation and pooling run as one: native kernels, float32, no padding, up to 31 taps."""
+    """Return whether correlation and pooling run as one operation.
+
+    This needs the form `native`, float32, a pooling without padding, and at most `MOST_TAPS` taps.
+    """
     padded = any(map(any, pooling.padding))
     return form == "native" and dtype == jnp.float32 and not padded and math.prod(pooling.window) <= MOST_TAPS
 
@@ -66,7 +70,7 @@ def _pooled_attributes(correlation: Correlation, pooling: Pooling, size: tuple[i
 def correlate_max_on_cpu(
     x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str
 ) -> tuple[Array, Array]:
-    """Return the largest value and the winners of each window, both from kernels.cc."""
+    """For each window, return its largest value and its winners. kernels.cc computes both."""
     shape = pooled_correlate_shape(x, kernel, correlation=correlation, pooling=pooling, form=form)
     size = correlation.output_size(x.shape[2:4], kernel.shape[1:3])
     largest, winners = jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -77,7 +81,7 @@ def correlate_max_on_cpu(
 def correlate_max_elsewhere(
     x: Array, kernel: Array, *, correlation: Correlation, pooling: Pooling, form: str
 ) -> tuple[Array, Array]:
-    """Return the largest value and the winners of each window."""
+    """For each window, return its largest value and its winners."""
     y = correlate_on_gpu(x, kernel, correlation=correlation, form=form)
     maps = y.reshape(-1, *y.shape[2:])
     largest = max_pool(maps, pooling=pooling, form=form)
@@ -96,9 +100,9 @@ def correlate_at_winners(
     form: str,
     on: Callable[..., Array],
 ) -> Array:
-    """Correlate, then average each window over its winners: the forward derivative of `correlate_max`.
+    """Correlate, then average the winners of each window: the forward derivative of `correlate_max`.
 
-    `on` is the platform's own correlation.
+    `on` is the function that correlates on this platform, such as `correlate_on_gpu`.
     """
     y = on(x, kernel, correlation=correlation, form=form)
     wins = _bits(winners.reshape(-1, *winners.shape[2:]), pooling)
@@ -110,7 +114,10 @@ def correlate_at_winners(
 def pooled_input_gradient_on_cpu(
     gradient: Array, kernel: Array, winners: Array, *, size: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Compute the input gradient from that of the largest values in kernels.cc, as `input_gradient_on_cpu` does."""
+    """Compute the input gradient from the gradient of the pooled values, in kernels.cc.
+
+    The function scatters or correlates, whichever is faster, as in `input_gradient_on_cpu`.
+    """
     between = correlation.output_size(size, kernel.shape[1:3])
     output = jax.ShapeDtypeStruct(
         input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form), gradient.dtype
@@ -125,7 +132,7 @@ def pooled_input_gradient_on_cpu(
 def pooled_input_gradient_elsewhere(
     gradient: Array, kernel: Array, winners: Array, *, size: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Compute the input gradient from that of the largest values."""
+    """Compute the input gradient from the gradient of the pooled values."""
     maps = _unpool(gradient, winners, pooling, correlation.output_size(size, kernel.shape[1:3]))
     return input_gradient_on_gpu(maps, kernel, size=size, correlation=correlation, form=form)
 
@@ -133,7 +140,7 @@ def pooled_input_gradient_elsewhere(
 def pooled_kernel_gradient_on_cpu(
     x: Array, gradient: Array, winners: Array, *, window: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Compute the kernel gradient from that of the largest values in kernels.cc."""
+    """Compute the kernel gradient from the gradient of the pooled values, in kernels.cc."""
     shape = kernel_gradient_shape(x, gradient, window=window, correlation=correlation, form=form)
     attributes = _pooled_attributes(correlation, pooling, correlation.output_size(x.shape[2:4], window))
     output = jax.ShapeDtypeStruct(shape, x.dtype)
@@ -143,13 +150,13 @@ def pooled_kernel_gradient_on_cpu(
 def pooled_kernel_gradient_elsewhere(
     x: Array, gradient: Array, winners: Array, *, window: Pair, pooling: Pooling, correlation: Correlation, form: str
 ) -> Array:
-    """Compute the kernel gradient from that of the largest values."""
+    """Compute the kernel gradient from the gradient of the pooled values."""
     maps = _unpool(gradient, winners, pooling, correlation.output_size(x.shape[2:4], window))
     return kernel_gradient_on_gpu(x, maps, window=window, correlation=correlation, form=form)
 
 
 def _bits(winners: Array, pooling: Pooling) -> list[Array]:
-    """Return one boolean array per tap: whether the value under the tap won."""
+    """Return one boolean array per tap. It is True for the windows in which this tap is a winner."""
     return [winners >> tap & 1 == 1 for tap in range(math.prod(pooling.window))]
 
 
@@ -160,7 +167,7 @@ def _share(array: Array, wins: list[Array]) -> Array:
 
 
 def _unpool(gradient: Array, winners: Array, pooling: Pooling, size: tuple[int, ...]) -> Array:
-    """Return maps of `size` that give each winner its share of its window's gradient. All arrays have lanes."""
+    """Return maps of `size` in which the winners of each window share its gradient equally. All arrays have lanes."""
     flat, kept = (array.reshape(-1, *array.shape[2:]) for array in (gradient, winners))
     wins = _bits(kept, pooling)
     share, zero = _share(flat, wins), jnp.zeros((), gradient.dtype)

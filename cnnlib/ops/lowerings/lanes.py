@@ -1,4 +1,4 @@
-"""Map a lowering over lanes."""
+"""Run a function of one lane (one of the models that are trained together) on all lanes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from jax import lax
 from jaxtyping import Array
 
 FEW_IMAGES = 8
-"""With fewer images, local layers do not use kernels.cc: its vectors hold images and would be mostly empty."""
+"""Local layers with fewer images do not use kernels.cc. A vector in kernels.cc holds one value per image, so that most
+of the vector would be empty."""
 
 
 def one_after_another(one: Callable[..., Array], *operands: Array) -> Array:
-    """Run `one` on one lane after another. On CPUs, XLA runs batched convolutions and products more slowly."""
+    """Run `one` on one lane after another. With XLA on a CPU, this is faster than running all lanes at once."""
     if operands[0].shape[0] == 1:
         return one(*(operand[0] for operand in operands))[None]
     result: Array = lax.map(lambda lane: one(*lane), operands)

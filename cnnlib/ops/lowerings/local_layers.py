@@ -41,7 +41,7 @@ def local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Corr
 def local_lane(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Compute one lane as one matrix product, batched over positions, without copying weights."""
     rows, columns, height, width, channels, features = kernel.shape
-    # Positions come first, because the product is batched over them. Images and channels share one axis.
+    # Positions come first, because the product is batched over positions. Images and channels share one axis.
     images_last = x.transpose(1, 2, 0, 3).reshape(1, *x.shape[1:3], -1)
     taps = taps_of(images_last, (height, width), correlation, fill=0.0)
     patches = jnp.concatenate([tap.reshape(rows * columns, -1, channels) for tap in taps], axis=-1)
@@ -52,15 +52,15 @@ def local_lane(x: Array, kernel: Array, correlation: Correlation) -> Array:
 def local_lane_on_tpu(x: Array, kernel: Array, correlation: Correlation) -> Array:
     """Compute the product of `local_lane`, but gather the windows with a convolution whose kernel is the identity.
 
-    A TPU's matrix unit gathers values about six times as fast as its vector unit. It rounds the values as the product
-    that follows would round them.
+    A TPU's matrix unit gathers values about six times as fast as its vector unit. The matrix unit rounds the values,
+    but the product that follows would round them in the same way.
     """
     rows, columns, height, width, channels, features = kernel.shape
     taps = height * width * channels
     identity = jnp.eye(taps, dtype=x.dtype).reshape(height, width, channels, taps)
     patches = stock(x, identity, correlation).reshape(x.shape[0], rows * columns, taps)
     weights = kernel.reshape(rows * columns, taps, features)
-    # The result is (position, feature, image), because a TPU's convolutions also have images last.
+    # The product is (position, feature, image). Images come last, as in the convolutions of a TPU.
     y = lax.dot_general(weights, patches, (((1,), (2,)), ((0,), (1,))))
     return y.reshape(rows, columns, features, -1).transpose(3, 0, 1, 2)
 
@@ -69,8 +69,9 @@ class Local(NamedTuple):
     """The lowerings of a local layer: its output, input gradient and kernel gradient."""
 
     lane: Callable[..., Array]
-    """Compute the output of one lane. It must be linear in input and kernel."""
+    """Compute the output of one lane. The function must be linear in the input and in the kernel."""
     over: Over = together
+    """How to run a function of one lane on all lanes."""
 
     def forward(self, x: Array, kernel: Array, *, correlation: Correlation, form: str) -> Array:
         """Compute the output of all lanes."""
@@ -109,9 +110,10 @@ LOCAL_ON_TPU = Local(local_lane_on_tpu)
 def local_on_cpu(
     target: str, shape: Callable[..., tuple[int, ...]], otherwise: Callable[..., Array]
 ) -> Callable[..., Array]:
-    """Return a lowering that calls `target` of kernels.cc if possible, and `otherwise` if not.
+    """Return a lowering that calls the function `target` of kernels.cc if possible, and `otherwise` if not.
 
-    The kernel transposes its first operand (images last) into a scratch buffer. Rows are padded to whole vectors.
+    kernels.cc supports float32 and at least `FEW_IMAGES` images. It copies the first operand to a scratch buffer in
+    which images come last. Each row of the buffer is padded to whole vectors.
     """
 
     def lowered(first: Array, second: Array, *, correlation: Correlation, form: str, **static: Any) -> Array:

@@ -21,11 +21,12 @@ def pooled_shape(x: Any, *_: Any, pooling: Pooling, form: str) -> tuple[int, ...
     return (x.shape[0], *pooling.output_size(x.shape[1:3]), x.shape[3])
 
 
-# In this module `x` is `(image, height, width, channel)`. Lanes are merged into the images.
+# In this module, `x` is `(image, height, width, channel)`, and lanes are merged into the images. `y` holds the largest
+# value of each window. The winners of a window are the taps whose value equals this largest value.
 
 
 def taps_under(x: Array, pooling: Pooling, fill: float) -> list[Array]:
-    """Return one map per tap of the window: the values under the tap, with `fill` for padding."""
+    """Return one map per tap of the window. It holds the values under the tap, and `fill` for padding."""
     correlation = Correlation(pooling.strides, pooling.padding, (1, 1), (1, 1))
     return taps_of(x, pooling.window, correlation, fill)
 
@@ -42,7 +43,7 @@ def max_pool(x: Array, *, pooling: Pooling, form: str) -> Array:
 
 
 def max_pool_on_cpu(x: Array, *, pooling: Pooling, form: str) -> Array:
-    """Max-pool in kernels.cc if possible, otherwise with XLA."""
+    """Max-pool in kernels.cc if the form is `native` and `x` is float32, and with XLA if not."""
     if form != "native" or x.dtype != jnp.float32:
         return max_pool(x, pooling=pooling, form=form)
     output = jax.ShapeDtypeStruct(pooled_shape(x, pooling=pooling, form=form), x.dtype)
@@ -50,35 +51,36 @@ def max_pool_on_cpu(x: Array, *, pooling: Pooling, form: str) -> Array:
 
 
 MOST_CHOICES = 9
-"""Largest number of taps for which `winner_shares` chooses between reciprocals instead of dividing."""
+"""Largest number of taps for which `winner_shares` selects constants (1, 1/2, 1/3, ...) instead of dividing."""
 
 
 def keeps_shares(form: str) -> bool:
     """Return whether max pooling computes the winners' shares in the forward pass and keeps them for the gradient.
 
-    On a TPU this saves the gradient one pass over the input and a division. Elsewhere the gradient recomputes them.
+    On a TPU, this saves the gradient one pass over the input and a division. On other platforms, the gradient computes
+    the shares itself.
     """
     return form == "tpu"
 
 
 def winning_taps(x: Array, y: Array, pooling: Pooling) -> list[Array]:
-    """Return one boolean map per tap: whether the value under it equals the largest of its window.
+    """Return one boolean map per tap. It is True for the windows in which the tap is a winner.
 
-    Padding never wins, even if all values are minus infinity.
+    A tap on padding is never a winner, even if all values of its window are minus infinity.
     """
     return [tap == y for tap in taps_under(x, pooling, fill=jnp.nan)]
 
 
 def winner_counts(x: Array, y: Array, pooling: Pooling) -> Array:
-    """Return the number of winners per window: at least 1, even if the largest is NaN and nothing equals it."""
+    """Return the number of winners per window, or 1 if the largest value is NaN, which no value equals."""
     count = functools.reduce(operator.add, [won.astype(x.dtype) for won in winning_taps(x, y, pooling)])
     return jnp.maximum(count, jnp.ones((), x.dtype))
 
 
 def winner_shares(x: Array, y: Array, pooling: Pooling) -> Array:
-    """Return the share of its window's gradient that each winner gets: 1 / number of winners.
+    """For each window, return 1 / number of winners: the share of the window's gradient that each winner gets.
 
-    For small windows it chooses between constant reciprocals. On a TPU that is faster than a division.
+    For small windows, the function selects among constants. On a TPU, this is faster than a division.
     """
     counts, size = winner_counts(x, y, pooling), math.prod(pooling.window)
     if size > MOST_CHOICES:
@@ -92,7 +94,7 @@ def winner_shares(x: Array, y: Array, pooling: Pooling) -> Array:
 def select(x: Array, y: Array, shares: Array, direction: Array, *, pooling: Pooling, form: str) -> Array:
     """Average `direction` over the winners of each window: the forward derivative of `max_pool`.
 
-    `shares` comes from `winner_shares` if `keeps_shares(form)` is True. Otherwise it is ignored.
+    If `keeps_shares(form)` is True, `shares` is the result of `winner_shares`. If not, `shares` is ignored.
     """
     zero = jnp.zeros((), x.dtype)
     taps = zip(winning_taps(x, y, pooling), taps_under(direction, pooling, fill=0.0), strict=True)
@@ -101,7 +103,7 @@ def select(x: Array, y: Array, shares: Array, direction: Array, *, pooling: Pool
 
 
 def spread(x: Array, y: Array, shares: Array, gradient: Array, *, pooling: Pooling, form: str) -> Array:
-    """Give each winner its share of its window's gradient: the transpose of `select`."""
+    """Divide the gradient of each window equally among the window's winners. This is the transpose of `select`."""
     share = gradient * shares if keeps_shares(form) else gradient / winner_counts(x, y, pooling)
     zero = jnp.zeros((), x.dtype)
     if pooling.strides == pooling.window and not any(map(any, pooling.padding)):
@@ -124,7 +126,7 @@ def _spread_over_tiles(x: Array, y: Array, share: Array, window: Pair) -> Array:
 
 
 def spread_on_cpu(x: Array, y: Array, shares: Array, gradient: Array, *, pooling: Pooling, form: str) -> Array:
-    """Compute `spread` in kernels.cc if possible, otherwise with XLA."""
+    """Compute `spread` in kernels.cc if the form is `native` and `x` is float32, and with XLA if not."""
     if form != "native" or x.dtype != jnp.float32:
         return spread(x, y, shares, gradient, pooling=pooling, form=form)
     output = jax.ShapeDtypeStruct(x.shape, x.dtype)
