@@ -19,7 +19,7 @@ compiler may compute values again instead of keeping them.
 XLA's cost analysis of one forward pass counts two FLOPs per multiply-add. It leaves out taps on padding in convolutions
 and includes them in products of patches. It counts one FLOP per added bias, per ReLU, per sum of a residual, and per
 comparison of max pooling (window size - 1 per output). It counts three FLOPs per output of a norm, and a few per
-channel. tests/test_cost.py compares our counts with it.
+channel. tests/spec/test_counts.py compares our counts with it.
 """
 
 from __future__ import annotations

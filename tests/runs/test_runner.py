@@ -41,7 +41,7 @@ EXPERIMENT = Experiment(
     epochs=2,
     batch_size=200,
     compile_cache=False,
-    checkpoint=Checkpoint(every=0),  # tests/test_resume.py has them
+    checkpoint=Checkpoint(every=0),  # tests/runs/test_resume.py has them
 )
 
 
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    results = run(EXPERIMENT, "tiny", folder, watcher, Options(check=False))  # tests/test_check.py has it
+    results = run(EXPERIMENT, "tiny", folder, watcher, Options(check=False))  # tests/check/test_check.py has it
     return results, folder, watcher.told, len(compiled)
 
 

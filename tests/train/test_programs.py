@@ -33,7 +33,7 @@ EXPERIMENT = Experiment(
     epochs=2,
     batch_size=200,
     compile_cache=False,
-    checkpoint=Checkpoint(every=0),  # tests/test_resume.py has them
+    checkpoint=Checkpoint(every=0),  # tests/runs/test_resume.py has them
 )
 
 
