@@ -1,1 +1,1 @@
-"""Compare the speed of cnnlib with stock Flax and PyTorch in the same run. No benchmark asserts a time."""
+"""Compare the speed of cnnlib, stock Flax and PyTorch in the same run. No benchmark checks a time against a limit."""

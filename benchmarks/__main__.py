@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--batch-size, --rounds, --epochs and --lanes must be at least 1")
     if options.benchmark == "aot":
         set_environment()
-        jax.config.update("jax_platforms", "cpu")  # JAX is imported already and ignores new variables
+        jax.config.update("jax_platforms", "cpu")  # JAX is imported already, so it ignores new environment variables
     if options.benchmark in ("mesh", "scale", "mnist1d"):
         use_cores()  # as `cnnlib run` does
     if options.benchmark == "gpu":

@@ -1,9 +1,9 @@
 """Compile every arm of every experiment with and without the CPU's library fusions, and compare the losses.
 
-XLA's CPU compiler computes some products and sums with a library (YNNPACK). Such a library call is a fusion. If a
+XLA's CPU compiler computes some products and sums with a library (YNNPACK). Such a library call is named a fusion. If a
 fusion computes wrong numbers, the losses with and without fusions differ by more than rounding. If a fusion crashes,
-the process ends, and the last table is that of the previous arm. To save half of the compile time, all other code is
-compiled with fewer optimisations. This changes neither the inputs of the library nor its computations.
+the process ends, and the last printed table belongs to the previous arm. To save half of the compile time, all other
+code is compiled with fewer optimisations. This changes neither the inputs of the library nor its computations.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from cnnlib.train.programs import evaluation_batch, numbers_of, preferred_at_a_t
 from cnnlib.train.step import Examples
 
 NO_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Compiler options with which XLA computes all products and sums itself. jaxlib 0.9.2 and later have these options."""
+"""Compiler options that make XLA compute all products and sums itself. jaxlib 0.9.2 and later have these options."""
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     # Later versions lack this option. With it, optimisation level 0 gives wrong gradients (see tests/processes.py).
     FAST["xla_cpu_use_fusion_emitters"] = False
 """Compiler options that halve the compile time of all code outside the fusions."""
 NUDGES = 8
-"""How often the initial weights are changed at random. The changes show how large a difference rounding can cause."""
+"""Number of trainings with randomly changed initial weights. They show how large a difference rounding can cause."""
 FUSION = "__ynn_fusion"
 """Text that marks a library call in a compiled program."""
 
@@ -46,7 +46,7 @@ def measure(
     overrides: Sequence[str] = (),
     chosen: Callable[[Sequence[TrainedArm]], Sequence[TrainedArm]] = tuple,
 ) -> Iterator[Table]:
-    """Train every arm for one short epoch and test it, with and without library fusions.
+    """Train every arm for one short epoch and test the arm. Do both with and without library fusions.
 
     Args:
         lanes: Lane counts to test; 0 means the number that the experiment declares.
@@ -89,7 +89,7 @@ def short_recipe(arm: TrainedArm, data: DataSet, steps: int) -> step.Recipe:
 
 
 def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) -> dict[str, Any]:
-    """Return the table row of an arm for `lanes` lanes."""
+    """Return the row of the table for an arm with `lanes` lanes."""
     numbers = jax.tree.map(lambda column: np.resize(column, lanes), numbers_of(arm))
     numbers = numbers._replace(seed=np.arange(lanes, dtype=np.uint32), order_seed=np.arange(lanes, dtype=np.uint32))
     at_a_time = preferred_at_a_time(arm.model.connectivity, arm.input_shape, lanes, jax.devices()[0].platform)
@@ -110,7 +110,7 @@ def compared(arm: TrainedArm, recipe: step.Recipe, data: DataSet, lanes: int) ->
 
 
 def nudged(states: step.State, seed: int) -> step.State:
-    """Change each initial weight at random by up to a millionth of itself, to show how training amplifies rounding."""
+    """Change each initial weight at random by up to a millionth of it, to show how training amplifies rounding."""
     random = np.random.RandomState(seed)
     change = lambda leaf: np.asarray(leaf) * (1 + 1e-6 * random.uniform(-1, 1, leaf.shape)).astype(leaf.dtype)  # noqa: E731
     return states._replace(parameters=jax.tree.map(change, states.parameters))
@@ -119,7 +119,7 @@ def nudged(states: step.State, seed: int) -> step.State:
 def outcome(
     programs: Sequence[Any], states: step.State, numbers: Any, training: Examples, test: Examples
 ) -> np.ndarray:
-    """Return one row per lane: the mean training loss of the epoch, then the loss on each test example."""
+    """Return one row per lane. A row has the mean training loss of the epoch, then the loss on each test example."""
     epoch, predict = programs
     trained, sums = epoch(states, numbers, training)
     statistics: Statistics = trained.statistics

@@ -1,6 +1,7 @@
-"""Compile lanes for absent accelerators and report estimates: cnnlib, and stock Flax vectorised or one at a time.
+"""Compile lanes for absent accelerators, in cnnlib and in stock Flax, and report the estimates of the compilers.
 
-Each finished row is written to the file `--rows`. A whole table takes hours, so existing rows are not made again.
+Stock Flax runs lanes vectorised or one at a time. Each finished row is written to the file that `--rows` names. A whole
+table takes hours, so existing rows are not made again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def row(net: str, lanes: int, dtype: str, hardware: str, form: str) -> dict[str,
 
 
 def calibration(hardware: str) -> list[dict[str, Any]]:
-    """Estimate work whose time follows from the published peak and bandwidth, and compare the two times."""
+    """Estimate the time of simple work. Compare it with the time that follows from the published peak and bandwidth."""
     target = parse_target(hardware)
     found = []
     for size in (4096, 8192, 16384):
@@ -74,7 +75,7 @@ def calibration(hardware: str) -> list[dict[str, Any]]:
 def measure(
     nets: Sequence[str], lanes: Sequence[int], dtypes: Sequence[str], hardware: Sequence[str], path: Path
 ) -> Iterator[Table]:
-    """Make the missing rows, write each finished row to the file, and yield one table per hardware and dtype."""
+    """Make the missing rows and write each to the file when it is finished. Yield one table per hardware and dtype."""
     made = Rows(path, {"jax": jax.__version__})
     for target, dtype in itertools.product(hardware, dtypes):
         rows = []

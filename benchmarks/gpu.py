@@ -1,6 +1,6 @@
-"""Time lanes on a GPU beside stock Flax and PyTorch, and compare the GPU's results with a CPU's.
+"""Time lanes on a GPU in cnnlib, stock Flax and PyTorch, and compare the results of the GPU with those of a CPU.
 
-Each finished row is written to `--rows FILE`. The first rows are those from which we choose cnnlib's defaults.
+Each finished row is written to `--rows FILE`. From the first rows, we choose the defaults of cnnlib.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Row = dict[str, Any]
 TIMED = ("lenet5", "two_conv", "mnist1d_cnn", "lenet_300_100")
 """Networks of `NETS` to time."""
 PRECISIONS = ("highest", "default")
-"""Precisions of float32 products for the comparison of losses."""
+"""Precisions of float32 products with which losses are compared."""
 CALLS = 3
-"""Timed calls, after one warm-up call."""
+"""Number of timed calls. One warm-up call precedes them."""
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -74,15 +74,15 @@ class Sizes(NamedTuple):
     batch: int = BATCH
     examples: int = EXAMPLES
     lanes: tuple[int, ...] = (64, 8, 1, 256)
-    """Lane counts. The rows of the first one are measured first: from these we choose the defaults."""
+    """Lane counts. The rows of the first lane count are measured first: from these rows we choose the defaults."""
     product: int = 8192
     """Rows and columns of the matrix product."""
     copied: int = 2**30
     """Bytes to copy."""
     steps: int = 100
-    """Training steps before the second comparison of losses."""
+    """Number of training steps before the second comparison of losses."""
     experiments: tuple[str, ...] = ("fc_vs_conv", "mnist1d")
-    """Experiments that run whole."""
+    """Experiments to run as a whole."""
     overrides: tuple[str, ...] = ()
     """Overrides of `experiments`."""
     resumed: tuple[str, ...] = ("arms=lenet5", "lanes.seed=0,1", "epochs=1000")
@@ -107,7 +107,7 @@ TINY = Sizes(
 
 
 def target_here() -> Target | None:
-    """Return the device as a target of estimates; None if `GPUS` lacks the published figures of the device."""
+    """Return the device as a target for estimates, or None if `GPUS` lacks the published figures of the device."""
     kind = jax.devices()[0].device_kind.lower()
     return next((Target("cuda", known, name, 1) for name, known in GPUS.items() if name in kind), None)
 
@@ -123,7 +123,7 @@ def product_row(size: int, dtype: str, precision: str) -> Row:
 
 
 def copy_row(size: int) -> Row:
-    """Time a copy in device memory that reads `size` bytes and writes `size` bytes."""
+    """Time a copy within device memory. The copy reads `size` bytes and writes `size` bytes."""
     seconds = median(blocked(jax.jit(lambda a: a + 1), jnp.ones(size // 4, jnp.float32)))
     return {"bytes": size, "gigabytes_per_second": 2 * size / seconds / 1e9}
 
@@ -138,7 +138,7 @@ def median(work: Callable[[], Any], units: int = 1) -> float:
 
 
 def arrays_of(epoch: Epoch) -> tuple[LaneNumbers, Examples]:
-    """Make the hyperparameters of each lane, and examples: noise with a brighter band. The class is the band's place.
+    """Make hyperparameters for each lane, and examples. An example is noise with a bright band; its place is the class.
 
     Return NumPy arrays, which any device accepts.
     """
@@ -212,7 +212,7 @@ def torch_row(sizes: Sizes, net: str, lanes: int, how: str) -> Row:
 
 
 def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
-    """Train the same 2 lanes on the GPU and the CPU; compare losses after 1 step and after `sizes.steps` steps."""
+    """Train the same 2 lanes on GPU and CPU. Compare their losses after 1 step and after `sizes.steps` steps."""
     found: Row = {}
     for steps in (1, sizes.steps):
         losses = []
@@ -235,12 +235,12 @@ def losses_row(sizes: Sizes, net: str, precision: str) -> Row:
 
 
 def experiments_command(*arguments: str) -> list[str]:
-    """Return the command that runs `cnnlib` with these arguments."""
+    """Return the command line that runs `cnnlib` with `arguments`."""
     return [sys.executable, "-m", "cnnlib", *arguments]
 
 
 def completed(*arguments: str) -> str:
-    """Run `cnnlib` and return its output; if it fails, raise RuntimeError with its last line."""
+    """Run `cnnlib` and return its output. If it fails, raise RuntimeError with the last line of the output."""
     done = subprocess.run(experiments_command(*arguments), capture_output=True, text=True, cwd=DOCS.parent)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
@@ -258,7 +258,7 @@ def fingerprints(results: Row) -> list[str]:
 
 
 def run_row(name: str, overrides: Sequence[str]) -> Row:
-    """Run the whole experiment `name`, and report the results beside the stored results of a CPU."""
+    """Run the whole experiment `name`. Return its results and the stored results of a CPU in one row."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         completed("run", name, *overrides, "--out", folder)
@@ -274,7 +274,7 @@ def run_row(name: str, overrides: Sequence[str]) -> Row:
 
 
 def resumed_row(overrides: Sequence[str]) -> Row:
-    """Run `fc_vs_conv` twice, once whole and once killed after its first checkpoint and resumed; compare the two."""
+    """Run `fc_vs_conv` twice and compare. The second run is killed after its first checkpoint, then resumed."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("whole", "killed"):
@@ -315,7 +315,7 @@ def device_row() -> Row:
 
 
 def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Yield the key of each row with the function that makes it, the most informative rows first."""
+    """Yield the key of each row and the function that makes the row. The most informative rows come first."""
     yield ("device",), device_row
     for dtype, precision in (("bfloat16", "default"), ("float32", "default"), ("float32", "highest")):
         yield ("product", dtype, precision), functools.partial(product_row, sizes.product, dtype, precision)
@@ -338,10 +338,10 @@ def plan(sizes: Sizes) -> Iterator[tuple[Key, Callable[[], Row]]]:
 
 
 def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Yield the rows of one lane count.
+    """Yield the key and function of each row with one lane count.
 
-    Skip forms that equal another form. Without windows, a net has no other operations to compare. If `at_a_time` is
-    `lanes` or more, the form equals the one that vectorises all lanes.
+    Skip a form that equals another form. If a net has no windows, it has no other operations to compare. If `at_a_time`
+    is `lanes` or more, the form equals the form that vectorises all lanes.
     """
     for net, (form, how) in itertools.product(TIMED, FORMS.items()):
         has_windows = model_of(net).connectivity != "full"
@@ -351,13 +351,13 @@ def lanes_of(sizes: Sizes, lanes: int, dtype: str) -> Iterator[tuple[Key, Callab
 
 
 def torch_of(sizes: Sizes, net: str) -> Iterator[tuple[Key, Callable[[], Row]]]:
-    """Yield the rows of PyTorch."""
+    """Yield the key and function of each row of PyTorch."""
     for count, how in ((1, "eager"), (1, "CUDA graph"), (sizes.lanes[0], "vmap")):
         yield ("PyTorch", net, count, how), functools.partial(torch_row, sizes, net, count, how)
 
 
 def measure(seconds: float, path: Path, sizes: Sizes) -> Iterator[Table]:
-    """Make rows; start no new row after `seconds` seconds. Then yield tables of all rows in the file."""
+    """Make rows. After `seconds` seconds, start no new row, and yield tables of all rows in the file."""
     made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     until, rows, wanted = time.monotonic() + seconds, Rows(path, made_with), list(plan(sizes))
     for key, make in wanted:

@@ -43,7 +43,7 @@ def unfinished(out: Path) -> bool:
 
 
 def killed(out: Path, random: np.random.RandomState, seconds: float, inside: bool) -> bool:
-    """Kill a run at a random moment; if `inside`, wait until it saves a checkpoint. Return whether that succeeded."""
+    """Kill a run at a random moment, or, if `inside`, at the next save after it. Return whether the kill counts."""
     process = start(out)
     until = time.monotonic() + random.uniform(0, seconds)
     while process.poll() is None and time.monotonic() < until:
@@ -58,7 +58,7 @@ def killed(out: Path, random: np.random.RandomState, seconds: float, inside: boo
 
 
 def measure(rounds: int) -> Iterator[Table]:
-    """Kill `rounds` runs at any moment and `rounds // 4` runs during a save; resume each, and compare fingerprints."""
+    """Kill `rounds` runs at any moment, and `rounds // 4` runs during a save. Resume each and compare fingerprints."""
     with tempfile.TemporaryDirectory() as folder:
         start(Path(folder, "warm")).wait()
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Measure milliseconds per lane-step for several lane counts, for cnnlib and other ways to train many models."""
+"""Measure milliseconds per lane-step (one step of one lane) for several lane counts, in cnnlib and other software."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cnnlib.train.programs import free_memory
 
 LANES = (1, 2, 4, 8, 16, 64, 256)
 LONGEST = 20.0
-"""If one call of a contestant takes more than this many seconds, leave it out from this lane count on."""
+"""Limit in seconds. If a call of a contestant takes longer, leave out this contestant here and at all later counts."""
 
 
 def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -> list[Contestant]:
-    """Return every way to train `lanes` models for a step, except those in `left_out`."""
+    """Return every way to train `lanes` models for one step, except the ways in `left_out`."""
     x, y = batch_of(batch_size)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
     init, step = peers.stock_step(model)
     stepped = jax.jit(step)
-    steps = {64: 8, 256: 3}.get(lanes, 16)  # spreads the fixed cost of an epoch over its steps
+    steps = {64: 8, 256: 3}.get(lanes, 16)  # the fixed cost of an epoch is divided by its steps
 
     def looped() -> Any:
         states = [jax.jit(init)(jax.random.key(lane), images) for lane in range(lanes)]
@@ -56,7 +56,7 @@ def contestants(model: Model, batch_size: int, lanes: int, left_out: set[str]) -
 
 
 def measure(net: str, batch_size: int, rounds: int, counts: tuple[int, ...] = LANES) -> Table:
-    """Return a row per contestant and a column per lane count; None means too slow, or not enough memory."""
+    """Return a table: one row per contestant, one column per lane count. None means too slow, or too little memory."""
     model = model_of(net)
     left_out: set[str] = set()
     columns: dict[int, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""Report peak memory per lane, as the compiler states it for the program of one step, with arguments and results."""
+"""Report the peak memory per lane of a program of one step. The compiler's number includes arguments and results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnnlib.train.programs import memory_of
 
 
 def measure(net: str, batch_size: int) -> Table:
-    """Return the peak memory of each program in MiB, in total and per lane."""
+    """Return the peak memory of each program in MiB: the total, and the total divided by the number of lanes."""
     model = model_of(net)
     x, y = batch_of(batch_size)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)

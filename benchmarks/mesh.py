@@ -1,4 +1,4 @@
-"""Time training with each CPU core as a device, which shards lanes or batches, beside one device of all cores."""
+"""Time training on two CPU devices that divide lanes or batches, and on one device that uses all cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = {"one device of all cores": (1, 1), "lanes over devices": (2, 1), "batche
 
 
 def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) -> Any:
-    """Return a call that trains `lanes * STEPS` steps on a mesh of this shape."""
+    """Return a function that trains `lanes` lanes for `STEPS` steps each, on a mesh of this shape."""
     devices = jax.devices()[: shape[0] * shape[1]]
     spread = sharding.spread(lanes, devices, batch_size, shape)
     x, y = batch_of(batch_size)
@@ -43,7 +43,7 @@ def epoch_of(model: Model, batch_size: int, lanes: int, shape: tuple[int, int]) 
 
 
 def measure(net: str, batch_size: int, rounds: int) -> Table:
-    """Return milliseconds per lane-step for one lane and for two lanes, and the ratio to one device of all cores."""
+    """Return milliseconds per lane-step for one and two lanes, and the ratio to one device of all cores."""
     model = model_of(net)
     entries = {
         (lanes, way): Contestant(f"{lanes} {way}", epoch_of(model, batch_size, lanes, shape), lanes * STEPS)

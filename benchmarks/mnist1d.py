@@ -1,9 +1,9 @@
-"""Compare seeds per minute on MNIST-1D: the experiment `mnist1d`, and the protocol of the paper's notebook in PyTorch.
+"""Compare seeds per minute on MNIST-1D, in cnnlib and in PyTorch. PyTorch follows the protocol of the paper's notebook.
 
 The notebook trains one seed at a time, eagerly: Adam, learning rate 0.01, batches of 100 in one fixed order. It fetches
 the loss of each step and measures accuracy every 250 steps (Greydanus and Kobak, arXiv 2011.14439). cnnlib and the
-notebook train the same nets for the same number of steps. Neither time includes making the data. cnnlib's time is given
-with and without compilation.
+notebook train the same nets for the same number of steps. Neither time includes making the data. The table has cnnlib's
+time with compilation and without it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def our_program(experiment: Experiment) -> tuple[Callable[[], None], float]:
 
 
 def measure(rounds: int, epochs: int, lanes: int) -> Table:
-    """Compare seeds per minute of each net. A round trains one seed in PyTorch, and all lanes in one cnnlib program."""
+    """Compare seeds per minute of each net. A round trains one seed in PyTorch and all lanes in one cnnlib program."""
     if missing := torch_is_missing():
         raise UserError(missing)
     names = ("logistic", "mlp", "cnn")
@@ -128,7 +128,7 @@ def measure(rounds: int, epochs: int, lanes: int) -> Table:
 
 
 def row(name: str, ours: Any, theirs: Any, compiled: Any) -> dict[str, Any]:
-    """Return the median times of cnnlib and PyTorch, and the median of their ratios per round."""
+    """Return the median times of cnnlib and PyTorch, and the median over rounds of the ratio of the two times."""
     return {
         "net": name,
         "PyTorch, s per seed": float(np.median(theirs)),

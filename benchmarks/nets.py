@@ -1,4 +1,4 @@
-"""Build the networks of `aot` and `gpu`: one epoch per program, with cnnlib's operations or those of stock Flax."""
+"""Build the networks of the benchmarks `aot` and `gpu`, with cnnlib's operations or with those of stock Flax."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NETS: dict[str, tuple[Model, Shape]] = {
     "neyshabur_d": (neyshabur_d(), (28, 28, 1)),
     "fashion": (FASHION, (28, 28, 1)),
 }
-"""Models and their input shapes."""
+"""The models, each with its input shape."""
 DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
@@ -47,7 +47,7 @@ def each_axis(value: Any, axes: int) -> tuple[Any, ...]:
 
 
 def pairs(padding: Any, axes: int) -> Any:
-    """Return padding in JAX's form: a name, or (before, after) per axis."""
+    """Return padding in the form that JAX takes: a name, or one pair (before, after) per axis."""
     if isinstance(padding, str):
         return padding
     return [(n, n) if isinstance(n, int) else tuple(n) for n in each_axis(padding, axes)]
@@ -118,7 +118,7 @@ def stock_operations() -> Iterator[None]:
 
 
 class Epoch(NamedTuple):
-    """An epoch of a network, with the shapes of its arguments."""
+    """An epoch of a network, and the shapes of the arguments of the epoch."""
 
     recipe: Recipe
     function: Any
@@ -138,7 +138,7 @@ def model_of(net: str) -> Model:
 def epoch_of(
     net: str, lanes: int, dtype: str, at_a_time: int, batch: int = BATCH, examples: int = EXAMPLES, optim: str = "adam"
 ) -> Epoch:
-    """Make the epoch of `lanes` models of one network, `at_a_time` of them vectorised. Tracing happens later."""
+    """Make the epoch of `lanes` models of one network, but do not trace it. Vectorise `at_a_time` models."""
     shape, struct = NETS[net][1], jax.ShapeDtypeStruct
     recipe = Recipe(network.network(model_of(net), jnp.dtype(dtype)), shape, Optim(optim), Augment(), batch, epochs=1)
     seeds = ("seed", "order_seed")
@@ -153,7 +153,7 @@ def epoch_of(
 
 
 class Rows:
-    """Rows in a file of JSON lines. Each finished row is written at once. Rows that are in the file are not made again.
+    """Rows in a file of JSON lines. A finished row is written at once. A row that is in the file is not made again.
 
     Args:
         path: The file.
@@ -169,7 +169,7 @@ class Rows:
                 self.known[tuple(one["key"])] = one
 
     def of(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of `key`; if it is missing, call `make`. If `make` fails, the row has the reason as `failed`.
+        """Return the row of `key`. If it is missing, call `make`. If `make` fails, the row's `failed` is the reason.
 
         Raises:
             UserError: `make` raised it because no row can be made, for example without a compiler.

@@ -1,4 +1,4 @@
-"""Time operations and their gradients in cnnlib and in stock JAX: alone, in a loop, and with eight kernels at once."""
+"""Time operations and their gradients, in cnnlib and stock JAX: alone, in a loop, and with eight kernels at once."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Operation = Callable[..., Any]
 
 
 def stock_conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """Compute JAX's own convolution."""
+    """Compute a convolution with JAX's own operation."""
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Compute JAX's own local layer. JAX expects taps and channels of the kernel in one axis, channels first."""
+    """Compute a local layer with JAX's own operation. One axis of its kernel holds channels, then taps."""
     flat = kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
     pads = ((padding, padding),) * 2
     spec = ("NHWC", "HWIO", "NHWC")
@@ -51,7 +51,7 @@ def stock_local(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> j
 
 
 def parts(operation: Operation) -> dict[str, Operation]:
-    """Split an operation into forward and gradients, each a function of (x, kernel, gradient of the output)."""
+    """Split an operation into forward pass and gradients. Each is a function of (x, kernel, gradient of the output)."""
     return {
         "forward": lambda x, kernel, _: operation(x, kernel),
         "input gradient": lambda x, kernel, g: jax.vjp(lambda x: operation(x, kernel), x)[1](g)[0],
@@ -61,7 +61,7 @@ def parts(operation: Operation) -> dict[str, Operation]:
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Trace operations with the CPU kernels `implementation` inside this context."""
+    """Inside this context, trace operations with the CPU kernels that `implementation` names."""
     before = os.environ.get("CNNLIB_KERNELS", "auto")
     os.environ["CNNLIB_KERNELS"] = implementation
     try:
@@ -92,10 +92,10 @@ def three_ways(name: str, operation: Operation, x: Any, kernel: Any, gradient: A
 
 
 def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
-    """Return one table per operation with `only` in its name.
+    """Return one table for each operation whose name contains the text `only`.
 
-    A table has milliseconds per call: alone, in a loop and under `vmap`. Except for pooling, it also has the rate in a
-    loop as a share of the matrix product's rate.
+    A table has the milliseconds per call: alone, in a loop and under `vmap`. If the operation is not a pooling, the
+    table also has a rate: that of the operation in a loop, divided by that of the matrix product.
     """
     tables = []
     random = np.random.RandomState(0)
@@ -139,7 +139,7 @@ def measure(batch_size: int, rounds: int, only: str = "") -> list[Table]:
 def race(
     title: str, bodies: dict[str, Operation], x: Any, kernel: Any, gradient: Any, rounds: int, operations: float | None
 ) -> Table:
-    """Time forward and gradients of every implementation in all three ways, in turn."""
+    """Time the forward pass and the gradients of every implementation in all three ways. Contestants run in turn."""
     yardstick, product = matrix_product()
     entries, labels = [yardstick], []
     for name, body in bodies.items():

@@ -44,7 +44,7 @@ class StockFlax(nn.Module):
 
 
 def stock_step(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return `init(key, x)` and `step(state, x, y)` of one stock Flax model, trained by SGD with momentum."""
+    """Return `init(key, x)` and `step(state, x, y)`: functions that train one stock Flax model by SGD with momentum."""
     net, rule = StockFlax(model), optax.sgd(LEARNING_RATE, MOMENTUM)
 
     def init(key: jax.Array, x: jax.Array) -> Any:
@@ -69,7 +69,7 @@ def stacked_init(init: Callable[..., Any], x: jax.Array, lanes: int) -> Any:
 
 
 def torch_is_missing() -> str | None:
-    """Return in one line why PyTorch is left out, or None if PyTorch can run. cnnlib does not depend on PyTorch."""
+    """Return None if PyTorch can run, else a line that says why it is left out. cnnlib does not depend on PyTorch."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (extra `bench`): its rows are missing"
     import torch
@@ -80,7 +80,7 @@ def torch_is_missing() -> str | None:
 
 
 def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
-    """Return the model as a `torch.nn.Sequential` for examples of channels-last `shape`."""
+    """Return the model as a `torch.nn.Sequential`. `shape` is the channels-last shape of one example."""
     import torch
 
     layers: list[Any] = []
@@ -106,7 +106,7 @@ def torch_net(model: Model, shape: tuple[int, ...]) -> Any:
 
 
 def torch_batch(x: np.ndarray, y: np.ndarray, channels_last: bool) -> tuple[Any, Any]:
-    """Return the batch as PyTorch tensors on JAX's device. `x` is channels-last float32."""
+    """Return the batch as PyTorch tensors on the device that JAX uses. The array `x` is channels-last float32."""
     import torch
 
     device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
@@ -127,7 +127,7 @@ def torch_finished() -> None:
 def torch_step(
     model: Model, x: np.ndarray, y: np.ndarray, channels_last: bool, models: int = 1, compiled: bool = False
 ) -> Callable[[], None]:
-    """Return a function that trains `models` networks in turn, one step each: eager or with `torch.compile`."""
+    """Return a function that trains `models` networks in turn for one step each, eagerly or with `torch.compile`."""
     import torch
 
     images, labels = torch_batch(x, y, channels_last)
@@ -149,7 +149,7 @@ def torch_step(
 
 
 def torch_func_step(model: Model, x: np.ndarray, y: np.ndarray, models: int) -> Callable[[], None]:
-    """Return a function that trains `models` networks at once, one step each, by `torch.func.vmap` over parameters."""
+    """Return a function that trains `models` networks at once for one step. It uses `torch.func.vmap`."""
     import torch
     from torch.func import functional_call, grad, stack_module_state, vmap
 

@@ -1,4 +1,4 @@
-"""Measure the costs that docs/scale.md uses, such as those of lanes, image sides, checkpoints, hosts and streams."""
+"""Measure the costs that docs/scale.md uses, such as the costs of lanes, image sides, checkpoints and streams."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) -> tuple[float, int]:
-    """Return the median seconds of an epoch of all lanes, and the bytes of memory that the epoch's program takes."""
+    """Return the median time of an epoch of all lanes in seconds, and the memory of the epoch's program in bytes."""
     (arm,) = resolve(experiment)
     found = sharding.devices(devices)
     feed = Resident(load(arm.data), found)
@@ -59,7 +59,7 @@ def seconds_of(experiment: Experiment, rounds: int, devices: int | None = None) 
 
 
 def experiment_of(side: int, lanes: int, count: int, net: str = NET, **fields: object) -> Experiment:
-    """Return an experiment of one arm on generated images."""
+    """Return an experiment that has one arm and trains on generated images."""
     return Experiment(
         arms=(Arm("net", parse_model(net)),),
         data=Data(f"lines_{side}x{count}", stream=False),
@@ -73,7 +73,7 @@ def experiment_of(side: int, lanes: int, count: int, net: str = NET, **fields: o
 
 
 def lanes_and_devices(rounds: int) -> Table:
-    """Time 32 steps of batch 32 for all lanes, on one device of all cores and on one device per core."""
+    """Time 32 steps with batches of 32 for all lanes: first on one device of all cores, then on one device per core."""
     rows = []
     for lanes in LANES:
         one, _ = seconds_of(experiment_of(32, lanes, 1024), rounds, 1)
@@ -86,7 +86,7 @@ def lanes_and_devices(rounds: int) -> Table:
 
 
 def sides(rounds: int) -> Table:
-    """Measure time and memory of a step of 32 images for each image side, with and without `accumulate` and `remat`."""
+    """Measure time and memory of a step of 32 images for each image side. Use `accumulate` and `remat`, or neither."""
     rows = []
     for side in SIDES:
         whole, memory = seconds_of(experiment_of(side, 1, 32), rounds, 1)
@@ -99,7 +99,7 @@ def sides(rounds: int) -> Table:
 
 
 def computed_again(rounds: int) -> Table:
-    """Measure time and compiled memory with and without `remat`, on nets whose maps between two poolings dominate."""
+    """Measure time and memory with and without `remat`. In these nets, maps between two poolings take most memory."""
     rows = []
     for what, net in NETS.items():
         kept, memory = seconds_of(experiment_of(64, 1, 32, net), rounds, 1)
@@ -162,7 +162,7 @@ os._exit(0)
 
 
 def hosts() -> Table:
-    """Time an agreement between two processes of this machine."""
+    """Time how long two processes on this machine take to agree on a value."""
     port = str(np.random.RandomState().randint(20_000, 30_000))
     command = [sys.executable, "-c", TELL, port]
     other = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL)
@@ -172,7 +172,7 @@ def hosts() -> Table:
 
 
 def streams() -> Table:
-    """Measure how many examples per second a stream reads without training, for several worker counts."""
+    """Measure how many examples per second a stream reads, for several numbers of workers. Nothing is trained."""
     rows = []
     for data, batch_size, workers in (("mnist5k", 100, 0), ("lines_256x8192", 64, 0), ("lines_256x8192", 64, 2)):
         source = open_splits(Data(data)).train
@@ -194,7 +194,7 @@ def streams() -> Table:
 
 
 def decoding() -> Table:
-    """Measure examples per second read from TFDS's PNG files by one core, without training."""
+    """Measure how many PNG images per second one core reads from files of TFDS. Nothing is trained."""
     rows = []
     for side in (32, 224):
         drawn, _ = open_splits(Data(f"lines_{side}x512")).train.read(np.arange(512))
@@ -215,7 +215,7 @@ def decoding() -> Table:
 
 
 def feeds(rounds: int) -> Table:
-    """Time an epoch of 60,000 images of 28x28: all on the device, or streamed in chunks from the host's memory."""
+    """Time an epoch of 60,000 images of 28x28. All are on the device, or they come in chunks from the host's memory."""
     random = np.random.RandomState(0)
     x = random.randint(0, 256, (60_000, 28, 28, 1)).astype(np.uint8)
     y = random.randint(0, 10, 60_000).astype(np.int32)
@@ -308,5 +308,5 @@ PIECES: dict[str, Callable[[int], Table]] = {
 
 
 def measure(rounds: int, only: str) -> Iterator[Table]:
-    """Yield the table of every piece with `only` in its name."""
+    """Yield the table of every piece whose name contains the text `only`."""
     yield from (piece(rounds) for name, piece in PIECES.items() if only in name)

@@ -1,4 +1,4 @@
-"""Time one training step of one model: in cnnlib's epoch program, in stock Flax and in PyTorch."""
+"""Time one training step of one model, in the epoch program of cnnlib, in stock Flax and in PyTorch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def default_at_a_time(model: Model, lanes: int) -> int:
 
 
 def our_epoch(model: Model, batch_size: int, lanes: int, at_a_time: int, steps: int) -> tuple[Any, tuple[Any, ...]]:
-    """Return the compiled epoch of `steps` steps for `lanes` lanes, with its arguments."""
+    """Return a compiled epoch and the arguments of its call. The epoch trains `lanes` lanes for `steps` steps."""
     x, y = batch_of(batch_size)
     optim = Optim("sgd", learning_rate=(peers.LEARNING_RATE,), momentum=(peers.MOMENTUM,))
     recipe = Recipe(network(model), INPUT_SHAPE, optim, Augment(), batch_size, epochs=1)
@@ -58,7 +58,7 @@ def ours(model: Model, batch_size: int, lanes: int, steps: int = STEPS, at_a_tim
 
 
 def step_operations(model: Model, batch_size: int) -> float:
-    """Return the floating-point operations of a step, two per multiply-add.
+    """Return the number of floating-point operations of a step. A multiply-add counts as two operations.
 
     The forward pass, the weight gradients and the input gradients count equally. The first layer has no input gradient.
     """
@@ -106,7 +106,7 @@ def contestants(model: Model, batch_size: int) -> list[Contestant]:
 
 
 def measure(net: str, batch_size: int, rounds: int) -> Table:
-    """Return each contestant's milliseconds per lane-step on one net, and its share of the matrix-product rate."""
+    """Return the milliseconds per lane-step of each contestant on one net, and its share of the matrix-product rate."""
     model = model_of(net)
     yardstick, operations = matrix_product()
     entries = contestants(model, batch_size)

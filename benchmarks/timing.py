@@ -1,4 +1,4 @@
-"""Time contestants on a noisy machine: in turn, warm and blocked, with medians and their spread."""
+"""Time contestants on a noisy machine. They run in turn, after a warm-up. Report medians and ranges of the times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Contestant:
 
 
 def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
-    """Return each contestant's seconds per unit, one value per round. Contestants run in turn, after a warm-up each."""
+    """Warm up all contestants, then run them in turn. Return each one's seconds per unit, one value per round."""
     for contestant in contestants:
         contestant.work()
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -33,7 +33,7 @@ def interleaved(contestants: list[Contestant], rounds: int) -> dict[str, list[fl
 
 
 def timed(contestant: Contestant) -> float:
-    """Return the seconds per unit of one call."""
+    """Call the contestant once and return the seconds per unit."""
     start = time.perf_counter()
     contestant.work()
     return (time.perf_counter() - start) / contestant.units
@@ -45,16 +45,17 @@ def blocked(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 def matrix_product(side: int = 2048) -> tuple[Contestant, float]:
-    """Return a float32 matrix product, which measures the machine's speed, and its number of operations."""
+    """Return a float32 matrix product and its number of operations. The product measures the speed of the machine."""
     a = jnp.ones((side, side), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     return Contestant("matrix product", blocked(product, a)), 2.0 * side**3
 
 
 def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, float]:
-    """Return median, lowest and highest of `seconds` in milliseconds; if given, also the median ratio to `ours`.
+    """Return the median, lowest and highest of `seconds`, in milliseconds; add a median ratio if `ours` is given.
 
-    Ratios are taken per round, because a slow phase of the machine then affects both times of a ratio.
+    A ratio is a time in `seconds` divided by the time in `ours` of the same round. So a slow phase of the machine
+    affects both times of a ratio.
     """
     found = {
         "median_ms": 1e3 * float(np.median(seconds)),
@@ -66,7 +67,7 @@ def summary(seconds: list[float], ours: list[float] | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Table:
-    """Results of a benchmark: rows with the same columns. None means not measured."""
+    """Results of a benchmark: rows with the same columns. The value None means that nothing was measured."""
 
     title: str
     rows: list[dict[str, Any]]

@@ -1,7 +1,7 @@
-"""Measure the cost of checkpoints and tracking: whole processes with and without them, in turn.
+"""Measure the cost of checkpoints and tracking. Whole processes with and without them run in turn.
 
 The row "W&B hangs" uses a local server that accepts connections and never answers. A process may wait for this server
-before it ends. So the table has the time of the training as well as that of the whole process.
+before it ends. So the table has two times: the time of the training, and the time of the whole process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRAS = {
 
 
 def measure(experiment: str, rounds: int) -> Table:
-    """Time each way to run `experiment` once per round, and divide by the time of the first way in the same round.
+    """In each round, time every way to run `experiment` once, and divide each time by the time of the first way.
 
     A warm-up before the first round compiles the programs.
     """

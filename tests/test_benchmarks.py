@@ -95,8 +95,8 @@ def test_a_table_reads_in_a_terminal_and_in_a_readme():
         "title",
         "",
         "ms per call  median ms  share",
-        "ours        1,234.50  50.0%",
-        "x                  -      -",
+        "ours          1,234.50  50.0%",
+        "x                    -      -",
     ]
     assert table.text(markdown=True).splitlines()[2:] == [
         "| ms per call | median ms | share |",

@@ -46,8 +46,8 @@ class Operation:
     """Number of runs."""
     seconds: float
     cycles: int | None
-    """Cycles of a TPU core: those in its schedule, or those for moving `bytes` at the published bandwidth if these are
-    more. None for GPUs."""
+    """Cycles of a TPU core, the larger of two numbers: the cycles in its schedule, and the cycles that it takes to move
+    `bytes` at the published bandwidth. None for GPUs."""
     bytes: int
     """Bytes read from and written to main memory."""
 
@@ -143,7 +143,7 @@ def compile_for(function: Any, arguments: tuple[Any, ...], target: Target, form:
         function: A function from `jax.jit`.
         arguments: Shapes. For one device, place them with `on`; for several, shard them as `function` expects.
         target: Hardware to compile for. The shardings of `arguments` or `function` must use `devices(target)`.
-        form: Lowering of the operations, such as `gpu` (`primitives.form_in_use`); None for that of the target.
+        form: Lowering of the operations, such as `gpu` (`primitives.form_in_use`). None: the lowering for the target.
     """
     with compiled_for(form or ("tpu" if target.platform == "tpu" else "gpu")):
         lowered = function.lower(*arguments)

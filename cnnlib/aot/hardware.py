@@ -13,7 +13,7 @@ from cnnlib.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """The published figures of one JAX device of a kind."""
+    """The published figures of one kind of JAX device. Each figure is for one device."""
 
     name: str
     peak_flops: float

@@ -209,7 +209,7 @@ class Program:
 
 
 def root_operand(root: Instruction, name: str, positions: dict[str, int], operands: list[str]) -> str:
-    """Return the operand of a fusion that belongs to its parameter `name`. If `name` is no parameter, return `name`."""
+    """Return the operand that a fusion passes to its parameter `name`. If `name` is no parameter, return `name`."""
     return operands[positions[name]] if name in positions else name
 
 
@@ -247,7 +247,7 @@ def closing(text: str, start: int) -> int:
 
 
 def bytes_of(shape: str, main_memory: bool = False) -> int:
-    """Return the bytes of a shape, or of all shapes in a tuple. If `main_memory`, ignore arrays in other memories."""
+    """Return the bytes of a shape, or of all shapes in a tuple. If `main_memory` is True, skip other memories."""
     text = ELSEWHERE.sub("", shape) if main_memory else shape
     return sum(
         BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)

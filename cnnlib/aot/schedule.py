@@ -1,8 +1,9 @@
 """Count the cycles of each operation on a TPU core, from libtpu's dump of its final schedules.
 
 A TPU core runs one bundle of instructions per cycle. With `--xla_jf_dump_to`, libtpu writes the bundles of each
-operation into a file: the schedule of the operation. We count the bundles, and multiply those in a loop by its trip
-count. The total is the number of cycles, without waits for memory. Loops of unknown length count once.
+operation into a file: the schedule of the operation. We count the bundles, and multiply the bundles in a loop by the
+trip count of the loop. If the trip count is unknown, the loop counts once. The total is the number of cycles, without
+waits for memory.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def cycles_of(path: Path) -> int:
 
 
 def schedules(folder: Path) -> dict[str, int]:
-    """Return the cycles per operation, by name, of the last compiled program."""
+    """Return the cycles of each operation of the last compiled program, by the operation's name."""
     found: dict[str, int] = {}
     alike: list[list[str]] = []
     for path in sorted(folder.iterdir()):

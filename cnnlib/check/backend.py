@@ -1,4 +1,4 @@
-"""Allow training only on a backend (device, JAX, processor and flags) that has passed a check."""
+"""Allow training only on a backend that has passed a check. A device, its software and its flags form a backend."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def require_right(device: jax.Device, precision: Precision, keep: bool, says: Ca
 
 
 PASSED: set[str] = set()
-"""Keys of backends that have passed, in this process or in an earlier one."""
+"""Keys of backends that have passed in this process or in an earlier process."""
 
 
 def backend_of(device: jax.Device, precision: Precision) -> dict[str, str]:
-    """Return the properties of a backend. If one changes, the check runs again."""
+    """Return the properties of a backend. If any property changes, the check runs again."""
     return {
         "platform": device.platform,
         "device": device.device_kind,
@@ -73,7 +73,7 @@ def backend_of(device: jax.Device, precision: Precision) -> dict[str, str]:
 
 
 def refusal(device: jax.Device, wrong: Sequence[Found]) -> str:
-    """Return the one-line message that says what is wrong with a backend and what may avoid it."""
+    """Return a one-line message that says what is wrong with a backend and how to avoid it, if a way is known."""
     worst = max(wrong, key=lambda one: one.error)
     jaxlib, flags = version("jaxlib"), os.environ.get("XLA_FLAGS", "")
     here = [defect for defect in jaxlib_defects.known(jaxlib) if defect.platform == device.platform]

@@ -1,4 +1,4 @@
-"""One operation to check: its inputs and the result that NumPy expects in float64."""
+"""Define a case: one operation to check, its inputs, and the result that NumPy computes in float64."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ LANES = 3
 
 
 class Expected(NamedTuple):
-    """An exact result, and the properties of its sums that determine how large a rounding error may be."""
+    """An exact result, and properties of its sums. The properties determine how large a rounding error may be."""
 
     value: np.ndarray
     magnitude: np.ndarray
-    """Each value is a sum of terms; this is the sum of their absolute values."""
+    """Each value of the result is a sum of terms. `magnitude` is the sum of the terms' absolute values."""
     terms: np.ndarray | float
     """Number of terms per value."""
     spread: np.ndarray | None = None
-    """If the terms are products: the square root of the sum of the squared terms. A backend may round the factors of
-    each product first. These errors are independent, so the error of the sum is proportional to `spread`."""
+    """The square root of the sum of the squared terms, if the terms are products. A backend may round the factors of
+    each product first. The errors of this rounding are independent, so the error of the sum is proportional to
+    `spread`."""
 
 
 class Case(NamedTuple):
-    """An operation on arrays of one size, with its reference."""
+    """An operation on arrays of one size, and the reference that its results must match."""
 
     operation: str
     size: str
@@ -38,10 +39,10 @@ class Case(NamedTuple):
     arguments: tuple[np.ndarray, ...]
     """Float32 or integer arrays with a leading lane axis. Integers are never converted to another type."""
     reference: Callable[..., Sequence[Expected]]
-    """Maps a lane's arguments and the gradient of the lane's result, in float64, to the exact result and gradients."""
+    """Takes a lane's arguments and the gradient of its result, in float64. Returns the exact result and gradients."""
     gradients: int
-    """Number of leading arguments to differentiate with respect to."""
+    """Number of arguments, counted from the first one, whose gradients are checked."""
     sums_in_own_type: bool = False
-    """True if sums of bfloat16 values are rounded to bfloat16 after each addition. False if sums are in float32."""
+    """Whether sums of bfloat16 values are rounded to bfloat16 after each addition. If False, sums are in float32."""
     has_bfloat16: bool = True
     """Whether training also runs the operation in bfloat16. If False, training runs the operation only in float32."""

@@ -1,10 +1,10 @@
-"""Cases that check a backend: every operation of training, forward and gradients, against float64 NumPy.
+"""Define the cases that check a backend. They compare every operation of training with NumPy in float64.
 
-A case is an operation on arrays of one size. It runs in all forms that training uses (`compare.FORMS`). Most values are
-sums of n terms. The tolerance of a value is a few times sqrt(n) * u * (sum of the terms' absolute values), where u is
-the relative error of one rounding. With probability near 1, the rounding error of the sum is smaller, in any order of
-the terms (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). On a correct backend, the
-largest error is therefore at most 1, in units of the tolerance.
+A case is an operation on arrays of one size, and its gradients. It runs in all forms that training uses
+(`compare.FORMS`). Most values are sums of n terms. The tolerance of a value is a few times sqrt(n) * u * (sum of the
+terms' absolute values), where u is the relative error of one rounding. In any order of the terms, the rounding error of
+the sum is smaller with probability near 1 (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+2019). Errors are given in units of the tolerance. On a correct backend, the largest error is therefore at most 1.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def bilinear(
 ) -> Case:
     """Return the case of an operation that is linear in each of its two arguments.
 
-    `value`, `to_x` and `to_kernel` compute the exact result and gradients. They also give the tolerance (`Expected`):
-    applied to absolute values, they give `magnitude`; applied to ones, `terms`; applied to squares, `spread` squared.
+    `value`, `to_x` and `to_kernel` compute the exact result and gradients. They also compute the fields of `Expected`,
+    which determine the tolerance. From absolute values they compute `magnitude`, from ones they compute `terms`, and
+    from squares they compute the square of `spread`.
     """
 
     def reference(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -74,7 +75,7 @@ def dense(rows: int, inputs: int, outputs: int) -> Case:
 
 
 class Taps(NamedTuple):
-    """The geometry of a window over `(image, height, width, channel)`, for references."""
+    """The geometry of a window over an array `(image, height, width, channel)`. References use it."""
 
     window: tuple[int, int]
     strides: int = 1
@@ -90,12 +91,12 @@ class Taps(NamedTuple):
         return rows, columns
 
     def padded(self, x: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        """Return the input with padding of value `fill`."""
+        """Return the input with padding around it. All values of the padding are `fill`."""
         edge = (self.padding, self.padding)
         return np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=fill)
 
     def each(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """For each tap, yield its row, its column, and slices that select the values under it from the padded input."""
+        """Yield the row and the column of each tap, and the slices of the padded input that lie under the tap."""
         rows, columns = self.places(shape)
         for i in range(self.window[0]):
             for j in range(self.window[1]):
@@ -111,7 +112,7 @@ class Taps(NamedTuple):
                 )
 
     def cropped(self, padded: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the part of `padded` that lies on the input, without the padding."""
+        """Remove the padding from `padded`. The result has the shape of the input."""
         p = self.padding
         return padded[:, p : p + shape[1], p : p + shape[2]]
 
@@ -119,7 +120,10 @@ class Taps(NamedTuple):
 def filtered(
     operation: str, x_shape: tuple[int, ...], features: int, taps: Taps, *, local: bool = False, signals: bool = False
 ) -> Case:
-    """Return the case of a convolution, or of a local layer if `local`. If `signals`, there is one spatial axis."""
+    """Return the case of a convolution. If `local` is true, it is the case of a local layer.
+
+    If `signals` is true, the arrays have one spatial axis instead of two.
+    """
     places, shape = taps.places(x_shape), (*taps.window, x_shape[-1], features)
     size = f"{'x'.join(map(str, x_shape))} by {'x'.join(map(str, shape))}"
     size += f" /{taps.strides}" * (taps.strides > 1) + f" dilated {taps.dilation}" * (taps.dilation > 1)
@@ -191,8 +195,8 @@ def pooled(operation: str, x_shape: tuple[int, ...], taps: Taps) -> Case:
 def filtered_and_pooled(x_shape: tuple[int, ...], features: int, taps: Taps, pool: MaxPool) -> Case:
     """Return the case of a convolution followed by max pooling.
 
-    The arguments are integers, so that rounding cannot change which value of a window is the largest. The case runs
-    only in float32. In bfloat16, convolution and pooling are two operations, and each of them has its own cases.
+    The arguments are whole numbers. Therefore rounding cannot change which value of a window is the largest. The case
+    runs only in float32. In bfloat16, convolution and pooling are two operations, and each operation has its own cases.
     """
     conv = filtered("conv2d", x_shape, features, taps)
     map_shape = (x_shape[0], *taps.places(x_shape), features)
@@ -214,7 +218,7 @@ def filtered_and_pooled(x_shape: tuple[int, ...], features: int, taps: Taps, poo
 
 
 def normalised(x_shape: tuple[int, ...]) -> Case:
-    """Return the case of batch normalisation with its gradients (Ioffe and Szegedy 2015, section 3)."""
+    """Return the case of batch normalisation and its gradients (Ioffe and Szegedy 2015, section 3)."""
     size, epsilon = "x".join(map(str, x_shape)), 1e-5
     count, channels = float(np.prod(x_shape[:-1])), x_shape[-1]
     axes = tuple(range(len(x_shape) - 1))
@@ -242,7 +246,7 @@ def normalised(x_shape: tuple[int, ...]) -> Case:
 
 
 def activated(rows: int, units: int) -> Case:
-    """Return the case of a bias and an activation. The bias gradient is a sum over all rows."""
+    """Return the case of adding a bias and applying activations. The bias gradient is a sum over all rows."""
     size = f"{rows}x{units}"
 
     def reference(x: np.ndarray, bias: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -259,7 +263,7 @@ def activated(rows: int, units: int) -> Case:
 
 
 def summed(rows: int) -> Case:
-    """Return the case of the sum of squares of `kernel @ row`, per row. Compilers fuse the product and the sum."""
+    """Return the case of the sum of squares of `kernel @ row` for each row. Compilers fuse the product and the sum."""
     size = f"{rows} rows of 3"
     kernel = normal(f"kernel {size}", 3, 3)
 
@@ -300,9 +304,9 @@ STEPS, RATE, MOMENTUM, DECAY, ADAM_BETA, ADAM_EPSILON = 3, 0.05, 0.9, 0.01, 0.99
 
 
 def updated(name: Literal["sgd", "adam", "adamw"], size: int) -> Case:
-    """Return the case of three optimiser steps with the same gradient in each step.
+    """Return the case of three optimiser steps. Each step has the same gradient.
 
-    The references are Kingma and Ba (2015) for Adam, and Loshchilov and Hutter (2019) for AdamW.
+    The reference follows Kingma and Ba (2015) for Adam, and Loshchilov and Hutter (2019) for AdamW.
     """
 
     def reference(weights: np.ndarray, slope: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -335,7 +339,7 @@ def updated(name: Literal["sgd", "adam", "adamw"], size: int) -> Case:
 
 
 def gathered(count: int, batch: int) -> Case:
-    """Return the case of gathering the images of a batch by index, as float32. The result must be exact."""
+    """Return the case that takes a batch of images by index and converts them to float32. The result must be exact."""
     size = f"{batch} of {count} images"
 
     def reference(images: np.ndarray, index: np.ndarray, gradient: np.ndarray) -> list[Expected]:
@@ -388,7 +392,7 @@ def cases() -> tuple[Case, ...]:
 
 @functools.cache
 def quick_cases() -> tuple[Case, ...]:
-    """Return one small case per operation. All together take less than a second."""
+    """Return one small case per operation. All cases together take less than a second."""
     return (
         dense(250, 784, 30),
         filtered("conv2d", (32, 12, 12, 1), 6, Taps((5, 5), padding=2)),

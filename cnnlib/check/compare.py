@@ -1,4 +1,4 @@
-"""Run operations in every form that training uses, and compare the results with the expected ones."""
+"""Run operations in every form that training uses, and compare their results with the exact results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRODUCT_BITS = {
     "gpu": {"default": 11, "high": 11, "highest": 24},
     "tpu": {"default": 8, "high": 16, "highest": 24},
 }
-"""Significant bits of the factors of a float32 product, per platform and precision. A GPU uses TF32; a TPU uses one or
-three passes of bfloat16 (documentation of `jax.lax.Precision`)."""
+"""Number of significant bits of the factors of a float32 product, per platform and precision. A GPU uses TF32. A TPU
+uses one or three passes of bfloat16 (see the documentation of `jax.lax.Precision`)."""
 SPREAD = 4.0
-"""Allowed error of a sum of independent roundings, in standard deviations."""
+"""Allowed error of a sum of independent roundings, in standard deviations of that sum."""
 TINY = 1e-30
-"""Absolute tolerance, for values that are exactly zero."""
+"""Absolute tolerance. It matters for values that are exactly zero."""
 SLACK = 64.0
 """Allowed error of the operations on single values (exp, log, tanh, division, square root), in units of one rounding
 error."""
@@ -58,7 +58,7 @@ gradients, as in evaluation. The compiler may fuse operations in a different way
 
 
 class Prepared(NamedTuple):
-    """A case with its arguments in one floating-point type, and the exact results."""
+    """A case, its arguments in one floating-point type, and the exact results for these arguments."""
 
     case: Case
     dtype: str
@@ -72,7 +72,10 @@ class Prepared(NamedTuple):
 def check(
     chosen: Sequence[Case], forms: Sequence[str], dtypes: Sequence[str], precision: Precision = "default"
 ) -> Iterator[Found]:
-    """Run cases on JAX's default device. Compile one program and yield one `Found` per case, form and type."""
+    """Run cases on JAX's default device.
+
+    Compile one program per combination of case, form and type, and yield one `Found` for it.
+    """
     for case in chosen:
         for dtype in dtypes:
             if dtype == "float32" or case.has_bfloat16:
@@ -82,13 +85,13 @@ def check(
 
 
 def quick_check(precision: Precision = "default") -> list[Found]:
-    """Run `quick_cases` in one program, in the usual form of training: `scan` on a CPU, and `vmap` elsewhere."""
+    """Run `quick_cases` in one program, in the form that training mostly uses: `scan` on a CPU, `vmap` elsewhere."""
     form = "scan" if jax.default_backend() == "cpu" else "vmap"
     return run([prepared(case, "float32") for case in quick_cases()], form, precision)
 
 
 def prepared(case: Case, dtype: str) -> Prepared:
-    """Round a case's arguments to `dtype` and compute the exact results for the rounded arguments in float64."""
+    """Round a case's arguments to `dtype`. Compute the exact results for the rounded arguments in float64."""
     arguments = tuple(rounded(argument, dtype) for argument in case.arguments)
     shape = jax.eval_shape(case.function, *(argument[0] for argument in arguments)).shape
     cotangent = rounded(normal(f"cotangent of {case.operation}, {case.size}", LANES, *shape), dtype)

@@ -2,7 +2,7 @@
 
 `python -m cnnlib.check.known_bad NAME` runs one program in its own process and prints its largest relative error.
 
-Some programs crash or hang, and some fail only by chance. `jaxlib_defects.DEFECTS` lists the defects by the same names.
+Some programs crash or hang, and some fail only by chance. `jaxlib_defects.DEFECTS` gives the defects the same names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dense_products() -> float:
 
 
 def sum_of_products() -> float:
-    """Sum the squares of a matrix-vector product, for each of 32,769 rows, and return the largest difference."""
+    """Compute the sum of squares of `matrix @ row` for each of 32,769 rows, and return the largest difference."""
     rows = np.zeros((32_769, 3), np.float32)
     rows[:, 0] = np.arange(len(rows))
     found = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)

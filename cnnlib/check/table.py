@@ -78,13 +78,13 @@ ROW = "{:<28}{:<8}{:>10}{:>10}"
 
 
 def cell(found: list[Found], form: str, dtype: str) -> str:
-    """Return the largest error over sizes for a form and a type, or a dash if training does not use the type."""
+    """Return the largest error, over all sizes, of one form and type; a dash if training does not use the type."""
     errors = [one.error for one in found if (one.form, one.dtype) == (form, dtype)]
     return f"{max(errors):.3f}" if errors else "-"
 
 
 def run_known_bad(name: str) -> str:
-    """Run a known-bad program in its own process, as it may crash or hang. Return `right`, or what went wrong."""
+    """Run a known-bad program in its own process, because it may crash or hang. Return `right`, or what went wrong."""
     command = [sys.executable, "-m", "cnnlib.check.known_bad", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)

@@ -22,7 +22,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def command_runs(options: argparse.Namespace) -> int:
-    """Print all runs in a folder and the state of each."""
+    """Print all runs in a folder, with the state of each run."""
     from cnnlib.report.overview import print_runs
 
     print_runs(Path(options.folder), Console(highlight=False))

@@ -116,7 +116,7 @@ JOB_OPTIONS = ("seeds_per_job", "jobs_at_a_time", "retries", "ray_address", "gpu
 
 
 def jobs_asked(options: argparse.Namespace) -> Launch | None:
-    """Return how to divide the experiment into jobs; None: without jobs. Raise UserError if the options are invalid."""
+    """Return how to divide the experiment into jobs; None: no jobs. Raise UserError if the options are invalid."""
     if options.executor is None:
         if asked := given(options, JOB_OPTIONS):
             raise UserError(f"{asked[0]} has no meaning without --executor")

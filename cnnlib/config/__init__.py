@@ -1,1 +1,1 @@
-"""Experiments as data: fields, overrides, sweeps, and the step that combines an experiment with its data set."""
+"""Describe experiments as data: fields, overrides and sweeps. `resolve` combines an experiment with its data set."""

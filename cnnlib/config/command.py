@@ -1,4 +1,4 @@
-"""The command line that repeats a run."""
+"""Find the command line that repeats a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnnlib.errors import UserError
 
 
 def command_for(name: str, experiment: Experiment | Growth) -> str | None:
-    """Return the command that repeats a run; None if overrides of a registered experiment cannot express the run."""
+    """Return the command that repeats a run; None if no overrides of a registered experiment give this run."""
     if name not in EXPERIMENTS:
         return None
     registered = EXPERIMENTS.get(name)
@@ -29,10 +29,10 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
 
 
 def command_to_repeat(results: dict[str, Any]) -> str | None:
-    """Return the command that computes the results in a `results.json` again.
+    """Return the command that computes the content of a `results.json` again.
 
     Settings that do not affect results, such as checkpoints and W&B, come from the registered experiment. Return None
-    if overrides of that experiment cannot express the run. Raise UserError if this version cannot read the
+    if no overrides of that experiment give this run. Raise UserError if this version of cnnlib cannot read the
     configuration.
     """
     name, experiment = results["experiment"], from_dict(results["config"], Experiment)

@@ -37,7 +37,7 @@ def value_text(value: Any) -> str:
 
 
 def parse(hint: Any, text: str, path: str) -> Any:
-    """Convert the text of an override to the type `hint`; raise UserError with `path` if the text is not valid."""
+    """Convert an override's text to the type `hint`. Raise UserError, which names `path`, if the text is not valid."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if text in arguments:
@@ -88,7 +88,7 @@ def _parse_scalar(hint: type, text: str, path: str) -> Any:
 
 
 def to_dict(node: Any) -> Any:
-    """Convert a dataclass to values that JSON can store; `from_dict` is the inverse."""
+    """Convert a dataclass to values that JSON can store. `from_dict` converts them back."""
     if isinstance(node, Model):
         return str(node)
     if dataclasses.is_dataclass(node):
@@ -97,7 +97,7 @@ def to_dict(node: Any) -> Any:
 
 
 def flat(config: Any, path: str = "") -> dict[str, Any]:
-    """Flatten a JSON configuration to `{path: value}`; a path contains an arm's name: `arms.NAME.model`."""
+    """Flatten a JSON configuration to `{path: value}`. The paths of an arm NAME look like `arms.NAME.model`."""
     if isinstance(config, dict):
         found: dict[str, Any] = {}
         for key, value in config.items():
@@ -112,7 +112,7 @@ def flat(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
-    """Invert `to_dict`; raise UserError for an unknown field, a wrong type, or a missing field without a default."""
+    """Undo `to_dict`. Raise UserError for an unknown field, a wrong type, or a missing field without a default."""
     if hint is Model:
         require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
         return parse_model(values)
@@ -143,7 +143,7 @@ def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
 
 
 def path_and_text(assignment: str) -> tuple[str, str]:
-    """Split an override `FIELD=VALUE` into field and value; raise UserError if it has no `=`."""
+    """Split an override `FIELD=VALUE` into field and value. Raise UserError if it has no `=`."""
     path, equals, text = assignment.partition("=")
     if not equals:
         raise UserError(f"{assignment!r} is no override; expected FIELD=VALUE, such as epochs=3")

@@ -1,4 +1,4 @@
-"""Apply overrides `field=value` to an experiment, and write an experiment as overrides."""
+"""Apply overrides, such as `epochs=3`, to an experiment, and write an experiment as a list of overrides."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ARM_FIELDS = [field.name for field in dataclasses.fields(Arm) if field.name not 
 
 
 def override(experiment: T, assignments: Iterable[str]) -> T:
-    """Return the experiment with fields replaced: `epochs=3`, `optim.learning_rate=0.1,0.3`, `lanes.seed=0..9`.
+    """Replace fields of an experiment. Examples: `epochs=3`, `optim.learning_rate=0.1,0.3`, `lanes.seed=0..9`.
 
-    `arms=NAME,NAME` keeps only those arms. `arms.NAME.model=MODEL` sets an arm's architecture: a registered name or
-    short notation. `arms.NAME.connectivity=local` sets its connectivity. Raise UserError for an unknown path, a wrong
-    type or a value out of range; the message for an unknown path lists the valid ones.
+    `arms=NAME,NAME` keeps only those arms. `arms.NAME.model=MODEL` sets an arm's architecture. MODEL is a registered
+    name or short notation. `arms.NAME.connectivity=local` sets its connectivity. Raise UserError for an unknown path, a
+    wrong type or a value out of range; the message for an unknown path lists the valid ones.
     """
     for is_of_arm, group in itertools.groupby(assignments, lambda assignment: assignment.startswith("arms.")):
         if is_of_arm and isinstance(experiment, Experiment | Growth):
@@ -77,7 +77,7 @@ def _replaced_arms(arms: tuple[Arm, ...], keys: list[str], text: str, path: str)
 
 
 def _with_arms(experiment: Experiment, arms: tuple[Arm, ...]) -> Experiment:
-    """Return the experiment with only `arms`, and without comparisons of removed arms."""
+    """Return the experiment with only the arms in `arms`. Comparisons of removed arms are removed too."""
     names = {arm.name for arm in arms}
     left = tuple(pair for pair in experiment.comparisons if set(pair.split(":")) <= names)
     return dataclasses.replace(experiment, arms=arms, comparisons=left)
@@ -97,7 +97,7 @@ def _without_arms(arm: Arm, arms: dict[str, Arm], kept: list[str]) -> Arm:
 
 
 def assignments(experiment: Experiment | Growth) -> tuple[str, ...]:
-    """Return the whole configuration as overrides, one per field; `override` reads them back."""
+    """Return the whole configuration as overrides, one per field. `override` can apply them again."""
 
     def of(node: Any, prefix: str) -> Iterator[str]:
         for field in dataclasses.fields(node):

@@ -1,4 +1,7 @@
-"""Combine an experiment with its data sets, without JAX: set class counts, match budgets, check and count layers."""
+"""Combine an experiment with its data sets, without JAX.
+
+Resolving sets the number of classes, matches budgets, checks that layers fit, and counts them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from cnnlib.spec.window import Shape, shape_text
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """An arm for a given input shape: the number of classes is set, every layer fits, and the counts are exact."""
+    """An arm for a known input shape. Its number of classes is set, every layer fits, and the counts are exact."""
 
     name: str
     model: Model
@@ -36,10 +39,10 @@ class ResolvedArm:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedArm(ResolvedArm):
-    """A resolved arm with its data set and everything that training needs."""
+    """A resolved arm, its data set, and everything else that training needs."""
 
     experiment: Experiment
-    """The experiment with this arm only; the arm's own overrides are applied."""
+    """The experiment with this arm only. The overrides in the arm's `own` field are applied."""
     description: Description
 
     @property
@@ -55,12 +58,12 @@ class TrainedArm(ResolvedArm):
 
     @property
     def data(self) -> Data:
-        """Return the data set to load. Its `train` is None, because arms that train on subsets share the whole set."""
+        """Return the data set to load. Its `train` is None: arms that train on other subsets share the whole set."""
         return replace(self.experiment.data, train=None)
 
     @property
     def program(self) -> Hashable:
-        """Return the key of the compiled program; arms with equal keys differ in traced hyperparameters only."""
+        """Return the key of the compiled program. Arms with equal keys differ only in traced hyperparameters."""
         one, optim = self.experiment, self.experiment.optim
         rule = (optim.name, optim.schedule, any(optim.l1))
         sizes = (
@@ -90,7 +93,7 @@ class TrainedArm(ResolvedArm):
 
 
 class Part(NamedTuple):
-    """The part of an experiment that one job trains: a whole arm, or the lanes (models) of a block of its seeds."""
+    """The part of an experiment that one job trains: a whole arm, or only its lanes (models) for a block of seeds."""
 
     arm: str
     block: tuple[int, int] | None = None
@@ -98,7 +101,7 @@ class Part(NamedTuple):
 
     @classmethod
     def named(cls, text: str) -> Part:
-        """Parse `lenet5`, or `lenet5-0..4` for the seeds from 0 to 4; raise UserError for any other form."""
+        """Parse `lenet5` (all lanes) or `lenet5-0..4` (lanes of seeds 0 to 4). Raise UserError for any other form."""
         found = re.fullmatch(r"([^.]+?)(?:-(\d+)\.\.(\d+))?", text)
         if found is None:
             raise UserError(f"part {text!r} must be ARM or ARM-FIRST..LAST, such as lenet5-0..4")
@@ -109,7 +112,7 @@ class Part(NamedTuple):
         return self.arm if self.block is None else f"{self.arm}-{self.block[0]}..{self.block[1]}"
 
     def of(self, arms: Sequence[TrainedArm]) -> tuple[TrainedArm, ...]:
-        """Return this part's arm with this part's lanes only; raise UserError if the arm or a seed does not exist."""
+        """Return this part's arm with only this part's lanes. Raise UserError if the arm or a seed does not exist."""
         for arm in arms:
             if arm.name == self.arm:
                 if self.block is None:
@@ -124,7 +127,7 @@ class Part(NamedTuple):
 
 
 def resolve(experiment: Experiment, described: Callable[[Data], Description] = describe) -> tuple[TrainedArm, ...]:
-    """Resolve every arm on its data set; `described` returns the description of a data set.
+    """Resolve every arm on its data set. The function `described` returns the description of a data set.
 
     Raise UserError if a layer does not fit, a budget cannot be reached, or a batch is larger than the data.
     """
@@ -170,7 +173,7 @@ def check_optim(optim: Optim) -> None:
 
 
 def check_norms(arm: ResolvedArm, batch_size: int, accumulate: int) -> None:
-    """Raise UserError if a norm would average over one value only, or over a part of a batch only."""
+    """Raise UserError if a norm would average over only one value, or over only a part of a batch."""
     for layer in layers(arm.model, arm.input_shape):
         if layer.layer == Norm() and batch_size * math.prod(layer.input_shape[:-1]) == 1:
             raise UserError(
@@ -185,7 +188,7 @@ def check_norms(arm: ResolvedArm, batch_size: int, accumulate: int) -> None:
 
 
 def resolve_arms(arms: tuple[Arm, ...], inputs: Mapping[str, tuple[Shape, int]]) -> tuple[ResolvedArm, ...]:
-    """Resolve arms and match their widths; `inputs` maps an arm's name to its input shape and number of classes.
+    """Resolve arms and match their widths. `inputs` maps an arm's name to its input shape and number of classes.
 
     Raise UserError if a layer does not fit its input, or if a budget cannot be matched.
     """
@@ -214,7 +217,7 @@ def resolve_arms(arms: tuple[Arm, ...], inputs: Mapping[str, tuple[Shape, int]])
         return done[arm.name]
 
     def budget(wanted: str, waiting: tuple[str, ...]) -> int:
-        """Return the target of `wanted`: its number, or the count of the arm, architecture or layers that it names."""
+        """Return the budget that `wanted` sets: a number, or the count of the arm, architecture or layers it names."""
         by, _, reference = wanted.partition(":")
         input_shape, num_classes = inputs[waiting[-1]]
         if reference.isascii() and reference.isdigit() and len(reference) <= 30:

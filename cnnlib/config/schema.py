@@ -1,8 +1,8 @@
-"""The parts of an experiment, as frozen dataclasses. Overrides `field=value` replace fields.
+"""Define the parts of an experiment as frozen dataclasses. An override, such as `epochs=3`, replaces a field.
 
-The type of a field says whether it is static or traced. A plain field is static: changing it compiles another program.
-A field of type `Traced` is a tuple of values that the program takes as arguments. Each combination of traced values
-with each seed is one lane (model).
+The type of a field says whether it is static or traced. A plain field is static: another value needs another compiled
+program. A field of type `Traced` is a tuple of values, which the program takes as arguments. Each combination of traced
+values is trained once per seed. Each such training is one lane (model).
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Augment:
     """Random changes of the training examples. The compiled program draws new changes at every step."""
 
     shift: int = 0
-    """Largest shift along each spatial axis, in pixels, in both directions; vacated pixels become zero."""
+    """Largest shift along each spatial axis, in pixels, in both directions. Pixels that become empty are set to
+    zero."""
     crop: int | None = None
-    """Side of the random window that the net sees, in pixels; evaluation uses the central window. None: no crop."""
+    """Side, in pixels, of the random window that the net sees. Evaluation uses the central window. None: no crop."""
     flip: bool = False
     """Mirror each example with probability 0.5 along the last spatial axis (left and right of an image)."""
 
@@ -41,7 +42,7 @@ class Augment:
         require(self.crop is None or self.crop >= 1, f"augment.crop must be at least 1, not {self.crop}")
 
     def seen_shape(self, input_shape: Shape) -> Shape:
-        """Return the shape of an example as the net sees it; raise UserError if crop or shift exceeds the example."""
+        """Return the shape of an example after the crop. Raise UserError if `crop` or `shift` exceeds the example."""
         *spatial, channels = input_shape
         if self.crop is not None:
             fits = self.crop <= min(spatial)
@@ -58,20 +59,21 @@ class Optim:
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """Shape of the learning rate over all steps of the run; `learning_rate` is its peak."""
+    """How the learning rate changes over the steps of the run. Its largest value is `learning_rate`."""
     learning_rate: Traced = (0.1,)
     momentum: Traced = (0.9,)
     """Decay of the running mean of gradients: SGD's momentum, Adam's beta 1."""
     weight_decay: Traced = (0.0,)
-    """sgd, adam: `weight_decay` times the parameter is added to the gradient. adamw: it is added to the update, before
-    the learning rate scales the update."""
+    """The optimisers sgd and adam add `weight_decay` times the parameter to the gradient. The optimiser adamw adds it
+    to the update, before the learning rate scales the update."""
     label_smoothing: Traced = (0.0,)
-    """Fraction of the target that is spread evenly over the classes, in the training loss only."""
+    """Fraction of the target that is spread evenly over the classes. It affects only the training loss."""
     l1: Traced = (0.0,)
-    """Lambda of beta-LASSO (Neyshabur 2020): `l1 * sign(weight)` is added to the gradient of each kernel weight. It has
-    no effect on biases and norms."""
+    """The number lambda of beta-LASSO (Neyshabur 2020): `l1 * sign(weight)` is added to the gradient of each kernel
+    weight. Biases and norms are not affected."""
     l1_threshold: Traced = (0.0,)
-    """Beta of beta-LASSO: after each step, kernel weights of magnitude below `l1_threshold * l1` become zero."""
+    """The number beta of beta-LASSO. After each step, a kernel weight becomes zero if its magnitude is smaller than
+    `l1_threshold * l1`."""
 
     def __post_init__(self) -> None:
         bounds = {"learning_rate": 1e9, "momentum": 1.0, "weight_decay": 1e9, "label_smoothing": 1.0}
@@ -90,16 +92,18 @@ class Lanes:
     """The lanes (models) that each arm trains."""
 
     seed: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of initial weights, data order and augmentation. Each combination of traced values has a lane per seed."""
+    """Seeds of initial weights, data order and augmentation. Each combination of traced values has one lane per
+    seed."""
     order_seed: tuple[int, ...] | None = None
-    """Seeds of the data's order, subset and augmentation. Each order seed is combined with each `seed`, and `seed` then
-    draws only the initial weights. None: `seed` draws everything."""
+    """Seeds of the data's order, subset and augmentation. Each order seed is combined with each value of `seed`, and
+    `seed` then determines only the initial weights. None: `seed` determines everything."""
     combine: Literal["product", "zip"] = "product"
     """How traced fields with several values make lanes. product: all combinations. zip: the first values of all fields,
     then the second values, and so on."""
     at_a_time: int | None = None
-    """Number of lanes that a device trains together, vectorised. 1: one lane after another. None: as many as are fast
-    and fit in memory; on a CPU, one lane of a conv or local net, up to eight of a full net; on a GPU, all lanes."""
+    """Number of lanes that a device trains at the same time, vectorised. 1: one lane after another. None: as many lanes
+    as are fast and fit in memory. On a CPU, this is one lane for a conv or local net, and up to eight for a full net.
+    On a GPU, it is all lanes."""
 
     def __post_init__(self) -> None:
         require(len(self.seed) > 0, "lanes.seed is empty: an arm needs at least one lane")
@@ -115,16 +119,18 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When checkpoints are written, and how many are kept; `--resume` continues from them."""
+    """When checkpoints are written, and how many are kept. `--resume` continues from the latest one."""
 
     every: int = 1
-    """Epochs between checkpoints of an arm; the last epoch always has one. 0: no checkpoints, and an interrupted arm
-    starts from the beginning."""
+    """Number of epochs between checkpoints of an arm. The last epoch always gets a checkpoint. 0: no checkpoints; an
+    interrupted arm starts again from the beginning."""
     share: float = 0.01
-    """Largest share of the processor's time that writing may take, in (0, 1]. To stay below this share, checkpoints are
-    skipped, for example if an epoch takes less than a second. 1: write all; training waits for the writes."""
+    """Largest share of the processor's time that writing may take, in (0, 1]. If writing would take more, checkpoints
+    are skipped, for example if an epoch takes less than a second. 1: all checkpoints are written, and training
+    waits."""
     keep: int = 2
-    """Number of latest checkpoints to keep per arm. The one of the highest mean validation accuracy is kept too."""
+    """Number of latest checkpoints to keep per arm. The checkpoint with the highest mean validation accuracy is kept
+    too."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every must not be negative, not {self.every}")
@@ -137,8 +143,8 @@ class Wandb:
     """How `--wandb` copies a run to Weights & Biases."""
 
     per: Literal["lane", "group"] = "lane"
-    """lane: a W&B run per lane and one for the group. group: only the run for the group, with means and standard
-    deviations."""
+    """lane: each lane has a W&B run, and so has the group. group: only the group has a W&B run, which holds means and
+    standard deviations."""
     entity: str | None = None
     """The user or team that owns the project. None: the user's default entity."""
     project: str = "cnnlib"
@@ -168,7 +174,7 @@ OWN_FIELDS = (
     "compute_dtype",
     "precision",
 )
-"""Fields of an experiment that an arm may override for itself."""
+"""Fields of an experiment that an arm may override for itself, in its field `own`."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +184,14 @@ class Arm:
     name: str
     model: Model
     connectivity: Connectivity | None = None
-    """Connectivity of all layers that have a window. None: as declared in `model`."""
+    """Connectivity of all layers that have a window. None: each layer keeps the connectivity that `model` declares."""
     match: str | None = None
-    """Budget to scale the widths to, as MEASURE:REFERENCE. The reference is a number (`parameters:61706`) or something
-    to count: another arm, an architecture (`macs:lenet5`), or layers in short notation. None: do not scale."""
+    """Budget for the widths, written MEASURE:REFERENCE. REFERENCE is a number (`parameters:61706`) or something whose
+    MEASURE is counted: another arm, an architecture (`macs:lenet5`), or layers in short notation. None: the widths are
+    not scaled."""
     start: Connectivity | None = None
-    """Connectivity whose initialiser draws the weights. With `conv`, a full net starts as the convolution that the same
-    seed draws. None: the arm's own connectivity."""
+    """Connectivity whose initialiser draws the weights. For example, with `conv` a full net starts as the convolution
+    that the same seed draws. None: the arm's own connectivity."""
     own: tuple[str, ...] = ()
     """Overrides for this arm only: `augment.shift=2`, `data.train=500`. Command line: `arms.NAME.augment.shift=2`."""
 
@@ -209,7 +216,7 @@ class Arm:
 
     @property
     def reading(self) -> Model:
-        """Return the model with the arm's connectivity, before its widths are matched."""
+        """Return the model in the arm's connectivity. Its widths are not matched to a budget yet."""
         return self.model if self.connectivity is None else self.model.with_connectivity(self.connectivity)
 
 
@@ -226,28 +233,30 @@ class Experiment:
     passes: int = 1
     """Passes through the examples per epoch. Use more than one on small data sets, to avoid very short epochs."""
     batch_size: int = 128
-    """Examples per step. Each pass drops its last batch if that is incomplete."""
+    """Number of examples per step. If the last batch of a pass is incomplete, it is dropped."""
     reshuffle: bool = True
     """Draw a new order of the examples for each pass. False: always use the order in which they are stored."""
     accumulate: int = 1
     """Number of equal pieces that each batch is cut into. The pieces run one after another, in a fraction of the
     memory, and their gradients are added. Not allowed with norms, because their statistics need the whole batch."""
     remat: bool = False
-    """Keep only the maps after each pooling and residual for the backward pass, and compute the other maps again.
+    """For the backward pass, keep only the maps after each pooling and each residual, and compute the other maps again.
     Deeper nets and larger images then fit in the same memory, but training takes up to a third longer."""
     devices: int | None = None
-    """Devices per host that lanes are spread over. None: all JAX devices. Each CPU core is one device."""
+    """Number of devices per host to use; the lanes are spread over them. None: all JAX devices. Each CPU core is one
+    device."""
     mesh: tuple[int, ...] | None = None
-    """LANES,SHARDS. Lanes are spread over LANES groups of devices. Each group has SHARDS devices, which share each
-    batch. None: as many groups as lanes can use, then as many shards as divide the batch (on a CPU: 1)."""
+    """Two numbers, LANES,SHARDS. Lanes are spread over LANES groups of devices. Each group has SHARDS devices, and
+    every batch is divided over the devices of its group. None: as many groups as the lanes can use, then as many shards
+    as divide the batch (on a CPU, one shard)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and products. Parameters, optimiser state and losses stay float32."""
+    """Type of activations and products. Parameters, optimiser state and losses are always float32."""
     precision: Literal["default", "high", "highest"] = "default"
     """Precision of float32 products. default: one pass of bfloat16 on a TPU, TF32 on a GPU. high: three passes of
-    bfloat16 on a TPU. highest: float32. On a CPU all three are float32."""
+    bfloat16 on a TPU. highest: float32. On a CPU, all three values mean float32."""
     comparisons: tuple[str, ...] = ()
-    """Pairs of arms to compare, FIRST:SECOND. Fewer pairs give narrower confidence intervals. Empty: all pairs if there
-    are few arms; if there are many, each arm with the first."""
+    """Pairs of arms to compare, each written FIRST:SECOND. Fewer pairs give narrower confidence intervals. Empty: if
+    there are few arms, all pairs are compared; if there are many, each arm is compared with the first."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that later runs can use them again."""
     checkpoint: Checkpoint = Checkpoint()
@@ -289,7 +298,7 @@ class Experiment:
                 self.of_arm(arm)
 
     def of_arm(self, arm: Arm) -> Experiment:
-        """Return the experiment of `arm` alone, with the arm's own overrides; raise UserError if one is not valid."""
+        """Return the experiment with only `arm` and its own overrides. Raise UserError if one of them is not valid."""
         one = dataclasses.replace(self, arms=(dataclasses.replace(arm, own=()),), comparisons=())
         try:
             for path, text in map(path_and_text, arm.own):
@@ -301,14 +310,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Growth:
-    """An experiment on how counts grow with the size of the input. Nothing is trained."""
+    """An experiment that shows how counts grow with the size of the input. Nothing is trained."""
 
     arms: tuple[Arm, ...]
     sides: tuple[int, ...]
     """Sides of the square input, in pixels, in increasing order."""
     channels: int = 3
     num_classes: int = 10
-    """Number of output units of arms that end in one unit per class."""
+    """Number of classes. Arms that end in one unit per class have this many output units."""
 
     def __post_init__(self) -> None:
         _check_arms(self.arms)
@@ -324,10 +333,10 @@ class Growth:
 
 
 def kept_like(experiment: Experiment, other: Experiment) -> Experiment:
-    """Return `experiment` with the cache, checkpoint, W&B and comparison settings of `other`.
+    """Return `experiment`, but take the cache, checkpoint, W&B and comparison settings from `other`.
 
-    These settings do not affect results. The experiment keeps its own comparisons if it has any, or if it lacks an arm
-    that `other` compares.
+    These settings do not affect results. If `experiment` has comparisons, or if it lacks an arm that `other` compares,
+    its own comparisons stay.
     """
     names = {arm.name for arm in experiment.arms}
     is_comparable = all(set(pair.split(":")) <= names for pair in other.comparisons)
@@ -363,7 +372,7 @@ class LaneNumbers(NamedTuple):
 
     @property
     def setting(self) -> tuple[float, ...]:
-        """Return the hyperparameters without the seeds; lanes of one setting differ by chance only."""
+        """Return the hyperparameters without the seeds. Lanes with equal settings differ only by chance."""
         return self[2:]
 
 
@@ -378,7 +387,7 @@ def traced(optim: Optim) -> tuple[Traced, ...]:
 
 
 def lane_numbers(experiment: Experiment) -> tuple[LaneNumbers, ...]:
-    """Return all lanes of an arm: each setting of the traced fields with each seed; seeds vary fastest.
+    """Return all lanes of an arm. Each setting of the traced fields is combined with each seed; seeds vary fastest.
 
     `lanes.combine` says how settings are combined. If arms have overrides of their own, pass `experiment.of_arm(arm)`.
     """

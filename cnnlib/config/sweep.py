@@ -1,4 +1,4 @@
-"""Sweeps as data: combine factors into points, and make one arm per point."""
+"""Describe sweeps as data: combine factors into points, and make one arm per point."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ def product(**factors: Iterable[Any]) -> list[Point]:
 
 
 def zipped(**factors: Iterable[Any]) -> list[Point]:
-    """Return one point per position: all first values, all second values, ...; raise ValueError if lengths differ."""
+    """Combine the first values of all factors into a point, then the second values, and so on.
+
+    Raise ValueError if the factors have different numbers of values.
+    """
     return [dict(zip(factors, values, strict=True)) for values in zip(*factors.values(), strict=True)]
 
 
 def points(
     found: Iterable[Point], arm: Callable[..., Arm], where: Callable[..., bool] | None = None
 ) -> tuple[Arm, ...]:
-    """Return `arm(**point)` for each point for which `where(**point)` is true (None: for all points).
+    """Return one arm, `arm(**point)`, per point in `found`.
+
+    If `where` is given, points for which `where(**point)` is false are left out.
 
     `found` is any list of points. Lists from `product` and `zipped` can be concatenated with `+`.
     """

@@ -1,4 +1,4 @@
-"""The data set of an experiment, as data."""
+"""Declare the data set of an experiment."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from cnnlib.errors import require
 
 @dataclass(frozen=True)
 class Data:
-    """The data set of an experiment, and how its training examples are used."""
+    """The data set of an experiment, and how the experiment uses the training examples."""
 
     name: str = "mnist5k"
     data_dir: str | None = None
     """Folder of prepared TFDS data sets. None: `TFDS_DATA_DIR` if it is set, else the default of TFDS."""
     validation: int = 0
-    """Number of training examples to hold out for validation, stratified by class. All choices use only these."""
+    """Number of training examples to hold out for validation, stratified by class. Settings and checkpoints are chosen
+    on these examples only."""
     train: int | None = None
-    """Number of the remaining examples that each lane (model) trains on, drawn by the lane's order seed. None: all."""
+    """Number of remaining examples that each lane (model) trains on. The lane's order seed draws them. None: all."""
     shuffle_pixels: int | None = None
-    """Seed of one fixed permutation of the pixels of every example, the same for all channels. None: no permutation."""
+    """Seed of a permutation of pixels. All examples and channels get the same permutation. None: no permutation."""
     seed: int | None = None
     """Seed of a generated data set. None: the default seed of that data set."""
     stream: bool | None = None

@@ -1,4 +1,4 @@
-"""Convert your own images to a prepared TFDS data set, which `data.name` then reads. TensorFlow is not needed."""
+"""Convert your own images to a prepared TFDS data set, so that `data.name` can name it. TensorFlow is not needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cnnlib.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
-"""Pillow's names for the formats of `ENDINGS`. Without this list, Pillow detects the format from the content, and
-starts Ghostscript for an EPS file of any name."""
+"""Pillow's names for the formats of `ENDINGS`. Without this list, Pillow would detect the format from the content. For
+EPS content it would start Ghostscript, whatever the file's name is."""
 VERSION = "1.0.0"
 
 
@@ -33,12 +33,12 @@ def from_folder(
 ) -> Path:
     """Prepare image files as the data set `name` in `data_dir`, and return its folder.
 
-    Folders are classes: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`. If there is no
-    `train` or `test` folder, the share `test_share` of each class is drawn for testing, always with the same seed.
-    Hidden files and folders are ignored. `size` is (height, width) in pixels; all images are scaled to it (None: no
-    scaling). Images become RGB, or one channel if `grey`. Transparent parts become white, and EXIF rotation is applied.
-    Raise UserError if there are no images, a class is missing from a split, sizes differ, or a file is not an image of
-    8 bits per channel.
+    Folders are classes: `images/train/CLASS/*` and `images/test/CLASS/*`, or only `images/CLASS/*`. If there are no
+    `train` and `test` folders, a random part of each class becomes the test split. Its share is `test_share`, and the
+    seed is fixed. Hidden files and folders are ignored. `size` is (height, width) in pixels. All images are scaled to
+    this size; if it is None, no image is scaled. Images get one channel if `grey` is true, and three channels (RGB) if
+    not. Transparent parts become white, and EXIF rotation is applied. Raise UserError if there are no images, a class
+    is missing from a split, sizes differ, or a file is not an image of 8 bits per channel.
     """
     if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
         raise UserError(f"size={size}: height and width in pixels, such as (32, 32)")
@@ -67,13 +67,13 @@ def from_folder(
 
 
 def folders(place: Path) -> list[str]:
-    """Return the sorted names of the folders in `place`, without hidden ones and `__MACOSX`."""
+    """Return the sorted names of the folders in `place`, without hidden folders and without `__MACOSX`."""
     found = place.iterdir() if place.is_dir() else ()
     return sorted(path.name for path in found if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
 
 
 def read_classes(folder: Path, names: Sequence[str], size: tuple[int, int] | None, grey: bool) -> Split:
-    """Read the images of `folder/CLASS/*`: classes in the order of `names`, files sorted by name."""
+    """Read the images of `folder/CLASS/*`. Classes have the order of `names`, and files are sorted by name."""
     x, y, first = [], [], None
     for label, name in enumerate(names):
         files = sorted(path for path in (folder / name).glob("[!.]*") if path.suffix.lower() in ENDINGS)
@@ -93,7 +93,7 @@ def read_classes(folder: Path, names: Sequence[str], size: tuple[int, int] | Non
 
 
 def read_image(path: Path, size: tuple[int, int] | None, grey: bool) -> Any:
-    """Read an image file as an RGB or grey Pillow image: upright, scaled, with white for transparent parts."""
+    """Read an image file as an RGB or grey Pillow image. Rotate and scale it, and make transparent parts white."""
     from PIL import Image, ImageOps
 
     try:
@@ -113,9 +113,10 @@ def read_image(path: Path, size: tuple[int, int] | None, grey: bool) -> Any:
 def from_arrays(name: str, data_dir: Path | str, train: Split, test: Split, class_names: Sequence[str]) -> Path:
     """Prepare arrays as the data set `name` in `data_dir`, and return its folder.
 
-    Images are uint8 `(count, height, width, channel)` with 1 or 3 channels. Classes are whole numbers from 0. Once the
-    new set is complete, it replaces an earlier set of that name. Raise UserError if `name` is not a lower-case
-    identifier or names a built-in or TFDS set, if the arrays do not have this form, or if a label has no class name.
+    Images are uint8 arrays `(count, height, width, channel)`. They have 1 or 3 channels. Classes are whole numbers, and
+    the first class is 0. Once the new set is complete, it replaces an earlier set of that name. Raise UserError if
+    `name` is not a lower-case identifier or names a built-in or TFDS set, if the arrays do not have this form, or if a
+    label has no class name.
     """
     import tensorflow_datasets as tfds
 

@@ -1,7 +1,8 @@
-"""Data sets with one interface: packaged with a dependency, generated, or any image classification set of TFDS.
+"""Read data sets through one interface. A set is packaged with a dependency, generated, or comes from TFDS.
 
-`describe` returns shapes and counts without reading examples. `load` reads a whole set as NumPy arrays. `open_splits`
-opens a set, to read a few examples at a time by position. Nothing here imports JAX.
+Any image classification set of TFDS can be read. `describe` returns shapes and counts without reading examples. `load`
+reads a whole set as NumPy arrays. `open_splits` opens a set, so that examples can be read by position, a few at a time.
+Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from cnnlib.system.cache import cache_folder, keep_array, kept_array
 class Description:
     """Facts about a data set that are known without reading it.
 
-    `counts` maps train, validation and test to their numbers of examples; train excludes validation. If a TFDS set is
-    not prepared yet, `counts` is empty.
+    `counts` maps `train`, `validation` and `test` to their numbers of examples. The validation examples do not count as
+    training examples. If a TFDS set is not prepared yet, `counts` is empty.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Description:
     """Empty if the classes are named by their numbers."""
 
     def with_training(self, count: int | None) -> Description:
-        """Return the description with `count` training examples (None: all); raise UserError if there are fewer."""
+        """Set the number of training examples to `count` (None: all). Raise UserError if there are fewer examples."""
         known = self.counts.get("train")
         if count is None or known is None:
             return self
@@ -63,7 +64,7 @@ class Description:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in memory, with mean and standard deviation per channel, over the training part only.
+    """A data set in memory. The mean and standard deviation per channel describe the training examples only.
 
     `train` holds all training examples, even if each lane trains on its own subset of `data.train` examples.
     """
@@ -94,9 +95,9 @@ class StreamedSet:
 MEASURED = 16_384
 """The mean and std of a streamed set come from at most this many training examples, evenly spaced."""
 FINGERPRINTED = 64
-"""The fingerprint of a streamed set depends on at most this many examples per split, evenly spaced."""
+"""The fingerprint of a streamed set reads at most this many examples per split, evenly spaced."""
 PIECE_BYTES = 16 * 2**20
-"""Bytes of examples in memory at once, while the mean and standard deviation are computed."""
+"""Bytes of examples that are in memory at a time while the mean and standard deviation are computed."""
 
 
 def _described(origin: Origin, counts: dict[str, int], data: Data) -> Description:
@@ -133,7 +134,7 @@ def _example_bytes(known: Origin | Source) -> int:
 
 
 def load(data: Data) -> DataSet:
-    """Read a data set, split off the validation examples, and compute mean and std of the training examples.
+    """Read a data set, separate the validation examples, and compute the mean and std of the other training examples.
 
     A TFDS set is prepared first if needed. Raise UserError if the data set does not exist or cannot be prepared, if
     `data.validation` leaves no training examples, or if the data set is larger than this machine's memory.
@@ -158,7 +159,9 @@ def load(data: Data) -> DataSet:
 
 
 def open_splits(data: Data) -> StreamedSet:
-    """Open a data set to read examples by position. Splits and errors are as in `load`, but any size is allowed.
+    """Open a data set to read examples by position.
+
+    The splits and the errors are those of `load`, but the set may be larger than the memory.
 
     Examples stay out of memory if the source can read them by position.
     """
@@ -177,10 +180,10 @@ def open_splits(data: Data) -> StreamedSet:
 
 
 def fingerprint_of_stream(data_set: StreamedSet) -> str:
-    """Return a SHA-256 of name, counts, shape, type, validation positions and `FINGERPRINTED` examples per split.
+    """Return a SHA-256 hash that identifies the content of a streamed set.
 
-    The fingerprint detects most changes of the data although few examples are read. Changes in the other examples may
-    go undetected.
+    The hash covers the set's name, counts, shape, type, validation positions and `FINGERPRINTED` examples per split. It
+    detects most changes of the data. If only other examples change, the hash may stay the same.
     """
     known = data_set.description
     parts = (data_set.train, data_set.validation, data_set.test)
@@ -200,7 +203,7 @@ def physical_memory() -> int:
 
 
 def channel_statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and std of each channel, float32. Sums are exact for uint8. A constant channel gets the std 1."""
+    """Return the mean and std of each channel in float32. Sums of uint8 are exact. A constant channel gets std 1."""
     if x.dtype == np.uint8:
         return _of_counts(_byte_counts(x))
     flat = x.reshape(-1, x.shape[-1])
@@ -220,7 +223,7 @@ def _measured(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _byte_counts(x: np.ndarray) -> np.ndarray:
-    """Count how often each of the 256 values occurs in each channel: `(channel, value)`."""
+    """Count how often each of the 256 values occurs in each channel. Return an array `(channel, value)`."""
     flat = x.reshape(-1, x.shape[-1])
     counts = np.zeros((x.shape[-1], 256), np.int64)
     for start in range(0, len(flat), 2**20):  # in pieces, as bincount makes 8 bytes of each byte
@@ -262,13 +265,13 @@ def _mnist5k(data: Data) -> Origin:
 
 
 def _mnist1d(data: Data) -> Origin:
-    """MNIST-1D (Greydanus and Kobak 2024), made by the authors' generator with the default arguments of the paper."""
+    """MNIST-1D (Greydanus and Kobak 2024), made by the authors' generator. The arguments are the paper's defaults."""
     read = functools.partial(_made_mnist1d, data.seed)
     return Origin("mnist1d", (40, 1), 10, {"train": 4000, "test": 1000}, read, dtype=np.dtype(np.float32))
 
 
 def _made_mnist1d(seed: int | None) -> tuple[Split, Split]:
-    """Read MNIST-1D from the cache, or generate and cache it: the generator takes seconds."""
+    """Read MNIST-1D from the cache. If it is not there, generate it, which takes seconds, and cache it."""
     packages = " ".join(f"{name} {version(name)}" for name in ("mnist1d", "numpy", "scipy"))
     identity = hashlib.sha256(f"{packages} seed {seed}".encode()).hexdigest()[:16]
     folder = cache_folder("data") / f"mnist1d-{identity}"
@@ -312,7 +315,7 @@ def unchangeable(split: Split) -> Split:
 
 
 def _lines(data: Data) -> Origin:
-    """Images of one noisy stroke at a random place: vertical, horizontal or diagonal (either way)."""
+    """Noisy images with one stroke at a random place. The class is its direction: vertical, horizontal or diagonal."""
     read = functools.partial(_made_lines, 0 if data.seed is None else data.seed)
     return Origin("lines", (28, 28, 1), len(LINE_CLASSES), {"train": 4000, "test": 1000}, read, LINE_CLASSES)
 
@@ -326,15 +329,16 @@ def _made_lines(seed: int) -> tuple[Split, Split]:
 
 
 MOST_DSD = 256
-"""Largest number of patches of a `dsd` example, and of values per patch."""
+"""A `dsd` example has at most this many patches, and a patch has at most this many values."""
 
 
 def _dsd(data: Data, patches: int, size: int) -> Origin:
-    """Dynamic signal distribution (Lahoti et al. 2024, arXiv 2403.15707, section 3): which sign has the signal?
+    """Dynamic signal distribution (Lahoti et al. 2024, arXiv 2403.15707, section 3). The class is the sign of a signal.
 
-    An example has `patches` patches of `size` values of noise. A fixed unit vector is added to (class 1) or subtracted
-    from (class 0) one random patch. According to Lahoti et al., the number of samples needed grows as patches + size
-    for a convolution, as patches * size for a local layer, and as patches**2 * size for a full layer.
+    An example has `patches` patches of `size` values of noise. The signal is a fixed unit vector. Class 1 adds the
+    signal to one random patch, and class 0 subtracts the signal from one random patch. According to Lahoti et al., the
+    number of samples needed grows as patches + size for a convolution, as patches * size for a local layer, and as
+    patches**2 * size for a full layer.
     """
     if not (1 <= patches <= MOST_DSD and 1 <= size <= MOST_DSD):
         raise UserError(f"{data.name}: patches and their size must be in 1..{MOST_DSD}")
@@ -352,14 +356,14 @@ def _dsd(data: Data, patches: int, size: int) -> Origin:
 MOST_SIDE = 2048
 """Largest side of generated images, in pixels."""
 MOST_LINES = 10**9
-"""Most training examples of a generated set."""
+"""Largest number of training examples of a generated set."""
 MOST_LINES_TESTED = 10_000
 
 
 def _sized_lines(data: Data, side: int, count: int) -> Origin:
-    """The task of `lines` with `count` training images of `side` x `side` pixels, which are drawn when they are read.
+    """The task of `lines`, with `count` training images of `side` x `side` pixels. An image is drawn when it is read.
 
-    There are `count // 4` test images, at most `MOST_LINES_TESTED`.
+    There are `count // 4` test images, but at most `MOST_LINES_TESTED`.
     """
     if not (16 <= side <= MOST_SIDE and 12 <= count <= MOST_LINES):
         raise UserError(f"{data.name}: the side must be in 16..{MOST_SIDE}, the examples in 12..{MOST_LINES}")
@@ -378,7 +382,7 @@ def _sized_lines(data: Data, side: int, count: int) -> Origin:
 
 SOURCES: dict[str, Callable[[Data], Origin]] = {"mnist5k": _mnist5k, "mnist1d": _mnist1d, "lines": _lines}
 SIZED: dict[str, Callable[[Data, int, int], Origin]] = {"dsd": _dsd, "lines": _sized_lines}
-"""Data sets whose names contain two numbers, such as `dsd_4x3`."""
+"""Data sets whose names contain two numbers, such as `dsd_4x3`. The functions take these numbers as arguments."""
 
 
 def is_ours(name: str) -> bool:

@@ -1,7 +1,7 @@
-"""Sources of examples that are read by position, and generators of examples. A source need not fit in memory.
+"""Define sources, whose examples are read by position, and generate examples. A source need not fit in memory.
 
-A `Source` is one split. Pickling it is cheap, so it can be sent to processes that read ahead. In each process, the same
-positions give the same examples. Images stay uint8. Nothing here imports JAX.
+A `Source` is one split. Pickling a source is cheap, so it can be sent to processes that read ahead. The same positions
+give the same examples in each process. Images stay uint8. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from cnnlib.spec.window import Shape
 
 
 class Split(NamedTuple):
-    """Examples `(count, *spatial, channels)`, uint8 or float32, and their classes `(count,)`, int32."""
+    """Examples and their classes.
+
+    Examples are uint8 or float32 arrays `(count, *spatial, channels)`. Classes are int32 arrays `(count,)`.
+    """
 
     x: Any
     y: Any
@@ -40,13 +43,13 @@ class Source(Protocol):
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether reading only copies memory, so that worker processes would not help."""
+        """Whether reading only copies memory. If it does, worker processes would not make reading faster."""
 
     def read(self, indices: np.ndarray) -> Split:
-        """Return the examples at `indices`, in that order; raise UserError if they cannot be read."""
+        """Return the examples at `indices`, in the order of `indices`. Raise UserError if they cannot be read."""
 
     def labels(self) -> np.ndarray:
-        """Return the classes of all examples, `(count,)`, int32, without decoding images."""
+        """Return the classes of all examples as an int32 array `(count,)`, without decoding images."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Derived:
-    """Base of sources that wrap another source: it forwards everything except `read`."""
+    """Base class of sources that wrap another source. It forwards everything except `read` to the wrapped source."""
 
     source: Source
 
@@ -116,7 +119,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Subset(Derived):
-    """A subset of a source: the examples at `indices`, in that order."""
+    """A subset of a source: the examples at `indices`, in the order of `indices`."""
 
     indices: np.ndarray
 
@@ -147,17 +150,17 @@ class Shuffled(Derived):
 
 
 def shuffled(x: np.ndarray, seed: int) -> np.ndarray:
-    """Permute the pixels of examples `(count, *spatial, channels)`, alike for all examples and channels."""
+    """Permute the pixels of `(count, *spatial, channels)` in the same way for all examples and channels."""
     places = np.random.RandomState(seed).permutation(int(np.prod(x.shape[1:-1])))
     return np.ascontiguousarray(x.reshape(len(x), len(places), x.shape[-1])[:, places].reshape(x.shape))
 
 
 def stratified(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return a mask of `count` examples, drawn with a fixed seed; class shares are kept to within one example.
+    """Pick `count` examples with a fixed seed, and return their mask. Class shares are kept to within one example.
 
-    Each class is shuffled, and its i-th of n members gets the rank (i + 1/2) / n. The `count` lowest ranks are picked.
-    The shuffle uses RandomState because its results, unlike those of newer generators, are equal in all versions of
-    NumPy.
+    Each class is shuffled. If a class has n members, its i-th member (i from 0) gets the rank (i + 1/2) / n. The
+    `count` examples of lowest rank are picked. The shuffle uses RandomState because its results, unlike those of newer
+    generators, are equal in all versions of NumPy.
     """
     shuffle = np.random.RandomState(0)
     rank = np.empty(len(labels))
@@ -177,7 +180,7 @@ def spaced(count: int, most: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a data set comes from: what is known without reading examples, and functions that read them."""
+    """The origin of a data set: facts that are known without reading examples, and functions that read examples."""
 
     name: str
     input_shape: Shape
@@ -185,14 +188,14 @@ class Origin:
     counts: dict[str, int]
     """Numbers of train and test examples; empty if a TFDS set is not prepared yet."""
     read: Callable[[], tuple[Split, Split]]
-    """Reads the whole of train and test."""
+    """Reads all training examples and all test examples."""
     class_names: tuple[str, ...] = ()
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
     opened: Callable[[], tuple[Source, Source]] | None = None
-    """Opens train and test by position. None: they can only be read as a whole."""
+    """Opens the training and test examples for reading by position. None: they can only be read as a whole."""
 
     def open(self) -> tuple[Source, Source]:
-        """Return the sources of train and test."""
+        """Return the sources of the training and test examples."""
         if self.opened is not None:
             return self.opened()
         train, test = self.read()
@@ -205,10 +208,10 @@ LINE_CLASSES = ("vertical", "horizontal", "diagonal")
 
 
 def make_lines(generator: np.random.RandomState, count: int, side: int = 28) -> Split:
-    """Draw `count` images `(side, side, 1)` of one stroke each, with the classes of `LINE_CLASSES` in random order.
+    """Draw `count` images `(side, side, 1)` with one stroke each. The classes (`LINE_CLASSES`) come in random order.
 
-    A stroke is 8 to 14 pixels long, one pixel wide, fully inside the image, with brightness 96 to 255. Noise with a
-    standard deviation of 40 is added to all pixels. The sum is clipped to 0..255.
+    A stroke is 8 to 14 pixels long, one pixel wide and fully inside the image. Its brightness is 96 to 255. Noise with
+    a standard deviation of 40 is added to all pixels. The sum is clipped to 0..255.
     """
     labels = generator.permutation(np.arange(count) % len(LINE_CLASSES)).astype(np.int32)
     images = generator.normal(0.0, 40.0, (count, side, side))
@@ -235,12 +238,13 @@ PLACING_WORDS = 4
 
 @dataclass(frozen=True)
 class SizedLines:
-    """The task of `lines` on `count` images of `side` x `side` pixels, which are drawn when they are read.
+    """The task of `lines`, with `count` images of `side` x `side` pixels. An image is drawn when it is read.
 
     Example i depends only on the seed, the split and i. Its class is i modulo 3. A stroke is 2/7 to 1/2 of the side
-    long and `side / 28` pixels wide (rounded, at least 1). A diagonal has that width along its rows, so that all
-    classes have equally many bright pixels. With side 28, strokes are as in `make_lines`. Brightness and noise are also
-    as in `make_lines`, but the noise has only 256 values.
+    long and `side / 28` pixels wide (rounded, at least 1). For a diagonal, the width is measured along the rows of the
+    image, so that all classes have equally many bright pixels. If the side is 28, strokes have the sizes of
+    `make_lines`. Brightness and noise have the distributions of `make_lines`, but the noise has only 256 different
+    values.
     """
 
     side: int
@@ -295,11 +299,14 @@ class SizedLines:
 
 
 DSD_NOISE = 0.3
-"""Standard deviation of the noise of each value; the signal has norm 1."""
+"""Standard deviation of the noise that is added to each value. For comparison, the signal has norm 1."""
 
 
 def make_dsd(generator: np.random.RandomState, count: int, patches: int, signal: np.ndarray) -> Split:
-    """Draw `count` float32 `(patches * len(signal), 1)`: noise, plus (class 1) or minus (0) `signal` in one patch."""
+    """Draw `count` float32 examples `(patches * len(signal), 1)` of noise.
+
+    One patch of each example contains the signal: class 1 adds `signal` to it, and class 0 subtracts `signal` from it.
+    """
     labels = generator.randint(2, size=count).astype(np.int32)
     x = generator.normal(0.0, DSD_NOISE, (count, patches, len(signal)))
     x[np.arange(count), generator.randint(patches, size=count)] += (2 * labels - 1)[:, None] * signal

@@ -1,14 +1,13 @@
-"""Read chunks of training examples ahead of training, with grain. Only this file imports grain.
+"""Use grain to read chunks of training examples before training needs them. Only this file imports grain.
 
-A pass goes through all examples, in one order for all models. A chunk is a few batches of a pass, read in one call. For
-given settings, the content of a chunk depends only on its number. Therefore chunks are the same for any number of
-workers, and a stopped stream can continue at any chunk.
+A pass goes through all examples. Its order is the same for all models. A chunk is a few batches of a pass, which are
+read in one call. For given settings, the content of a chunk depends only on its number. Therefore chunks are the same
+for any number of workers, and a stopped stream can continue at any chunk.
 
-Workers are processes of this file, `python -m cnnlib.data.stream`. Grain's threads talk to the workers through pipes. A
-worker ends when its pipes close. We do not use grain's own processes (0.2.18, checked again on 2026-11-28). If this
-process is killed by SIGKILL, grain's processes never end. Each of them holds 430 MB, because it imports JAX, and 58
-chunks
-stayed in shared memory. Grain's processes also need parsed absl flags and a guarded main program.
+Workers are processes that run this file: `python -m cnnlib.data.stream`. Grain's threads talk to the workers through
+pipes. A worker ends when its pipes close. We do not use grain's own processes (0.2.18, checked again on 2026-11-28). If
+this process is killed by SIGKILL, grain's processes never end. Each of them holds 430 MB, because it imports JAX. In a
+test, 58 chunks also stayed in shared memory. Grain's processes also need parsed absl flags and a guarded main program.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ THREADS = 2
 
 
 class Chunk(NamedTuple):
-    """Consecutive batches of a pass, with values as stored."""
+    """Consecutive batches of a pass. The values are those of the source, unchanged."""
 
     x: np.ndarray
     """`(steps * batch_size, *spatial, channels)`."""
@@ -54,7 +53,7 @@ class Chunk(NamedTuple):
     steps: int
     """Number of steps in the chunk; each step uses one whole batch."""
     state: dict[str, int]
-    """Position of the stream after this chunk, ready for JSON; an equal stream can continue from it."""
+    """Position of the stream after this chunk, ready for JSON. A stream with the same settings can continue from it."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,25 @@ class Plan:
     count: int
     batch_size: int
     steps: int
-    """Most steps per chunk."""
+    """Largest number of steps per chunk."""
     seed: int
     reshuffle: bool
 
     @property
     def steps_a_pass(self) -> int:
-        """Whole batches per pass; the pass drops an incomplete last batch."""
+        """Number of whole batches per pass. An incomplete last batch is dropped."""
         return self.count // self.batch_size
 
     @property
     def chunks_a_pass(self) -> int:
-        """Chunks per pass."""
+        """Number of chunks per pass."""
         return -(-self.steps_a_pass // self.steps)
 
     def place(self, number: int) -> tuple[int, int, int, int]:
-        """Return a chunk's pass, number in the pass, first step and steps; `number` counts from the start of training.
+        """Return four numbers of a chunk: its pass, its number in the pass, its first step, and how many steps it has.
 
-        The chunks of a pass have equally many steps, or some have one step more.
+        The argument `number` counts chunks from the start of training. The chunks of a pass have equally many steps, or
+        some chunks have one step more than the others.
         """
         pass_number, chunk = divmod(number, self.chunks_a_pass)
         first, end = (k * self.steps_a_pass // self.chunks_a_pass for k in (chunk, chunk + 1))
@@ -99,7 +99,7 @@ class Plan:
         return {"pass": pass_number, "chunk": chunk, "chunks": self.chunks_a_pass}
 
     def number(self, state: dict[str, int] | None) -> int:
-        """Return the number of the chunk that follows `state`; raise UserError if its passes had other chunks."""
+        """Return the number of the chunk after `state`. Raise UserError if the passes of `state` had other chunks."""
         if state is None:
             return 0
         if state["chunk"] and state["chunks"] != self.chunks_a_pass:
@@ -111,7 +111,10 @@ class Plan:
 
 
 def steps_a_chunk(source: Source, batch_size: int) -> int:
-    """Return the most batches per chunk: at most `CHUNK_BYTES`, but at least one batch; chunks have similar sizes."""
+    """Return the largest number of batches per chunk.
+
+    A chunk has at most `CHUNK_BYTES` bytes, but at least one batch. The chunks of a pass have similar sizes.
+    """
     bytes_a_batch = batch_size * int(np.prod(source.input_shape)) * source.dtype.itemsize
     most = max(1, CHUNK_BYTES // bytes_a_batch)
     per_pass = source.count // batch_size
@@ -121,7 +124,7 @@ def steps_a_chunk(source: Source, batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)
 def order(count: int, seed: int, pass_number: int) -> np.ndarray:
-    """Return the order of a pass: a permutation of `count` examples, `(position,)`, int64.
+    """Return the order of examples in a pass: a permutation of `count` examples, as an int64 array `(position,)`.
 
     NumPy permutes a million examples in 20 ms. `grain.experimental.index_shuffle` needs 5 us per index, in Python.
     """
@@ -156,12 +159,12 @@ def chunks(
     workers: int | Workers,
     state: dict[str, int] | None = None,
 ) -> Generator[Chunk, None, None]:
-    """Yield chunks, pass after pass without end, from `state` on, and read ahead.
+    """Yield chunks without end, pass after pass. Start after `state`, and read ahead.
 
-    A chunk has `steps` batches or one less. If `reshuffle`, each pass has a new order; if not, examples come in stored
-    order. Each pass drops an incomplete last batch. `workers` is a pool of processes that read, or their number. If it
-    is 0, or if the source is in memory, threads of this process read. Closing the generator ends the processes that it
-    started. Raise UserError if examples cannot be read.
+    A chunk has `steps` batches or one batch less. If `reshuffle` is true, each pass has a new order. If not, examples
+    come in stored order. Each pass drops an incomplete last batch. `workers` is a pool of reading processes, or the
+    number of processes to start. If it is 0, or if the source is in memory, threads of this process read. Closing the
+    generator ends the processes that it started. Raise UserError if examples cannot be read.
     """
     plan = Plan(source.count, batch_size, steps, seed, reshuffle)
     if plan.steps_a_pass == 0:
@@ -175,7 +178,7 @@ def chunks(
 
 
 def in_order(source: Source, size: int, workers: int | Workers = 0) -> Generator[Split, None, None]:
-    """Yield all examples in stored order, `size` at a time (the last time maybe fewer); read ahead like `chunks`."""
+    """Yield all examples in stored order, `size` at a time (fewer in the last part). Read ahead like `chunks`."""
 
     def part(number: int, read: Callable[[np.ndarray], Split]) -> Split:
         return read(np.arange(number * size, min((number + 1) * size, source.count)))
@@ -190,7 +193,7 @@ def ahead(
     end: int | None,
     workers: int | Workers,
 ) -> Generator[Any, None, None]:
-    """Yield `part(number, read)` for each number from `first` to `end - 1` (None: no end), computed ahead."""
+    """Yield `part(number, read)` for each number from `first` to `end - 1` (None: no end). Compute them ahead."""
     require_grain()
     import grain
 
@@ -252,7 +255,7 @@ class Worker:
         )
 
     def read(self, source: Source, indices: np.ndarray) -> Split:
-        """Return the examples at `indices`; raise the process's exception here, or UserError if the process died."""
+        """Return the examples at `indices`. Raise the exception that the process raises, or UserError if it dies."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and isinstance(stdout, io.BufferedReader)
         try:
@@ -288,7 +291,7 @@ class Worker:
 
 
 def serve() -> None:
-    """Run a worker process: read positions (and new sources) from stdin, write examples to stdout."""
+    """Run a worker process. It reads positions and new sources from stdin, and writes examples to stdout."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keeps prints of libraries out of the examples
     sources: list[Source] = []

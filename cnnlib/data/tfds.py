@@ -1,7 +1,7 @@
-"""Data sets of TensorFlow Datasets (TFDS): find them by name, prepare them if needed, read them whole or by position.
+"""Find data sets of TensorFlow Datasets (TFDS) by name, prepare them, and read them whole or by position.
 
-TFDS is imported when it is used. Reading a prepared set needs no TensorFlow. A prepared set may come from anyone, so
-none of its code is run.
+TFDS is imported at its first use. Reading a prepared set needs no TensorFlow. A prepared set may come from an untrusted
+author, so no code that it names is run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def import_tfds() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the log and banners of TFDS, which would hide our own one-line message."""
+    """Silence the log and banners of TFDS. They would hide cnnlib's own one-line message."""
     import absl.logging  # noqa: F401  # import it first: its first import sets the level
 
     logger = logging.getLogger("absl")
@@ -74,7 +74,7 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 def prepared_set(data: Data, others: Sequence[str]) -> Origin:
-    """Return the TFDS data set of this name; if there is none, raise UserError, which lists `others`."""
+    """Return the TFDS data set named `data.name`. If there is none, raise UserError. The message lists `others`."""
     if data.seed is not None:
         raise UserError(f"data.seed has no meaning for {data.name}: it is not generated")
     if data.data_dir is not None and not Path(data.data_dir).expanduser().is_dir():
@@ -138,7 +138,7 @@ AT_A_TIME = 256
 
 
 class Records:
-    """A split of a prepared set; examples are read and decoded on demand (see `Source`)."""
+    """A split of a prepared set. Examples are read and decoded on demand (see `Source`)."""
 
     is_in_memory = False
     dtype = np.dtype(np.uint8)
@@ -173,7 +173,7 @@ class Records:
         return Split(x, y)
 
     def labels(self) -> np.ndarray:
-        """Return all classes; they are read once, without decoding images, and then cached."""
+        """Return all classes. They are read once, without decoding images, and then cached."""
         cached = kept_array(self._labels_path, (self.count,), np.int32)
         if cached is not None:
             return cached
@@ -192,11 +192,11 @@ class Records:
 
 
 Reader = Callable[[np.ndarray], Iterator[list[Any]]]
-"""Yields the requested features of the examples at given positions; an image is the bytes of its file."""
+"""Yields the requested features of the examples at given positions. An image is returned as the bytes of its file."""
 
 
 def _reader(builder: Any, split: str, *keys: str) -> Reader:
-    """Open a split to read only the features `keys`."""
+    """Open a split. The returned function reads only the features in `keys`."""
     tfds = import_tfds()
     with quiet():
         source = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -214,7 +214,7 @@ def _reader(builder: Any, split: str, *keys: str) -> Reader:
 
 
 def pixels(encoded: bytes) -> np.ndarray:
-    """Decode an image file to uint8 `(height, width, channel)`; raise UserError for other formats."""
+    """Decode an image file to a uint8 array `(height, width, channel)`. Raise UserError for other formats."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -245,7 +245,7 @@ def _needs_tensorflow(name: str, error: object) -> str:
 
 
 def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
-    """Return image key, label key, image shape and label feature; raise UserError for an unsuitable set."""
+    """Return the image key, label key, image shape and label feature. Raise UserError if the set is unsuitable."""
     tfds = import_tfds()
     keys = info.supervised_keys
     if isinstance(keys, tuple) and len(keys) == 2 and all(isinstance(key, str) for key in keys):
@@ -260,7 +260,7 @@ def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
 
 
 def _prepare(name: str, builder: Any) -> None:
-    """Download and prepare a data set; TFDS shows its own progress."""
+    """Download and prepare a data set. TFDS shows its own progress."""
     if type(builder).__module__ in PREPARED_WITH_TENSORFLOW and importlib.util.find_spec("tensorflow") is None:
         raise UserError(_needs_tensorflow(name, f"it is not yet in {builder.data_path.parent.parent}"))
     try:
@@ -273,7 +273,7 @@ def _prepare(name: str, builder: Any) -> None:
 
 
 def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
-    """Return a split as arrays, decoded once and then cached; the cache key includes `dataset_info.json`."""
+    """Return a split as arrays. It is decoded once and then cached. The cache key includes `dataset_info.json`."""
     count = builder.info.splits[split].num_examples
     shape = (count, *builder.info.features[image_key].shape)
     folder = _cached_folder(builder)

@@ -1,4 +1,4 @@
-"""The ideas behind convolutional nets as pictures: each file has a subject, and each of its demos draws one idea.
+"""The ideas behind convolutional nets as pictures: one subject per file, one idea per demo.
 
 Importing this package registers every demo and draws nothing. Slow imports are inside the functions that draw.
 """

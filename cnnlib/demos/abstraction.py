@@ -1,4 +1,4 @@
-"""Inside trained nets: filters, maps, strongest patches, evidence for a class, probes by depth, orientations."""
+"""Draw what trained nets contain: filters, maps, strongest patches, evidence for a class, probes, orientations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FULL, CONV = STYLE["full"][0], STYLE["conv"][0]
 SKY, GREY = "#56B4E9", "#999999"
 SIGNED, MAPS = "RdBu_r", "cividis"
-"""Colours for values of both signs (white at 0) and for values from low to high; safe for red-green blindness."""
+"""Colour maps: `SIGNED` for values of both signs (0 is white), `MAPS` for others. Both suit colour-blind readers."""
 
 
 @DEMOS.register
@@ -108,7 +108,7 @@ def tuning() -> Demo:
 def trained(
     names: tuple[str, ...], seeds: int = 1, data: str = "mnist5k", epochs: int = 3
 ) -> tuple[dict[str, list[Net]], DataSet]:
-    """Train registered architectures by the rule of the experiment `fc_vs_conv`, but for fewer epochs."""
+    """Train registered architectures with the optimiser of the experiment `fc_vs_conv`, but for fewer epochs."""
     from cnnlib.interpret.trained import train_models
 
     return train_models(
@@ -138,7 +138,7 @@ def mosaic(tiles: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def draw_filters() -> Any:
-    """Draw the filters of a convolution, and those of the first units of a full layer."""
+    """Draw the filters of a convolution, and the filters of the first units of a full layer."""
     from matplotlib import pyplot
 
     from cnnlib.interpret.patches import first_filters
@@ -259,7 +259,7 @@ def draw_patches() -> Any:
 
 
 def draw_evidence() -> Any:
-    """Draw digits, and where LeNet-5 and a full net find evidence for a class. Each column has one digit and class."""
+    """Draw digits, and where LeNet-5 and a full net find evidence for a class: one digit and one class per column."""
     from matplotlib import pyplot
 
     from cnnlib.interpret.activations import activations
@@ -300,13 +300,13 @@ SEEDS = 5
 
 
 def draw_probes() -> Any:
-    """Draw the accuracy of linear probes by depth, one panel per net."""
+    """Draw how the accuracy of linear probes changes with depth, in one panel per net."""
     from matplotlib import pyplot
 
     from cnnlib.interpret.probes import linear_probes
 
     nets, data = trained(BOTH, SEEDS, epochs=2)
-    (pixels,) = linear_probes(nets["lenet5"][0], data, (None,))  # the same for all nets
+    (pixels,) = linear_probes(nets["lenet5"][0], data, (None,))  # the pixels are the same for all nets
     figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.6), sharey=True, width_ratios=(6, 4), layout="constrained")
     for panel, name, title, reading in zip(panels, BOTH, ("LeNet-5", "LeNet-300-100"), ("conv", "full"), strict=True):
         color, marker = STYLE[reading]
@@ -341,14 +341,14 @@ def draw_probes() -> Any:
 
 
 def steps(model: Model) -> list[int]:
-    """Return the layers to probe: those just before a layer with weights, and the last, which gives the logits."""
+    """Return the layers to probe: each layer just before a layer with weights, and the last layer (the logits)."""
     weighted = [index for index, layer in enumerate(model.layers) if isinstance(layer, Filter | Dense)]
     return [*(index - 1 for index in weighted if index), len(model.layers) - 1]
 
 
 ANGLES = np.arange(0.0, 180.0, 7.5)
 CLASS_ANGLES = np.array([0.0, 45.0, 90.0, 135.0, 180.0])
-"""Angles of the lines in the data set `lines`, in degrees: horizontal, diagonal either way, vertical."""
+"""Angles in degrees of the lines in the data set `lines`. 0 and 180 are horizontal, 90 is vertical."""
 
 
 def draw_tuning() -> Any:
@@ -405,7 +405,7 @@ def draw_tuning() -> Any:
 
 
 def along_a_class(angles: np.ndarray) -> np.ndarray:
-    """Return for each angle whether it is at most one measured step away from an angle in `CLASS_ANGLES`."""
+    """Return one boolean per angle: is the angle at most one measured step away from an angle in `CLASS_ANGLES`?"""
     return np.asarray((np.abs(angles[:, None] - CLASS_ANGLES) <= ANGLES[1]).any(axis=1))
 
 

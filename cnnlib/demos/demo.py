@@ -1,4 +1,4 @@
-"""What a demo is, and how to draw one into a file or a window; the demos are in the other files of this folder."""
+"""The class `Demo`, and functions that draw a demo. The demos themselves are in the other files of this folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cnnlib.system.registry import Registry
 
 @dataclass(frozen=True)
 class Demo:
-    """A picture, and `look`: what to see in it."""
+    """A picture with a text, `look`, which says what to see in the picture."""
 
     draw: Callable[[], Any]
-    """Returns a matplotlib figure or animation, made with `pyplot`; works with any backend."""
+    """Function that makes a matplotlib figure or animation with `pyplot` and returns it. It works with any backend."""
     file: str
     """Name of the file: `.png` for a figure, `.gif` for an animation."""
     look: str
@@ -27,9 +27,10 @@ DEMOS: Registry[Demo] = Registry("demo")
 
 
 def write(demo: Demo, out: Path, show: bool = False) -> tuple[Path, bool]:
-    """Draw a demo into the folder `out`, created if missing; return the file's path, and whether a window was opened.
+    """Draw a demo into a file in the folder `out`; return the file's path, and whether a window was opened.
 
-    With `show`, also show it in a window, and return when the window is closed. Without a screen, no window opens.
+    The folder is created if it is missing. If `show` is true, also show the picture in a window, and return when the
+    user has closed the window. Without a screen, no window opens.
     """
     pyplot = pyplot_for_windows() if show else None
     opens = pyplot is not None
@@ -39,7 +40,7 @@ def write(demo: Demo, out: Path, show: bool = False) -> tuple[Path, bool]:
     path = out / demo.file
     drawn = demo.draw()
     if path.suffix == ".gif":
-        write_whole(path, lambda place: drawn.save(place, writer="pillow"))  # keeps the speed that it has in a window
+        write_whole(path, lambda place: drawn.save(place, writer="pillow"))  # plays as fast as in a window
     else:
         write_whole(path, lambda place: drawn.savefig(place, dpi=110))
     if opens:

@@ -1,4 +1,4 @@
-"""Convolution as the area of an overlap, convolution against correlation, and a telescope's dirty map."""
+"""Draw convolution as the area of an overlap, convolution beside correlation, and a telescope's dirty map."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STANDING, SLIDING = Box(1.5, 0.0), Exponential(1.2)
 def draw_overlap(count: int = 45) -> Any:
     """Animate an exponential that slides over a box, and draw the area of their product.
 
-    There is one frame for each of `count` places of the exponential.
+    The animation has `count` frames. The exponential is at another place in each frame.
     """
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
@@ -111,7 +111,7 @@ def draw_flip() -> Any:
 
 
 def draw_beam() -> Any:
-    """Draw a clean map, a beam and the dirty map, each with a separate scale of brightness."""
+    """Draw a clean map, a beam and the dirty map. Each picture has its own scale of brightness."""
     from matplotlib import pyplot
 
     clean = point_sources((48, 48), [(12, 10), (31, 31), (34, 32), (16, 38)], [1.0, 0.8, 0.8, 0.5])

@@ -1,4 +1,4 @@
-"""Measure how padding changes what a map sees of the border, and how pooling changes the effect of a small shift."""
+"""Show what padding changes at the border of a map, and how pooling changes the effect of a small shift."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def shifts() -> Demo:
 
 
 STROKES = (((2, 0), (9, 0)), ((2, 6), (9, 6)))
-"""Two equal strokes, from pixel to pixel; one is in the first column."""
+"""Two equal strokes, each given by its first and last pixel. One stroke is in the first column."""
 SIDE, SIZE = 12, 3
 """Side of the image and side of the filter, in pixels."""
 STACKED, MOST_LAYERS = 28, 13
-"""Side in pixels of an image under stacked layers, and the most 3x3 layers without padding that fit it."""
+"""Side in pixels of the image under stacked layers, and how many 3x3 layers without padding fit into the image."""
 
 
 def draw_padding() -> Any:
-    """Draw maps of two strokes with and without padding, the side of a map by depth, and how often a pixel is seen."""
+    """Draw maps of two strokes, the side of a map by depth, and how often a pixel is seen, with and without padding."""
     from matplotlib import pyplot
 
     image, kernel = window_steps.strokes((SIDE, SIDE), STROKES), window_steps.line_filter("vertical", SIZE)
@@ -101,7 +101,7 @@ def draw_padding() -> Any:
 
 
 def sides_by_depth(side: int, size: int, padding: str, layers: int) -> list[int]:
-    """Return the side of the map after 0, 1, ... stacked filters, until `layers` or until no filter fits."""
+    """Return the side of the map after 0, 1, ... filters. Stop after `layers` filters or when no filter fits."""
     sides = [side]
     while len(sides) <= layers and (padding == "SAME" or sides[-1] >= size):
         sides.append(window_steps.window_for((sides[-1], sides[-1]), size, padding=padding).output_size[0])
@@ -111,14 +111,14 @@ def sides_by_depth(side: int, size: int, padding: str, layers: int) -> list[int]
 KERNELS = np.stack([window_steps.line_filter(kind) for kind in window_steps.LINE_FILTERS], axis=-1)
 DIGITS = 100
 MOST_SHIFT, FREE = 4, 6
-"""In pixels: the largest shift of a digit, and the width of the zeros around a digit, which keep it in the image."""
+"""The largest shift of a digit, and the width of the zeros that keep the shifted digit in the image, in pixels."""
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 POOLINGS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
     "one pixel of {size}x{size}": (lambda maps, size: maps[::size, ::size], GREEN, "s"),
     "average of {size}x{size}": (window_steps.average_pool, BLUE, "o"),
     "max of {size}x{size}": (window_steps.max_pool, RED, "^"),
 }
-"""Functions that make a map smaller, each with a colour and a marker."""
+"""Functions that make a map smaller. Each function has a colour and a marker."""
 
 
 def draw_shifts() -> Any:
@@ -158,7 +158,7 @@ def draw_shifts() -> Any:
 
 
 def some_digits(count: int) -> np.ndarray:
-    """Return test digits of mnist5k, `(count, height, width)`, 0 to 1, with `FREE` zeros around each.
+    """Return test digits of mnist5k, `(count, height, width)`. Values are 0 to 1; `FREE` zeros surround each digit.
 
     The digits are spread evenly over the classes. Raises UserError if `count` is below 1 or above the number of digits.
     """
@@ -170,14 +170,14 @@ def some_digits(count: int) -> np.ndarray:
 
 
 def maps_of(image: np.ndarray) -> np.ndarray:
-    """Return the maps of four line filters after a ReLU, `(rows, columns, filter)`. Maps are as large as the image."""
+    """Return the maps `(rows, columns, filter)` of four line filters after a ReLU. Maps are as large as the image."""
     return np.asarray(np.maximum(window_steps.as_product(image, KERNELS, padding="SAME").maps, 0.0))
 
 
 def changes_of(function: Callable[[np.ndarray], np.ndarray], digits: np.ndarray) -> np.ndarray:
-    """Return how much the map of each digit changes at each distance of a shift, `(digit, distance)`.
+    """Return by how much the map of each digit changes if the digit is shifted, as an array `(digit, distance)`.
 
-    Changes are averaged over four directions.
+    For each distance, the change is the mean over shifts in four directions.
     """
     ways = [(step * down, step * right) for step in range(1, MOST_SHIFT + 1) for down, right in DIRECTIONS]
     changes = [window_steps.shift_change(function, digit, ways) for digit in digits]

@@ -1,4 +1,4 @@
-"""Convolution as overlap: one function slides over another, and the area under their product is the result.
+"""Compute convolutions as overlaps: one function slides over another; the result is the area under their product.
 
 For functions of one variable, the convolution is the integral of f(s) g(t - s) over s. `overlap` computes this integral
 numerically, and `convolved` computes it in closed form. `convolve` convolves rows of numbers and images. This file uses
@@ -36,13 +36,13 @@ class Box:
 
     @property
     def knots(self) -> np.ndarray:
-        """Return points in ascending order. Between two points the function is smooth; outside the points it is 0."""
+        """Return ascending points. The function is smooth between two neighbouring points, and 0 outside all points."""
         return np.array([start for _, start, _ in self.powers])
 
 
 @dataclass(frozen=True)
 class Triangle:
-    """A triangle of height 1 with its top at `center`. It is 0 outside an interval of length `width`."""
+    """A triangle. Its height is 1, its top is at `center`, and its base is an interval of length `width`."""
 
     width: float = 2.0
     center: float = 0.0
@@ -84,7 +84,7 @@ class Exponential:
 
     @property
     def knots(self) -> np.ndarray:
-        """Return points as `Box.knots` does. Between points, the value falls by exp(-4). Below exp(-40) it is cut."""
+        """Return points as `Box.knots` does. The value falls by the factor exp(-4) per point, down to exp(-40)."""
         return self.start + np.arange(11) * 4 / self.rate
 
 
@@ -116,7 +116,7 @@ Signal = Box | Triangle | Exponential | Gaussian
 
 
 def overlap(f: Signal, g: Signal, t: float) -> float:
-    """Return the integral of f(s) g(t - s) over s: the area under the product of f and of g, mirrored and moved by t.
+    """Return the integral of f(s) g(t - s) over s. Here g is mirrored and moved by t, and f stays in place.
 
     The integral uses 16 Gauss-Legendre points on each interval in which f and g are smooth. Its error is about 1e-12.
     """
@@ -162,11 +162,11 @@ def convolved(f: Signal, g: Signal, t: np.ndarray | float) -> np.ndarray:
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Return the discrete convolution: element n is the sum over k of kernel[k] x[n - k].
+    """Return the discrete convolution. Its element n is the sum of kernel[k] x[n - k] over k.
 
-    `x` and `kernel` are signals `(length,)` or images `(height, width)`; values outside count as 0. If an axis has
-    length n in `x` and k in `kernel`, it has length n + k - 1 in the result. The result is a sum of copies of `x`. Each
-    copy is shifted and weighted by one entry of the kernel.
+    `x` and `kernel` are signals `(length,)` or images `(height, width)`; values outside count as 0. If an axis of `x`
+    has length n and the same axis of `kernel` has length k, then that axis of the result has length n + k - 1. The
+    result is a sum of copies of `x`. Each copy is shifted and weighted by one entry of the kernel.
     """
     x, kernel = _rows(x), _rows(kernel)
     if x.ndim != kernel.ndim:
@@ -178,15 +178,15 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def correlate(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Slide the kernel over x without mirroring it, as a "convolution" in a net does; lengths are as in `convolve`."""
+    """Slide the kernel over `x`, not mirrored. Nets call this a "convolution". Lengths are as in `convolve`."""
     return convolve(x, np.flip(_rows(kernel)))
 
 
 def dirty_map(clean: np.ndarray, beam: np.ndarray) -> np.ndarray:
-    """Return what a telescope sees, `(height, width)`: each source of the clean map becomes a copy of the beam.
+    """Return the image that a telescope sees: it replaces each source of the clean map by a copy of the beam.
 
-    Each copy is as bright as its source. So the result is the convolution of `clean` and `beam`, cut to the size of
-    `clean`. Raises UserError if the beam has an even side.
+    Each copy is as bright as its source. So the result is the convolution of `clean` and `beam`. It is cut to the size
+    of `clean`, `(height, width)`. Raises UserError if the beam has an even side.
     """
     if any(side % 2 == 0 for side in beam.shape):
         raise UserError(f"a beam has a middle pixel, so odd sides, not {'x'.join(map(str, beam.shape))}")
@@ -196,7 +196,7 @@ def dirty_map(clean: np.ndarray, beam: np.ndarray) -> np.ndarray:
 
 
 def point_sources(shape: Sequence[int], places: Sequence[tuple[int, int]], fluxes: Sequence[float]) -> np.ndarray:
-    """Return a clean map `(height, width)`: a bright pixel at each place, else 0."""
+    """Return a clean map `(height, width)`: pixels at `places` have the given fluxes, and other pixels are 0."""
     clean = np.zeros(tuple(shape))
     for place, flux in zip(places, fluxes, strict=True):
         clean[place] += flux
@@ -221,7 +221,7 @@ def _spline(powers: Any, t: np.ndarray | float, times: int) -> np.ndarray:
 
 def _normal_below(x: np.ndarray) -> np.ndarray:
     """Return the share of the standard normal distribution below x."""
-    from scipy.special import ndtr  # also exact in the tails
+    from scipy.special import ndtr  # this function is exact in the tails too
 
     return np.asarray(ndtr(x))
 

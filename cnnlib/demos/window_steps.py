@@ -1,4 +1,4 @@
-"""Filters that slide over images, and pooling, step by step; NumPy only.
+"""Slide filters over images and pool images, step by step. This file uses only NumPy.
 
 An image is `(height, width)` or `(height, width, channel)`. A kernel has the same axes as its image. All computations
 use float64. A window has a size, strides, padding and dilation, as in `cnnlib.spec`. This file uses loops and matrix
@@ -20,18 +20,19 @@ Place = tuple[int, int]
 """A row and a column, counted from 0. Places on the padding above or left of an image have negative numbers."""
 
 LINE_FILTERS = ("vertical", "horizontal", "diagonal", "antidiagonal")
-"""Orientations of lines. From left to right, a diagonal goes down, and an antidiagonal goes up."""
+"""Orientations of lines. If you go from left to right, a diagonal goes down, and an antidiagonal goes up."""
 
 
 # Filters and images.
 
 
 def line_filter(kind: str, size: int = 3) -> np.ndarray:
-    """Return a filter `(size, size)` for lines of one orientation: size - 1 on the line through its middle, else -1.
+    """Return a filter `(size, size)` for lines of one orientation.
 
-    Weights across the line sum to 0, so all weights of the filter sum to 0. Over a flat area, the filter gives 0. Over
-    a line of its own orientation, the filter gives size (size - 1). Over a line of another orientation through the
-    middle, the filter gives 0. Raises UserError if `kind` is not in `LINE_FILTERS`, or `size` is even or below 3.
+    The weights are `size - 1` on the line through the middle of the filter, and -1 elsewhere. The weights across the
+    line sum to 0, so all weights of the filter sum to 0. Over a flat area, the filter gives 0. Over a line of its own
+    orientation, the filter gives `size * (size - 1)`. Over a line of another orientation through the middle, the filter
+    gives 0. Raises UserError if `kind` is not in `LINE_FILTERS`, or `size` is even or below 3.
     """
     if kind not in LINE_FILTERS:
         raise UserError(f"no line filter {kind!r}; there are: {', '.join(LINE_FILTERS)}")
@@ -48,7 +49,7 @@ def line_filter(kind: str, size: int = 3) -> np.ndarray:
 
 
 def strokes(shape: Sequence[int], lines: Iterable[tuple[Place, Place]]) -> np.ndarray:
-    """Return an image `(height, width)` of lines, each from pixel to pixel, both included: 1 on a line, else 0.
+    """Return an image `(height, width)`, which is 1 on lines and 0 elsewhere. Each line includes its two end pixels.
 
     Raises UserError if a line leaves the image.
     """
@@ -68,11 +69,11 @@ def strokes(shape: Sequence[int], lines: Iterable[tuple[Place, Place]]) -> np.nd
 def window_for(
     shape: Sequence[int], size: PerAxis, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
 ) -> Window:
-    """Return the window that slides over images of a shape. `output_size` of the window is the size of the map.
+    """Return the window that slides over images of size `shape`. Its attribute `output_size` is the size of the map.
 
-    An axis of n pixels has floor((n + zeros - span) / stride) + 1 places, with span = (size - 1) dilation + 1. With
-    stride 1 and dilation 1, these are n - size + 1 places without padding, and n places with SAME padding. Raises
-    UserError if the arguments give no window on the image.
+    Along an axis of n pixels, the window has floor((n + zeros - span) / stride) + 1 places. Here `zeros` is the number
+    of padded pixels, and span = (size - 1) dilation + 1. If stride and dilation are 1, there are n - size + 1 places
+    without padding, and n places with SAME padding. Raises UserError if the arguments give no window on the image.
     """
     spatial = _checked_shape(shape)[:2]
     kept, pads = window_arguments("window", {"size": size, "strides": strides, "dilation": dilation}, padding)
@@ -80,9 +81,9 @@ def window_for(
 
 
 def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarray:
-    """Return the pixels under the window at each place, `(*places, *size)` or `(*places, *size, channel)`.
+    """Return an array `(*places, *size)` or `(*places, *size, channel)`: the pixels under the window at each place.
 
-    Padding has the value `fill`. Raises UserError if the size of the image is not that of the window's input.
+    Padded pixels have the value `fill`. Raises UserError if the window was made for images of another size.
     """
     image = _checked_image(image)
     if image.shape[:2] != window.input_size:
@@ -100,14 +101,14 @@ def windows_of(image: np.ndarray, window: Window, fill: float = 0.0) -> np.ndarr
 
 
 def times_seen(window: Window) -> np.ndarray:
-    """Return for each pixel how many places of the window have a tap on this pixel, as integers `(height, width)`."""
+    """Return integers `(height, width)`. Each says at how many places of the window a tap lies on this pixel."""
     under = _pixels_under(window, window.input_size)
     counts = np.bincount(under[under >= 0], minlength=math.prod(window.input_size))
     return np.asarray(counts.reshape(window.input_size))
 
 
 def share_on_padding(window: Window) -> float:
-    """Return the share of taps that fall on the padding, 0 to 1. These taps multiply a weight by zero."""
+    """Return the share (0 to 1) of taps that fall on the padding. At these taps, a weight is multiplied by zero."""
     return 1 - window.taps_inside / (math.prod(window.output_size) * math.prod(window.size))
 
 
@@ -145,7 +146,7 @@ def steps(
 def slide(
     image: np.ndarray, kernel: np.ndarray, *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
 ) -> np.ndarray:
-    """Return the map `(rows, columns)` of a filter slid over an image without mirroring: what nets call a convolution.
+    """Slide a filter over an image, not mirrored, and return the map `(rows, columns)`. Nets call this a convolution.
 
     This is a loop over the filter's places. Raises UserError as `steps` does.
     """
@@ -158,9 +159,9 @@ class Product(NamedTuple):
     """A convolution as a product of two matrices."""
 
     windows: np.ndarray
-    """One window per row, `(place, tap)`. Places and taps are ordered row by row, channels of a tap side by side."""
+    """An array `(place, tap)`: each row is one window. Places and taps are in row-major order, then channels."""
     filters: np.ndarray
-    """One filter per column, `(tap, filter)`."""
+    """An array `(tap, filter)`: each column is one filter."""
     maps: np.ndarray
     """The product, reshaped to `(rows, columns, filter)`."""
 
@@ -170,8 +171,8 @@ def as_product(
 ) -> Product:
     """Slide several filters over an image, as one product of matrices.
 
-    `kernels` are `(height, width, filter)` for an image without channels, else `(height, width, channel, filter)`.
-    Raises UserError if filters and image do not fit.
+    `kernels` has the shape `(height, width, filter)` if the image has no channels, and `(height, width, channel,
+    filter)` if it has channels. Raises UserError if filters and image do not fit.
     """
     image, kernels = _checked_image(image), np.asarray(kernels, np.float64)
     window = _window_of_kernel(image.shape, kernels.shape[:-1], strides, padding, dilation)
@@ -183,11 +184,11 @@ def as_product(
 def matrix_of(
     kernel: np.ndarray, shape: Sequence[int], *, strides: PerAxis = 1, padding: Padding = "VALID", dilation: PerAxis = 1
 ) -> np.ndarray:
-    """Return the weights `(place, pixel)` of a full layer that computes `slide` from a flattened image.
+    """Return weights `(place, pixel)`. A full layer with these weights computes `slide` from a flattened image.
 
     A row holds the filter's weights at the pixels under the filter, and zeros elsewhere. Without padding, every row
-    holds the same weights; with padding, weights over the padding are left out. Pixels are ordered row by row, and the
-    channels of a pixel are side by side. Raises UserError as `steps` does.
+    holds the same weights. With padding, the rows leave out the weights that lie over the padding. Pixels are ordered
+    row by row, and the channels of a pixel are side by side. Raises UserError as `steps` does.
     """
     shape, kernel = _checked_shape(shape), np.asarray(kernel, np.float64)
     under = _pixels_under(_window_of_kernel(shape, kernel.shape, strides, padding, dilation), shape)
@@ -208,18 +209,18 @@ class Block(NamedTuple):
     corner: Place
     """The block's first pixel."""
     values: np.ndarray
-    """The block's pixels, `(rows, columns)`, without padding."""
+    """The pixels `(rows, columns)` of the block. Padded pixels are left out."""
     winner: Place
-    """The pixel with the largest value. If several pixels have this value, the first one, row by row."""
+    """The pixel with the largest value. If several pixels have it, the first of them in row-major order."""
     largest: float
     mean: float
-    """Mean over the whole block; zeros of the padding count."""
+    """Mean over the whole block. The zeros of the padding are included."""
 
 
 def pool_blocks(
     image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
 ) -> Iterator[Block]:
-    """Yield the blocks of a pooling, row by row, for an image without channels.
+    """Yield the blocks of a pooling, row by row. The image must have no channels.
 
     By default, `strides` equal the size of a block. With smaller strides, blocks overlap. Raises UserError if a block
     does not fit into the image, or if padding could fill a whole block.
@@ -242,7 +243,7 @@ def pool_blocks(
 def max_pool(
     image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
 ) -> np.ndarray:
-    """Return the largest value of each block, per channel; padding never wins. Arguments are as for `pool_blocks`."""
+    """Return the largest value of each block and channel, without padding. Arguments are as for `pool_blocks`."""
     image = _checked_image(image)
     blocks = windows_of(image, _pooling_window(image.shape, size, strides, padding), -math.inf)
     return np.asarray(blocks.max(axis=(2, 3)))
@@ -251,7 +252,7 @@ def max_pool(
 def average_pool(
     image: np.ndarray, size: PerAxis = 2, *, strides: PerAxis | None = None, padding: Padding = "VALID"
 ) -> np.ndarray:
-    """Return the mean of each block, per channel; zeros of the padding count. Arguments are as for `pool_blocks`."""
+    """Return the mean of each block and channel, padded zeros included. Arguments are as for `pool_blocks`."""
     image = _checked_image(image)
     blocks = windows_of(image, _pooling_window(image.shape, size, strides, padding))
     return np.asarray(blocks.mean(axis=(2, 3)))
@@ -261,7 +262,7 @@ def average_pool(
 
 
 def shifted(image: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
-    """Return the image moved `down` and `right` by pixels (negative: up, left); zeros move in at the border."""
+    """Shift the image by `down` pixels downwards and `right` pixels to the right. Fill the free pixels with zeros."""
     image = _checked_image(image)
     moved = np.zeros_like(image)
     into, out_of = [], []
@@ -276,10 +277,11 @@ def shifted(image: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
 def shift_change(
     function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, shifts: Iterable[tuple[int, int]]
 ) -> np.ndarray:
-    """Return how much a map changes when the image moves by each `(down, right)`: norm of change / norm of map.
+    """Return by how much a map changes if the image is shifted: one number per shift `(down, right)`.
 
-    0 means no change. If two maps of equal norm have no common nonzero pixels, the change is the square root of 2.
-    Raises UserError if the map of the unmoved image is 0 everywhere, because the change cannot be divided by its norm.
+    The number is the norm of the change divided by the norm of the map of the unmoved image. 0 means no change. If two
+    maps of equal norm have no common nonzero pixels, the number is the square root of 2. Raises UserError if the map of
+    the unmoved image is 0 everywhere, because its norm cannot be a divisor.
     """
     still = function(image)
     norm = float(np.linalg.norm(still))
@@ -304,7 +306,7 @@ def _checked_image(image: np.ndarray) -> np.ndarray:
 def _window_of_kernel(
     shape: Shape, kernel_shape: Shape, strides: PerAxis, padding: Padding, dilation: PerAxis
 ) -> Window:
-    """Return the window of a kernel over an image; raise UserError if the axes or channels of the two differ."""
+    """Return the window of a kernel on an image; raise UserError if kernel and image differ in axes or channels."""
     if len(kernel_shape) != len(shape) or kernel_shape[2:] != shape[2:]:
         raise UserError(f"a filter of shape {kernel_shape} does not slide over an image of shape {shape}")
     return window_for(shape, kernel_shape[:2], strides=strides, padding=padding, dilation=dilation)
@@ -316,7 +318,7 @@ def _pooling_window(shape: Shape, size: PerAxis, strides: PerAxis | None, paddin
 
 
 def _pixels_under(window: Window, shape: Shape) -> np.ndarray:
-    """Return for each tap the index of its pixel in the flattened image, integers `(place, tap)`; -1 on padding."""
+    """Return integers `(place, tap)`: the index of the tap's pixel in the flattened image, or -1 on padding."""
     numbered = np.arange(math.prod(shape)).reshape(shape)
     return windows_of(numbered, window, -1).reshape(math.prod(window.output_size), -1).astype(np.int64)
 

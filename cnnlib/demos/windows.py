@@ -1,4 +1,4 @@
-"""Filters and pooling, number by number: what filters respond to, their steps, matrix products, and pooling blocks."""
+"""Draw filters and pooling number by number: responses, steps, products of matrices, and pooling blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 SKY = "#56B4E9"
 """A fourth colour of Okabe and Ito, so that each tap of a 2x2 filter has a different colour."""
 SIGNED, UNSIGNED = "PuOr", "cividis"
-"""Colours of filters (0 in the middle), and of images and maps; both are safe for colour-blind readers."""
+"""Colour maps: `SIGNED` for filters, `UNSIGNED` for images and maps. Both suit colour-blind readers."""
 
 
 @DEMOS.register
@@ -77,11 +77,11 @@ HOUSE = (
     ((12, 9), (12, 12)),
     ((12, 12), (17, 12)),
 )
-"""Walls, ceiling, floor, roof and door: lines of all four orientations."""
+"""The lines of a house (walls, ceiling, floor, roof, door). They have all four orientations."""
 
 
 def draw_filters() -> Any:
-    """Draw an image, four filters, and under each filter its map; all maps share one scale."""
+    """Draw an image and four filters, and draw each filter's map below the filter. All maps share one scale."""
     from matplotlib import pyplot
 
     house = window_steps.strokes((21, 21), HOUSE)
@@ -113,11 +113,11 @@ PHASES = 3
 """Phases of a step: place the window, compute the products, write their sum."""
 SECONDS_A_PHASE, SECONDS_A_BLOCK = 0.4, 0.7
 REST = 3
-"""Number of frames in which the finished map stays."""
+"""Number of frames that show the finished map."""
 
 
 def draw_steps() -> Any:
-    """Animate the window on the image, its product with the filter, and the growing map."""
+    """Animate the window on the image, the product of window and filter, and the map, which grows."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
@@ -157,7 +157,7 @@ CELL = 0.3
 
 
 def draw_product() -> Any:
-    """Draw all windows (rows) times two filters (columns), and the full layer of the first filter."""
+    """Draw the matrix of windows times the matrix of two filters, and the full layer that equals the first filter."""
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
@@ -221,7 +221,7 @@ POOLINGS = (("2x2 blocks, stride 2", POOLED[:6, :6], 2), ("3x3 blocks, stride 2:
 
 
 def draw_pooling() -> Any:
-    """Animate a block that moves over each of two images; its largest number is ringed and goes to the map."""
+    """Animate two images. A block moves over each; the largest number in the block gets a ring and goes to the map."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
 
@@ -257,7 +257,7 @@ def draw_pooling() -> Any:
 
 
 class Cells:
-    """A grid of numbers on a panel, each cell coloured by its number."""
+    """A grid of numbers on a panel. The colour of a cell shows its number."""
 
     def __init__(self, panel: Any, shape: tuple[int, ...], colors: Any, lowest: float, highest: float) -> None:
         self.panel = panel
@@ -273,16 +273,16 @@ class Cells:
         self.frame: Any = None
 
     def show(self, values: np.ndarray, shades: np.ndarray | None = None) -> None:
-        """Write each number into its cell (nothing for NaN); colour cells by `shades` if given, else by number."""
+        """Write each number except NaN into its cell. Colour the cells by `shades`, or by the numbers if it is None."""
         shades = values if shades is None else shades
         self.image.set_data(shades)
         for text, value, color in zip(self.texts, values.flat, self.image.to_rgba(shades).reshape(-1, 4), strict=True):
             text.set_text("" if np.isnan(value) else f"{value + 0.0:g}")  # 0, not -0
-            # Choose the text colour with more contrast, by the luminance of sRGB.
+            # Choose black or white text, whichever has more contrast. The contrast follows from the luminance in sRGB.
             text.set_color("black" if color[:3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179 else "white")
 
     def outline(self, corner: Place, shape: tuple[int, ...]) -> None:
-        """Draw a frame around `shape` cells from `corner`; it replaces an earlier frame."""
+        """Remove the earlier frame, and draw a frame around the block of `shape` cells that begins at `corner`."""
         from matplotlib.patches import Rectangle
 
         if self.frame is None:

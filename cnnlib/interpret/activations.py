@@ -1,8 +1,8 @@
 """Activations and receptive fields of the layers of a trained net.
 
-All of `cnnlib.interpret` works for full, local and convolutional nets. A layer is given by its position in
-`net.model.layers`; a residual is one layer. Images are `(height, width, channel)` as stored, before normalisation.
-`activations` and `linear_probes` accept signals too; functions for images raise UserError for signals.
+All of `cnnlib.interpret` works for full, local and convolutional nets. Functions take a layer as its position in
+`net.model.layers`; a residual is one layer. They take images `(height, width, channel)` as stored, that is, not
+normalised. `activations` and `linear_probes` accept signals too; functions for images raise UserError for signals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape, shape_text
 
 BATCH_SIZE = 250
-"""Most examples that are on the device at the same time."""
+"""Largest number of examples that are on the device at the same time."""
 
 
 # Outputs of layers.
@@ -34,11 +34,11 @@ BATCH_SIZE = 250
 def activations(
     net: Net, x: Num[np.ndarray, "count ..."], layers: Sequence[int] | None = None
 ) -> list[Float[np.ndarray, "count ..."]]:
-    """Return the outputs `(count, *shape)` of the given layers (None: all layers) for stored examples.
+    """Return the outputs `(count, *shape)` of some layers for stored examples, one array per layer.
 
-    Batch norms use the running statistics. The outputs of the last layer are the logits. The device holds `BATCH_SIZE`
-    examples at a time; the host's memory holds all returned outputs. Raises UserError if the shape of the examples is
-    not that of the net's input, or if a layer does not exist.
+    `layers` of None means all layers. Batch norms use the running statistics. The outputs of the last layer are the
+    logits. The device holds `BATCH_SIZE` examples at a time; the host's memory holds all returned outputs. Raises
+    UserError if the examples do not have the shape of the net's input, or if a layer does not exist.
     """
     wanted = tuple(range(len(net.model.layers)) if layers is None else (checked_layer(net, at) for at in layers))
     parts = [
@@ -56,7 +56,7 @@ def outputs(
     x: Float[Array, "batch ..."],
     wanted: tuple[int, ...],
 ) -> list[Float[Array, "batch ..."]]:
-    """Return the outputs of the `wanted` layers for normalised examples."""
+    """Return the outputs of the layers in `wanted` for normalised examples."""
     found = {}
     for layer in range(max(wanted, default=-1) + 1):
         x = found[layer] = through(model, parameters, statistics, x, layer, layer + 1)
@@ -64,7 +64,7 @@ def outputs(
 
 
 def through(model: Model, parameters: Parameters, statistics: Statistics, x: Array, first: int, end: int) -> Array:
-    """Apply layers `first` to `end` - 1 to `x`, the output of the layers before `first`."""
+    """Apply layers `first` to `end` - 1 to `x`: the output of layer `first` - 1, or the examples if `first` is 0."""
     if first == end:
         return x
     own, seen = (
@@ -108,8 +108,8 @@ def receptive_field(net: Net, layer: int, position: tuple[int, ...] = ()) -> Rec
     """Return the part of the image that the units at `position` of a layer depend on.
 
     `position` is `(row, column)`, or `()` if the layer's output is a vector. Pixels outside the returned rectangle do
-    not change these units. For a full layer, the rectangle is the whole part of the image that the layers before it
-    see. Raises UserError if the layer or the position does not exist, or if the net takes signals.
+    not change these units. For a full layer, the rectangle is the whole part of the image that the earlier layers see.
+    Raises UserError if the layer or the position does not exist, or if the net takes signals.
     """
     found = counted(net, layer)
     places = found.output_shape[:-1]
@@ -146,14 +146,14 @@ def layer_counts(model: Model, input_shape: Shape, layer: int) -> list[LayerCoun
 
 
 def counted(net: Net, layer: int) -> LayerCount:
-    """Return the counts of a layer, with its shapes and receptive fields."""
+    """Return the counts of a layer. They include the layer's shapes and receptive fields."""
     check_image_net(net)
     (found,) = layer_counts(net.model, net.input_shape, checked_layer(net, layer))
     return found
 
 
 def known_field(field: Field | None, layer: int) -> Field:
-    """Return `field`; raise UserError if it is None, because then the receptive field differs between positions."""
+    """Return `field`; raise UserError if it is None. None means that the receptive field differs between positions."""
     if field is None:
         raise UserError(f"layer {layer}: what it sees differs from position to position, in size too")
     return field

@@ -22,15 +22,15 @@ def class_evidence(
     """Return the evidence for a class at each pixel of a stored image, `(height, width)`.
 
     If the net has layers with windows, the method is Grad-CAM (Selvaraju et al. 2017), for any connectivity. Grad-CAM
-    uses the maps of the last layer with a window, after the norm and activation that follow this layer. The weight of
-    a map is the gradient of the class's logit, averaged over the positions of the map. The evidence is the ReLU of the
-    weighted sum of the maps, so it is 0 or more. The evidence is then interpolated to the size of the image. A value of
-    a map belongs to the center of its receptive field, as computed for `conv` connectivity. One step beyond the
-    outermost centers, the evidence is 0.
+    uses the maps of the last layer with a window, after the norm and activation that follow this layer. The weight of a
+    map is the gradient of the class's logit, averaged over the positions of the map. The evidence is the ReLU of the
+    weighted sum of the maps, so it is 0 or more. The evidence is then interpolated to the size of the image. Each value
+    of a map is placed at the center of the value's receptive field. This field is computed for `conv` connectivity. One
+    step beyond the outermost centers, the evidence is 0.
 
-    If the net has no layer with a window, the method is gradient times input (Shrikumar et al. 2016), summed over
-    channels. This evidence is positive or negative. It is relative to an image that equals the mean of the training
-    examples everywhere.
+    If the net has no layer with a window, the method is gradient times input (Shrikumar et al. 2016). The products are
+    summed over channels, so this evidence is positive or negative. It is relative to an image that equals the mean of
+    the training examples everywhere.
 
     Raises UserError if the class does not exist, the image has another shape, or the net takes signals.
     """

@@ -19,7 +19,7 @@ from cnnlib.spec.window import shape_text
 
 
 class Patches(NamedTuple):
-    """The patches that excite each unit of a layer most, strongest first. For maps, each channel is one unit."""
+    """The patches that excite each unit of a layer most, strongest first. If a layer has maps, each map is one unit."""
 
     examples: Int[np.ndarray, "unit count"]
     """Index of the image of each patch. A unit has each image at most once."""
@@ -32,11 +32,11 @@ class Patches(NamedTuple):
 
 
 def strongest_patches(net: Net, x: Num[np.ndarray, "count height width channel"], layer: int, count: int) -> Patches:
-    """Return the `count` patches that excite each unit of a layer most, at most one per stored image.
+    """Return the `count` patches that excite each unit of a layer most. Each image gives at most one patch per unit.
 
     A patch is the receptive field of the unit, as in Zeiler and Fergus, "Visualizing and understanding convolutional
     networks", 2014. (Zeiler and Fergus also use a deconvolution.) If positions or images tie, take the first one.
-    Raises UserError for more patches than images, a layer that does not exist, or a net of signals.
+    Raises UserError if `count` exceeds the number of images, if the layer does not exist, or if the net takes signals.
     """
     places = counted(net, layer).output_shape[:-1]
     if not 1 <= count <= len(x):
@@ -73,7 +73,7 @@ def strongest_patches(net: Net, x: Num[np.ndarray, "count height width channel"]
 def _peaks(
     model: Model, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."], layer: int
 ) -> tuple[Float[Array, "batch unit"], Int[Array, "batch unit"]]:
-    """Return the largest value of each unit over its map, and its position as a row-by-row index."""
+    """Return the largest value in each unit's map, and the index of this value in the flattened map."""
     y = through(model, parameters, statistics, x, 0, layer + 1)
     y = y.reshape(y.shape[0], -1, y.shape[-1])
     return y.max(axis=1), y.argmax(axis=1)
@@ -100,8 +100,8 @@ def first_filters(net: Net) -> Float[np.ndarray, "filter height width channel"]:
     """Return the kernels of the first layer with weights, as images.
 
     A convolution has one kernel per feature. In other layers, each node has its own kernel. These kernels are ordered
-    by position, row by row, and at each position by feature. Kernels of a local layer have the size of the window.
-    Kernels of a full or dense layer have the size of the whole input. Raises UserError if the input is not an image.
+    by position (row by row), then by feature. Kernels of a local layer have the size of the window. Kernels of a full
+    or dense layer have the size of the whole input. Raises UserError if the input is not an image.
     """
     first = next((layer for layer in counts.layers(net.model, net.input_shape) if layer.count.weights), None)
     if first is None or len(first.input_shape) != 3:

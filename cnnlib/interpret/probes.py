@@ -16,7 +16,7 @@ from cnnlib.interpret.activations import activations
 from cnnlib.interpret.trained import Net
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3)
-"""L2 penalties that are tried. Each is a factor of the sum of squares of the features."""
+"""L2 penalties to try. Each is multiplied by the sum of squares of the features."""
 
 
 class Probe(NamedTuple):
@@ -27,13 +27,13 @@ class Probe(NamedTuple):
     name: str
     features: int
     penalty: float
-    """The penalty that was chosen from `PENALTIES`."""
+    """The penalty in `PENALTIES` that has the highest validation accuracy."""
     accuracy: float
     """Share of the test examples that the probe classifies correctly."""
 
 
 def linear_probes(net: Net, data: DataSet, layers: Sequence[int | None] | None = None) -> list[Probe]:
-    """Fit and score one linear classifier per layer, on its outputs; a layer of None means the pixels.
+    """Fit one linear classifier on the outputs of each layer, and measure its accuracy. None stands for the pixels.
 
     By default, probe the pixels and then every layer. The method follows Alain and Bengio, "Understanding intermediate
     layers using linear classifier probes", 2016. Alain and Bengio use logistic regression. cnnlib uses ridge regression
@@ -75,10 +75,11 @@ def linear_probes(net: Net, data: DataSet, layers: Sequence[int | None] | None =
 def ridge(
     x: Float[np.ndarray, "count feature"], y: Float[np.ndarray, "count target"], penalties: Sequence[float]
 ) -> Iterator[tuple[float, Callable[[np.ndarray], np.ndarray]]]:
-    """Yield each penalty p with the linear function f that minimises |y - f(x)|^2 + p s |weights|^2.
+    """Yield one pair per penalty p: p, and the linear function f that minimises |y - f(x)|^2 + p s |weights|^2.
 
-    The intercept has no penalty. s is the sum of squares of the centred features, so the scale of a layer's outputs
-    does not matter. The closed form has one equation per feature or one per example, whichever is fewer.
+    The penalty does not apply to the intercept. s is the sum of squares of the centred features. It makes the result
+    independent of the scale of a layer's outputs. The closed form has one equation per feature or one equation per
+    example, whichever gives fewer equations.
     """
     mean, target_mean = x.mean(axis=0), y.mean(axis=0)
     x, y = x - mean, y - target_mean

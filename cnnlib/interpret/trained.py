@@ -34,7 +34,7 @@ from cnnlib.train.types import Examples
 
 
 class Net(NamedTuple):
-    """One trained model, with the data needed to apply the model to stored examples."""
+    """One trained model, and the values that are needed to apply the model to stored examples."""
 
     model: Model
     parameters: Parameters
@@ -43,12 +43,12 @@ class Net(NamedTuple):
     mean: np.ndarray
     """Mean of each channel over the training examples. It is subtracted from the inputs."""
     deviation: np.ndarray
-    """Standard deviation. After the mean is subtracted, the inputs are divided by it."""
+    """Standard deviation of each channel. After subtraction of the mean, the inputs are divided by it."""
     test_accuracy: float
     """Share of the test examples that the model classifies correctly."""
 
     def seen(self, x: np.ndarray) -> np.ndarray:
-        """Return stored examples `(count, *spatial, channel)` as the model sees them: float32, normalised."""
+        """Return stored examples `(count, *spatial, channel)` in the form that the model takes: normalised float32."""
         return np.asarray((np.asarray(x, np.float32) - self.mean) / self.deviation, np.float32)
 
 
@@ -56,7 +56,7 @@ COMPILING_KERNELS = threading.Lock()
 
 
 def train_models(experiment: Experiment) -> tuple[dict[str, list[Net]], DataSet]:
-    """Train every lane of every arm; return the models by arm, one per lane, and the data.
+    """Train every lane of every arm. Return a dictionary from arm names to models (one per lane), and the data.
 
     The models equal those of the command `run` up to rounding differences, which grow during training. Two arms are
     compiled and trained at the same time. Raises UserError if arms have different data, if data is streamed, if a lane
@@ -83,7 +83,7 @@ def train_lanes(
 ) -> list[Net]:
     """Train every lane of one arm; return one model per lane."""
     if devices[0].platform == "cpu" and arm.model.connectivity != "full":
-        with COMPILING_KERNELS:  # so that two arms do not compile kernels.cc at the same time
+        with COMPILING_KERNELS:  # two arms must not compile kernels.cc at the same time
             kernels.chosen()
     spread = spread_of(arm, devices)
     recipe = recipe_of(arm, spread)

@@ -1,4 +1,4 @@
-"""Which orientation of a bar each filter of the first layer prefers."""
+"""Measure which orientation of a bar each filter of the first layer prefers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Tuning(NamedTuple):
     """How strongly units respond to bars of each orientation."""
 
     angles: Float[np.ndarray, " angle"]
-    """In degrees: 0 is a horizontal bar, 45 one that rises to the right, 90 a vertical one."""
+    """Angles in degrees: a bar at 0 is horizontal, a bar at 45 rises to the right, a bar at 90 is vertical."""
     responses: Float[np.ndarray, "unit angle"]
     selectivity: Float[np.ndarray, " unit"]
     """1 - circular variance. 0: the unit responds equally to all orientations. 1: the unit responds to one orientation
@@ -29,15 +29,15 @@ class Tuning(NamedTuple):
 def orientation_tuning(net: Net, angles: Sequence[int | float] | np.ndarray, deviation: float = 0.7) -> Tuning:
     """Return how strongly each filter of the first layer responds to a bright bar of each orientation.
 
-    The response is the largest increase of the unit's weighted sum over all positions of the bar, or 0 if no position
-    increases it. The bar is 1 on a background of 0, in all channels. It is longer than the filter and moves in steps of
-    a quarter of a pixel. Its profile is a Gaussian with a standard deviation of `deviation` pixels. With 0.7 or more,
-    the pixel grid favours no orientation. (It would favour a sharp bar along a column.) Selectivity is 1 - circular
-    variance (Ringach, Shapley and Hawken, "Orientation selectivity in macaque V1", 2002). In a square window, a long
-    bar along a diagonal covers up to 1.41 times more than one along a side. So the selectivity of a uniform filter is
-    near 0, not exactly 0.
+    The bar is tried at all positions. The response is the largest amount by which the bar increases the unit's weighted
+    sum, or 0 if the bar never increases the sum. The bar is 1 on a background of 0, in all channels. The bar is longer
+    than the filter and moves in steps of a quarter of a pixel. Its profile is a Gaussian with a standard deviation of
+    `deviation` pixels. If `deviation` is 0.7 or more, the pixel grid favours no orientation. (With a smaller
+    `deviation`, it favours a bar along a column.) Selectivity is 1 - circular variance (Ringach, Shapley and Hawken,
+    "Orientation selectivity in macaque V1", 2002). In a square window, a long bar along a diagonal covers up to 1.41
+    times as much as a bar along a side. So the selectivity of a uniform filter is near 0, not exactly 0.
 
-    Raises UserError if the first layer's input is not an image, or the angles do not divide 180 degrees equally.
+    Raises UserError if the first layer's input is not an image, or if the angles do not divide 180 degrees equally.
     """
     filters = first_filters(net).sum(axis=-1)
     asked = np.asarray(angles, np.float64)
@@ -64,11 +64,11 @@ def orientation_tuning(net: Net, angles: Sequence[int | float] | np.ndarray, dev
 def bars(
     shape: tuple[int, int], angle: int | float, offsets: Float[np.ndarray, " bar"], deviation: float = 0.7
 ) -> Float[np.ndarray, "bar height width"]:
-    """Return one image per offset, each with a bar from edge to edge that is 1 on its center line.
+    """Return one image per offset. Each image has one bar from edge to edge; the bar's value is 1 on its center line.
 
-    The bar's profile is a Gaussian with a standard deviation of `deviation` pixels. Angles are in degrees as in
-    `Tuning`. An offset is the distance, in pixels, of the center line from the image's center along the bar's normal
-    (down for a horizontal bar, to the right for a vertical one).
+    The bar's profile is a Gaussian with a standard deviation of `deviation` pixels. `angle` is in degrees, as in
+    `Tuning`. An offset is the distance in pixels from the image's center to the bar's center line. It counts downwards
+    for a horizontal bar, and to the right for a vertical bar.
     """
     across, down = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
     rows, columns = (np.arange(side) - (side - 1) / 2 for side in shape)

@@ -18,7 +18,10 @@ class LocalJobs:
     """Run jobs as processes on this machine, one per slot at a time."""
 
     def __init__(self, slots: Sequence[Mapping[str, str]], retries: int, says: Callable[[str], None]) -> None:
-        """Take the environment variables of each concurrent job as `slots`. Call `says` when a job was killed."""
+        """Make one slot per concurrent job.
+
+        Each entry of `slots` holds the environment variables of one slot. `says` is called when a job was killed.
+        """
         self._retries, self._says = retries, says
         self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in slots:

@@ -1,4 +1,4 @@
-"""Run jobs on Slurm: one job-array script that people can read and edit, then one job that merges the results."""
+"""Run jobs on Slurm: one job array trains, then one job merges the results. People can read and edit both scripts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def array_script(
     """Return the job-array script: one task per job.
 
     Args:
-        commands: The command of each job, by the name of the job.
+        commands: For each job name, the command of the job.
         place: The folder for the output of the tasks.
         options: Options of `sbatch`, without the leading dashes. They come last, so they override the other options.
         cores: Number of cores per job.
@@ -75,7 +75,7 @@ def array_script(
 
 
 def merge_script(out: Path, place: Path, more: Sequence[str], options: Sequence[str]) -> str:
-    """Return the script of the merging job. Only the `options` partition, account and qos are used."""
+    """Return the script of the job that merges. Of `options`, only `partition`, `account` and `qos` are used."""
     taken = [one for one in options if one.partition("=")[0] in ("partition", "account", "qos")]
     lines = ["job-name=cnnlib-merge", f"output={place}/slurm-merge.log", *taken]
     header = "\n".join(f"#SBATCH --{line}" for line in lines)
@@ -84,7 +84,7 @@ def merge_script(out: Path, place: Path, more: Sequence[str], options: Sequence[
 
 
 def submit(array: Path, merge: Path) -> tuple[str, str]:
-    """Submit both scripts; `merge` runs once all tasks of `array` have succeeded. Return Slurm's two job ids.
+    """Submit both scripts. The script `merge` runs after all tasks of the script `array` succeed. Return both job ids.
 
     Raise UserError if this machine has no `sbatch`, or if Slurm rejects a script.
     """

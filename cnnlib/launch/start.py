@@ -39,7 +39,7 @@ def start(
         command: The name of the experiment and its overrides, as on the command line.
         out: The folder of the run; each job has a folder in `jobs/`.
         launch: How to divide the experiment, and where to run the jobs.
-        more: Extra options for the commands `run` and `merge`, by command.
+        more: Extra options for each of the two commands `run` and `merge`.
         resume: Whether to continue the jobs that exist in `out`.
         stop: Called regularly. If it returns True, the jobs save their state and end early.
         says: Called with each progress message.

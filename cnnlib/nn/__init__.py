@@ -1,1 +1,1 @@
-"""The Flax module that runs a spec, and exact maps between the weights of convolutional, local and full nets."""
+"""Run a spec as a Flax module, and convert weights exactly between convolutional, local and full nets."""

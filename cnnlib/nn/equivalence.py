@@ -2,11 +2,12 @@
 
 A convolution is a local layer with equal weights at all positions. A local layer is a full layer whose weights are zero
 outside the windows. `expand` goes from conv to local to full: it returns parameters with which the new net computes
-exactly the same function. `project` goes from full to local to conv: it finds the nearest parameters of the new net, by
-least squares over the weights of the old net, and returns the distance. The distance is 0 if the new net can represent
-the old net. Dense layers, norms and the statistics of norms are the same in all connectivities, and are not changed.
+exactly the same function. `project` goes from full to local to conv: it finds the parameters of the new net that are
+nearest to the old net by least squares over the old weights. It also returns the distance, which is 0 if the new net
+can represent the old net. Dense layers, norms and the statistics of norms are the same in all connectivities, so they
+are not changed.
 
-All parameter maps here are linear functions of arrays. They work under jit, vmap and differentiation.
+All conversions of parameters here are linear functions of arrays. They work under jit, vmap and differentiation.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from cnnlib.spec.window import Shape, Window
 
 
 class Projection(NamedTuple):
-    """The nearest parameters of a connectivity that shares more weights, and what the projection lost."""
+    """The nearest parameters of a connectivity that shares more weights, and the distance to them."""
 
     parameters: Parameters
     distance: dict[str, Array]
-    """Relative distance per changed layer, by paths such as `layer_3` or `layer_3/layer_0`: the norm of the change of
-    kernel and biases, divided by the norm of the old kernel and biases. 0: nothing was lost; 1: everything was lost."""
+    """Relative distance per changed layer. The keys are paths, such as `layer_3` or `layer_3/layer_0`. The distance is
+    the norm of the change of kernel and biases, divided by the norm of the old kernel and biases. 0: nothing was lost.
+    1: everything was lost."""
     total: Array
     """Relative distance over all changed layers together."""
 
@@ -42,9 +44,9 @@ class Projection(NamedTuple):
 def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connectivity) -> Parameters:
     """Return parameters with which `model.with_connectivity(to)` computes the same function as `model`.
 
-    `parameters` belong to `model` on inputs of `input_shape`. A new local layer also has weights for taps on the
-    padding. They are those of the convolution and are multiplied only by zeros. Raise UserError if `to` shares more
-    weights than the model.
+    `parameters` are the parameters of `model` for inputs of `input_shape`. A new local layer also has weights for taps
+    on the padding. These weights are copied from the convolution, and they are multiplied only by zeros. Raise
+    UserError if `to` shares more weights than the model.
     """
 
     def change(path: str, layer: Filter, shape: Shape, entry: dict[str, Array], step: str) -> dict[str, Array]:
@@ -62,12 +64,13 @@ def expand(model: Model, parameters: Parameters, input_shape: Shape, to: Connect
 
 
 def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connectivity) -> Projection:
-    """Return the parameters of `model.with_connectivity(to)`, which shares more weights, nearest to `parameters`.
+    """Find the parameters of `model.with_connectivity(to)` that are nearest to `parameters`.
 
-    For each layer, the result minimises the sum of squared differences over all connections. A tap on the padding is no
-    connection. A projection to local drops the weights outside the windows. A projection to conv sets each shared
-    weight to the mean of the weights at all positions where its tap is a connection. If there is no such position, the
-    shared weight becomes 0. Raise UserError if `to` shares fewer weights than the model.
+    The connectivity `to` must share more weights than the model, or be the same. For each layer, the result minimises
+    the sum of squared differences over all connections. A tap on the padding is not a connection. A projection to local
+    drops the weights outside the windows. A projection to conv sets each shared weight to the mean of the weights at
+    all positions where its tap is a connection. If there is no such position, the shared weight becomes 0. Raise
+    UserError if `to` shares fewer weights than the model.
     """
     lost: dict[str, Array] = {}
     whole: dict[str, Array] = {}
@@ -101,9 +104,10 @@ def project(model: Model, parameters: Parameters, input_shape: Shape, to: Connec
 
 
 def tied(model: Model, gradient: Parameters, input_shape: Shape, source: Connectivity) -> Parameters:
-    """Convert the gradient of the parameters expanded to `source` to the gradient of the parameters of `model`.
+    """Convert the gradient of expanded parameters to the gradient of the parameters of `model`.
 
-    The conversion is the transpose of `expand`: it sums the gradient over weights that are one weight in `model`.
+    `source` is the connectivity of the expanded parameters, to which `gradient` belongs. The conversion is the
+    transpose of `expand`: if several weights are one weight in `model`, it adds their gradients.
     """
     like = parameter_shapes(model, input_shape, jax.tree.leaves(gradient)[0].dtype)
     transpose = jax.linear_transpose(lambda parameters: expand(model, parameters, input_shape, source), like)
@@ -138,7 +142,7 @@ def _along(
     order: tuple[Connectivity, ...],
     change: Callable[[str, Filter, Shape, dict[str, Array], str], dict[str, Array]],
 ) -> Parameters:
-    """Apply `change` to each layer that has a window, once per step in `order`, until the layer's connectivity is `to`.
+    """Apply `change` to each layer that has a window, once per step, until the layer's connectivity is `to`.
 
     `order` lists the connectivities in the order in which the parameters are converted.
     """
@@ -168,15 +172,15 @@ def _along(
 
 
 def _with_entry(tree: Parameters, path: tuple[str, ...], entry: dict[str, Any]) -> Parameters:
-    """Return the tree with the entry at `path` replaced."""
+    """Return `tree`, but with `entry` at `path`."""
     name, *rest = path
     return {**tree, name: _with_entry(tree.get(name, {}), tuple(rest), entry) if rest else entry}
 
 
 def under(window: Window) -> np.ndarray:
-    """Return the input position under each tap at each output position, as `(positions, taps)`, or -1 for padding.
+    """Return which input position each tap meets at each output position, as an array `(positions, taps)`.
 
-    All positions and taps are numbered in row-major order.
+    The value is -1 if the tap meets padding. All positions and taps are numbered in row-major order.
     """
     places, inside = np.zeros((1, 1), np.int64), np.ones((1, 1), bool)
     for n, k, s, d, (low, _), outputs in zip(
@@ -204,7 +208,7 @@ def _ungrouped(kernel: Array, groups: int) -> Array:
 
 
 def _grouped(kernel: Array, groups: int) -> Array:
-    """Invert `_ungrouped`: keep the weights between channels and features of the same group."""
+    """Undo `_ungrouped`: keep only the weights between channels and features of the same group."""
     if groups == 1:
         return kernel
     *axes, channels, features = kernel.shape
@@ -226,7 +230,7 @@ def _scattered(kernel: Array, window: Window, groups: int) -> Float[Array, "inpu
 
 
 def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, channels: int, groups: int) -> Array:
-    """Take the weights inside windows and groups from a full layer's matrix, as a local kernel. Padded taps are 0."""
+    """Convert a full layer's matrix to a local kernel. Keep weights inside windows and groups; padded taps become 0."""
     places = under(window)
     position, tap = np.nonzero(places >= 0)
     inputs, outputs = math.prod(window.input_size), math.prod(window.output_size)
@@ -238,10 +242,10 @@ def _gathered(matrix: Float[Array, "input_node output_node"], window: Window, ch
 
 
 def _mean(values: Array, mask: Array) -> Array:
-    """Return the mean over the first axis of the values whose mask is 1, or 0 if the mask is 0 for all values.
+    """Return the mean, over the first axis, of the values whose mask is 1. If no mask is 1, return 0.
 
-    The result has shape `(1, ...)`. The function adds the mean difference from one of the values to that value.
-    Therefore the mean of equal values is exact to the last bit.
+    The result has shape `(1, ...)`. The function chooses one value, averages the differences of all values from it, and
+    adds this average to it. Therefore the mean of equal values is exact to the last bit.
     """
     first = jnp.argmax(mask, axis=0, keepdims=True)
     base = jnp.take_along_axis(values, jnp.broadcast_to(first, (1, *values.shape[1:])), axis=0)

@@ -1,4 +1,4 @@
-"""A Flax Linen module that runs a spec. Only this file imports Flax."""
+"""Run a spec as a Flax Linen module. Only this file imports Flax."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from cnnlib.spec.window import Shape
 Parameters = dict[str, Any]
 """One entry per layer, named by its position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`. If layer 0 is a
 residual, `layer_0` holds the entries of its layers, and `layer_0_shortcut` holds those of its shortcut. `kernel_shape`
-and `bias_shape` return the shapes. A norm has `scale` and `bias`, one value of each per channel."""
+and `bias_shape` return the shapes of the arrays. A norm has the arrays `scale` and `bias`, with one value per
+channel."""
 
 Statistics = dict[str, Any]
-"""Running `mean` and `variance` per channel of each norm, named as in `Parameters`. Empty if there are no norms."""
+"""Running `mean` and `variance` of each norm, per channel. Layers have the names of `Parameters`. Empty if there are no
+norms."""
 
 EPSILON = 1e-5
-"""Added to the variance in a norm."""
+"""Small number that a norm adds to the variance."""
 DECAY = 0.9
 """Decay of a norm's running statistics per step: new = DECAY * old + (1 - DECAY) * batch."""
 
@@ -35,7 +37,7 @@ Stretch = Callable[[Parameters, Statistics, Array], tuple[Array, Statistics]]
 
 ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}
 NON_DECREASING = {"relu", "tanh"}
-"""Activations f that are non-decreasing. For these, max(f(a), f(b)) = f(max(a, b))."""
+"""Names of non-decreasing activations. For such an activation f, max(f(a), f(b)) = f(max(a, b))."""
 
 
 def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
@@ -53,7 +55,7 @@ def kernel_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shap
 
 
 def bias_shape(layer: Conv | Local | Full | Dense, input_shape: Shape) -> Shape:
-    """Return the shape of a layer's biases: one bias per feature in a convolution, one per output node in others."""
+    """Return the shape of a layer's biases. A convolution has one per feature; others have one per output node."""
     return (layer.features,) if isinstance(layer, Conv) else layer.output_shape(input_shape)
 
 
@@ -75,7 +77,7 @@ class Affine(nn.Module):
     layer: Conv | Local | Full | Dense
     compute_dtype: DTypeLike
     pool: Layer | None = None
-    """Max pooling to apply between the product and the bias (see `Network`)."""
+    """Max pooling to apply after the product and before the bias is added (see `Network`)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
@@ -94,7 +96,7 @@ class Affine(nn.Module):
 
 
 class Normalised(nn.Module):
-    """Batch normalisation with its running statistics (`spec.Norm`).
+    """Batch normalisation (`spec.Norm`) and its running statistics.
 
     The module behaves like Flax's `nn.BatchNorm` with momentum 0.9. The running mean starts at 0 and the running
     variance at 1. Training uses the mean and the biased variance of the batch, and moves the running statistics towards
@@ -123,7 +125,10 @@ class Normalised(nn.Module):
 
 
 def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array, pool: MaxPool | None = None) -> Array:
-    """Apply `kernel` to `x`, `(batch, *spatial, channel)`, without biases. Then apply `pool` to a convolution."""
+    """Apply `kernel` to `x`, an array `(batch, *spatial, channel)`, without biases.
+
+    If `pool` is given, `layer` is a convolution, and `pool` is applied to its result.
+    """
     if isinstance(layer, Full | Dense):
         return (x.reshape(x.shape[0], -1) @ kernel).reshape(x.shape[0], *layer.output_shape(x.shape[1:]))
     arguments: dict[str, Any] = {
@@ -140,20 +145,20 @@ def product(layer: Conv | Local | Full | Dense, x: Array, kernel: Array, pool: M
 class Network(nn.Module):
     """A sequence of layers as a Flax module: `init(key, x)` gives variables, `apply(variables, x)` the output.
 
-    `x` is `(batch, *spatial, channel)`, float. The output has type `compute_dtype`. If `training`, norms use the
-    batch's statistics and update the running statistics. These are in the collection `batch_stats`, so `apply` must be
-    called with `mutable=["batch_stats"]`.
+    `x` is a float array `(batch, *spatial, channel)`. The output has type `compute_dtype`. If `training` is true, norms
+    use the batch's statistics and update the running statistics. The running statistics are in the collection
+    `batch_stats`, so `apply` must be called with `mutable=["batch_stats"]`.
 
-    Bias, rounding and non-decreasing activations keep the order of values. Max pooling gives the same result before
-    them as after them. We pool first, so that bias and activation run on fewer values: a quarter for a 2x2 window.
-    Gradients are also the same, unless rounding would make different values equal. If we pool first, only the value
-    that was largest before rounding gets the gradient.
+    Adding a bias, rounding and non-decreasing activations do not change the order of values. Therefore max pooling
+    gives the same result before these operations as after them. We pool first, because the operations then run on fewer
+    values: on a quarter of them for a 2x2 window. Gradients are also the same, unless rounding makes different values
+    equal. In this case, only the value that was largest before rounding gets the gradient.
     """
 
     layers: tuple[Layer, ...]
     compute_dtype: DTypeLike = jnp.float32
     data_axis: str | None = None
-    """Mesh axis along which devices share each training batch (`ops.batch_norm`)."""
+    """Mesh axis along which devices divide each training batch (`ops.batch_norm`)."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], training: bool = False) -> Float[Array, "batch ..."]:
@@ -191,10 +196,11 @@ def max_pool(x: Array, layer: MaxPool) -> Array:
 
 
 def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
-    """For each convolution whose max pooling can run before the bias, map its index in `layers` to that of the pooling.
+    """Find the convolutions whose max pooling can run before the bias is added.
 
-    Only a convolution has the same bias at all positions of a window. Pooling cannot move before a norm, because the
-    scale of the norm may be negative.
+    The result maps the index of the convolution in `layers` to the index of its pooling. Only a convolution has the
+    same bias at all positions of a window. Pooling cannot move before a norm, because the scale of the norm may be
+    negative.
     """
     pools = {}
     for index, layer in enumerate(layers):
@@ -209,7 +215,7 @@ def pools_before_bias(layers: tuple[Layer, ...]) -> dict[int, int]:
 
 
 def initial(network: Network, key: Key[Array, ""], input_shape: Shape) -> tuple[Parameters, Statistics]:
-    """Return a network's initial parameters, drawn from `key`, and the initial statistics of its norms."""
+    """Draw a network's initial parameters from `key`. Return them and the initial statistics of the network's norms."""
     variables = network.init(key, jnp.zeros((1, *input_shape), jnp.float32))
     return variables["params"], variables.get("batch_stats", {})
 
@@ -217,7 +223,7 @@ def initial(network: Network, key: Key[Array, ""], input_shape: Shape) -> tuple[
 def logits(
     network: Network, parameters: Parameters, statistics: Statistics, x: Float[Array, "batch ..."]
 ) -> Float[Array, "batch classes"]:
-    """Return the network's output in float32, because losses are always computed in float32."""
+    """Return the network's output in float32. Losses are always computed in float32."""
     return jnp.asarray(network.apply({"params": parameters, "batch_stats": statistics}, x), jnp.float32)
 
 
@@ -226,8 +232,8 @@ def training_logits(
 ) -> tuple[Float[Array, "batch classes"], Statistics]:
     """Return the logits in training and the updated running statistics. Norms use the batch's statistics.
 
-    If `remat`, the layers are cut into `stretches`. Only the input of each stretch is kept for the backward pass, which
-    computes the other maps again.
+    If `remat` is true, the layers are cut into `stretches`. For the backward pass, only the input of each stretch is
+    kept. The backward pass computes the other maps again.
     """
     changed: Statistics = {}
     for first, end in stretches(network.layers) if remat else [(0, len(network.layers))]:
@@ -250,7 +256,7 @@ def applied(network: Network) -> Stretch:
 
 
 def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, Any]:
-    """Return the entries of layers `first` to `end - 1`, and add `by` to the number in each name."""
+    """Return the entries of the layers `first` to `end - 1`. In their names, add `by` to the layer's number."""
     found = {}
     for name, value in known.items():
         _, number, *rest = name.split("_")
@@ -260,7 +266,10 @@ def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, A
 
 
 def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
-    """Cut `layers` after each pooling, and before and after each residual. Return `(first, end)` per stretch."""
+    """Cut `layers` into stretches: after each pooling, and before and after each residual.
+
+    Return one pair `(first, end)` per stretch. The layers of a stretch are `first` to `end - 1`.
+    """
     ends = {0, len(layers)}
     for index, layer in enumerate(layers):
         if isinstance(layer, MaxPool | AvgPool | Residual):
@@ -271,7 +280,7 @@ def stretches(layers: tuple[Layer, ...]) -> list[tuple[int, int]]:
 
 
 def computed_again(stretch: Stretch) -> Stretch:
-    """Return `stretch` with a derivative that keeps only the arguments and recomputes the rest.
+    """Return `stretch` with another derivative, which keeps only the arguments and computes the rest again.
 
     `jax.checkpoint` separates the forward computation from its repetition with a barrier. On a CPU, XLA (jaxlib 0.10.2)
     removes the barrier, merges the two equal computations, and so keeps the maps. Here the repetition uses `-x` if the

@@ -75,7 +75,7 @@ def conv1d(
     feature_group_count: int = 1,
     pool: MaxPool | None = None,
 ) -> Float[Array, "batch output_length feature"]:
-    """Correlate each signal with the kernel. Arguments are those of `conv2d`."""
+    """Correlate each signal with the kernel. The arguments are the same as for `conv2d`."""
     groups = _check_operands("conv1d", x, kernel, 1, feature_group_count)
     window = _window(x.shape[1:], kernel.shape[:1], strides, dilation, padding)
     return _correlated(_groups(x[:, None], groups), _groups(kernel[None], groups), window, pool)[:, 0]
@@ -120,9 +120,9 @@ def conv_transpose2d(
         padding: As for `conv2d`. The padding is cropped from the result.
         dilation: As for `conv2d`.
         feature_group_count: As for `conv2d`.
-        output_size: Height and width of the result. For SAME, the default is size * stride, where size is that of `y`.
-            For other paddings, the default is the smallest size that fits: (size - 1) * stride + span - padding, with
-            span = (kernel - 1) * dilation + 1.
+        output_size: Height and width of the result. For SAME, the default is size * stride, where size is the size of
+            `y`. For other paddings, the default is the smallest size that fits: (size - 1) * stride + span - padding.
+            Here span is (kernel size - 1) * dilation + 1, and padding is the sum of both sides.
 
     Raises UserError if the forward convolution does not map `output_size` to the size of `y`.
     """
@@ -141,7 +141,7 @@ def conv_transpose1d(
     feature_group_count: int = 1,
     output_size: Sequence[SupportsIndex] | None = None,
 ) -> Float[Array, "batch output_length channel"]:
-    """Apply a transposed convolution to signals. Arguments are those of `conv_transpose2d`."""
+    """Apply a transposed convolution to signals. The arguments are the same as for `conv_transpose2d`."""
     groups = _check_operands("conv_transpose1d", y, kernel, 1, feature_group_count, transposed=True)
     window = _window_back(y, kernel.shape[:1], strides, dilation, padding, output_size)
     x = primitives.correlate_back(_groups(y[:, None], groups), _groups(kernel[None], groups), *_sized(window))
@@ -157,7 +157,7 @@ def local2d(
     dilation: PerAxisLike = 1,
     feature_group_count: int = 1,
 ) -> Float[Array, "batch output_height output_width feature"]:
-    """Correlate each image with separate weights at every position. Arguments are those of `conv2d`.
+    """Correlate each image with separate weights at every position. The arguments are the same as for `conv2d`.
 
     Neither the forward pass nor a gradient copies weights. Without kernels.cc, the forward pass and each gradient are
     one matrix product each, batched over positions.
@@ -177,7 +177,7 @@ def local1d(
     dilation: PerAxisLike = 1,
     feature_group_count: int = 1,
 ) -> Float[Array, "batch output_length feature"]:
-    """Correlate each signal with separate weights at every position. Arguments are those of `conv2d`."""
+    """Correlate each signal with separate weights at every position. The arguments are the same as for `conv2d`."""
     groups = _check_operands("local1d", x, kernel, 1, feature_group_count, shared=False)
     window = _window(x.shape[1:], kernel.shape[1:2], strides, dilation, padding)
     _check_positions(kernel, window)
@@ -253,7 +253,7 @@ def batch_norm(
     epsilon: float,
     over: str | None = None,
 ) -> tuple[Float[Array, "batch *spatial channel"], Float[Array, " channel"], Float[Array, " channel"]]:
-    """Normalise each channel of `x`; return the result and the mean and variance of each channel.
+    """Normalise each channel of `x`. Return three arrays: the result, and the mean and the variance of each channel.
 
     The result is (x - mean) / sqrt(variance + epsilon) * scale + bias. Mean and variance are over batch and positions.
     The variance is biased: the mean of the squared differences from the mean. The function computes in float32, or in
@@ -275,7 +275,7 @@ def _batch_norm(x: Array, scale: Array, bias: Array, epsilon: float, over: str |
 def _batch_norm_derivative(
     epsilon: float, over: str | None, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
-    """Compute the JVP. The gradient, its transpose, sums twice over the map: for the gradients of bias and scale."""
+    """Compute the JVP (forward derivative). Its transpose sums over the map twice: once for bias, once for scale."""
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
     normal, mean, variance = _normal(x, epsilon, over)
     deviation = jnp.sqrt(variance + epsilon)
@@ -286,7 +286,7 @@ def _batch_norm_derivative(
 
 
 def _normal(x: Array, epsilon: float, over: str | None) -> tuple[Array, Array, Array]:
-    """Return `x` with mean 0 and standard deviation 1 per channel, and the mean and variance of the channels.
+    """Return three arrays: `x` with mean 0 and standard deviation 1 per channel, the means, and the variances.
 
     The mean is subtracted before squaring. The formula mean(x^2) - mean(x)^2 subtracts two large numbers, and most of
     the difference may be rounding error.

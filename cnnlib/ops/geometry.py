@@ -62,7 +62,7 @@ def wide_type(dtype: Any) -> Any:
 
 
 def taps_of(x: Array, window: tuple[int, ...], correlation: Correlation, fill: float) -> list[Array]:
-    """Return one array per tap, with the values under the tap at all output positions.
+    """Return one array per tap. The array holds the values under the tap at all output positions.
 
     A tap is one element of the window. Taps are in row-major order. `x` is `(image, height, width, channel)`. Each
     returned array is `(image, row, column, channel)`. Padding has value `fill`.

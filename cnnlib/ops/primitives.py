@@ -98,7 +98,7 @@ COMPILED_FOR: ContextVar[kernels.Kernels | None] = ContextVar("COMPILED_FOR", de
 
 @contextlib.contextmanager
 def compiled_for(form: kernels.Kernels | None) -> Iterator[None]:
-    """Trace operations inside the `with` block in `form`. If None, `CNNLIB_KERNELS` or JAX's device selects it."""
+    """Inside the `with` block, trace operations in `form`. None: `CNNLIB_KERNELS` or JAX's device selects the form."""
     token = COMPILED_FOR.set(form)
     try:
         yield

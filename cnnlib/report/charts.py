@@ -26,9 +26,9 @@ COSTS = {
 }
 """Axis titles of the costs that accuracy is plotted against; the keys are fields of an arm's results."""
 PLACES = 5
-"""Points of an arm's lanes are drawn to the left of the mean of these lanes, in this many columns."""
+"""Number of columns for the points of an arm's lanes. The columns are to the left of the mean of these lanes."""
 MOST_NAMES = 12
-"""If there are at most this many means, each mean has a name beside it; if there are more, none has a name."""
+"""The chart writes names beside the means if it has at most this many means, and no names if it has more."""
 SHAPES = {"full": "circle", "local": "square", "conv": "triangle-up"}
 DASHES = ([1, 0], [6, 3], [2, 2])
 """Dash patterns that distinguish lines of the same colour."""
@@ -43,10 +43,10 @@ def check_extra() -> None:
 
 
 def library() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and vega-embed as one text, for a page that loads nothing."""
+    """Return the JavaScript of Vega, Vega-Lite and vega-embed as one text, so that the page loads nothing."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub forgets the default
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # the stub of this function lacks the default
 
 
 def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any
 
 
 def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
-    """Plot test accuracy (%) against `cost`, a key of `COSTS`, on a log axis: lanes as points, means with intervals."""
+    """Plot test accuracy (%) against `cost`, a key of `COSTS` (log axis). Lanes are points; means have intervals."""
     import altair
 
     lanes, means = [], []
@@ -112,7 +112,7 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
 
 
 def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) -> list[int]:
-    """Return how many pixels to raise the name of each mean so that no two names overlap; `side`: the plot's width."""
+    """Return by how many pixels to raise each mean's name, so that no names overlap. `side` is the plot's width."""
     x = np.log([mean["cost"] for mean in means])
     y = np.array([mean["accuracy"] for mean in means])
     spans = [max(float(np.ptp(each)), 1e-9) if len(means) else 1.0 for each in (x, y)]
@@ -124,7 +124,7 @@ def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) 
         while any(
             left < other_right
             and other_left < right
-            and abs(height + found[index] - other) < line - 1  # - 1: allow for rounding
+            and abs(height + found[index] - other) < line - 1  # `- 1` allows for rounding
             for other_left, other_right, other in placed
         ):
             found[index] += line
@@ -133,17 +133,17 @@ def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) 
 
 
 class Curves(NamedTuple):
-    """Points of learning curves, in percent, with the names of their arms: one per lane, and means over lanes."""
+    """Points of learning curves in percent, with the names of their arms: curves of lanes, and means over lanes."""
 
     lanes: list[dict[str, Any]]
     means: list[dict[str, Any]]
 
 
 def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
-    """Return the learning curves of `metric` for `arms`, from lines of `metrics.jsonl`.
+    """Read the learning curves of `metric` for `arms` from lines of `metrics.jsonl`.
 
-    Each arm has at most `most_epochs` epochs, evenly spaced; the last epoch is one of these. Malformed lines are
-    skipped. The result may be empty.
+    Keep at most `most_epochs` evenly spaced epochs per arm, the last epoch included. Skip malformed lines. The result
+    may be empty.
     """
     values: dict[tuple[str, int], list[tuple[int, int, float]]] = defaultdict(list)
     for line in lines:
@@ -168,7 +168,7 @@ def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: s
 
 
 def curves_chart(found: Curves, words: str) -> dict[str, Any]:
-    """Plot a metric against the epoch: a line and a band per arm, and a fainter line per lane in `found.lanes`."""
+    """Plot a metric against the epoch. Each arm has a line and a band, and each lane in `found` has a faint line."""
     import altair
 
     names = list(dict.fromkeys(mean["arm"] for mean in found.means))
@@ -205,7 +205,7 @@ def curves_chart(found: Curves, words: str) -> dict[str, Any]:
 def growth_points(
     sides: Sequence[int], windows: Sequence[int], channels: Sequence[int], features: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return exact counts of one zero-padded layer: one entry per size and connectivity.
+    """Return exact counts of one zero-padded layer, with one entry per combination of sizes and connectivity.
 
     Raises UserError if a window does not fit the smallest side.
     """
@@ -229,7 +229,7 @@ def growth_points(
 
 
 def growth_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Plot the counts of `growth_points` against the side; menus choose window, channels and features."""
+    """Plot the counts of `growth_points` against the image side. Menus select window, channels and features."""
     import altair
 
     menus, chosen = [], []

@@ -11,15 +11,15 @@ from cnnlib.stats.fits import VarianceComponents, variance_components
 from cnnlib.stats.intervals import Difference, paired_differences
 
 MOST_ARMS = 6
-"""If a run has at most this many arms, compare every pair; if it has more, compare each arm with the first one."""
+"""If a run has at most this many arms, compare every pair. If it has more, compare each arm with the first arm."""
 SEEDS = ("seed", "order_seed")
 
 
 def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
-    """Return test accuracies by arm and seed, for the setting that validation chose; diverged lanes are left out.
+    """Return test accuracies by arm and seed, for the setting that validation chose. Leave out diverged lanes.
 
-    Arms without a chosen setting are left out. Results of older cnnlib versions may lack some hyperparameters. Then
-    only the hyperparameters in the results select the lanes.
+    Arms without a chosen setting are left out. Results of older cnnlib versions may lack some hyperparameters. Then the
+    lanes are selected by the hyperparameters that the results have.
     """
     found: dict[str, dict[Hashable, float]] = {}
     for arm in results["arms"]:
@@ -37,10 +37,10 @@ def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
 
 
 def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Difference]:
-    """Compare pairs of arms, FIRST:SECOND; the pairs are `planned`, or if empty, those of the run's configuration.
+    """Compare the pairs of arms in `planned`, written FIRST:SECOND.
 
-    If the configuration has no pairs either, compare every pair of arms. If there are more than `MOST_ARMS` arms,
-    compare only each arm with the first one.
+    If `planned` is empty, use the pairs in the run's configuration. If the configuration has no pairs either, compare
+    every pair of arms; with more than `MOST_ARMS` arms, compare only each arm with the first arm.
     """
     values = accuracies(results)
     if len(values) < 2:
@@ -53,9 +53,9 @@ def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Di
 
 
 def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
-    """Estimate how much of an arm's accuracy spread is due to initial weights, and how much to data order.
+    """Estimate which part of the spread of an arm's accuracy comes from initial weights, and which from data order.
 
-    Arms in which not every seed ran with every order are left out.
+    Leave out an arm if some seed did not run with every data order.
     """
     found = {}
     for arm, values in accuracies(results).items():
@@ -66,7 +66,7 @@ def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
 
 
 def spread_sentence(arm: str, found: VarianceComponents) -> str:
-    """Describe the spread in words: standard deviations in percentage points, with intervals."""
+    """Describe the spread in words. The text has standard deviations in percentage points and their intervals."""
     parts = (("initial weights", found.initialisation), ("data order", found.order), ("the rest", found.rest))
     texts = []
     for name, part in parts:

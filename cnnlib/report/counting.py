@@ -1,4 +1,4 @@
-"""The output of the command `count`: the counts of each layer of a model and the total, as JSON or as a table."""
+"""Write the output of the command `count`, as JSON or as a table: counts of each layer of a model, and the total."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADERS = {"receptive field": "field"}
 
 
 def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return the counts of a model, ready for JSON: `layers` has one entry per layer, `total` is the sum over layers.
+    """Return the counts of a model as JSON: `layers` has one entry per layer, and `total` is the sum over layers.
 
     Counts are per example; bytes are per training step with `batch_size` examples. Raises UserError if a layer does not
     fit its input.
@@ -45,7 +45,7 @@ def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> di
 
 
 def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return counts and receptive field by name; the field has a number per axis, or is None if positions differ."""
+    """Return counts and receptive field by name. The field has one size per axis, or is None if positions differ."""
     known = [field for field in fields if field is not None]
     whole = len(known) == len(fields)
     return {
@@ -67,7 +67,7 @@ def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[s
 
 
 def name_of(layer: LayerCount) -> str:
-    """Return a layer's name: `4` for the fifth layer, `4.0` inside a residual there, `4s.0` inside its shortcut."""
+    """Return a layer's name. Layer `4.0` is inside the residual `4`; layer `4s.0` is inside its shortcut."""
     return ".".join(part.removeprefix("layer_").replace("_shortcut", "s") for part in layer.path)
 
 
@@ -77,7 +77,7 @@ def layer_text(layer: LayerCount) -> str:
 
 
 def axes_text(sizes: list[int] | None) -> str:
-    """Return sizes as text: `5` if all axes are equal, else `5x3`. If `sizes` is None, return `varies`."""
+    """Return sizes as text, such as `5` for equal axes and `5x3` for others. If `sizes` is None, return `varies`."""
     if sizes is None:
         return "varies"
     return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes)) or "-"

@@ -1,4 +1,4 @@
-"""Counts of layers as the input grows: a run without training, with a table and a figure. Needs no JAX."""
+"""Count connections and parameters of layers as the input grows. Such a run trains nothing and needs no JAX."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNTS = {
 
 
 def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
-    """Return the arms for each side of the input. If a layer does not fit, raise UserError, which names the side."""
+    """Return the arms for each side of the input. If a layer does not fit, raise UserError and name the side."""
     shapes = {side: (side, side, growth.channels) for side in growth.sides}
     return {
         side: resolve_arms(growth.arms, {arm.name: (shape, growth.num_classes) for arm in growth.arms})
@@ -34,7 +34,7 @@ def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
 def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:
     """Count layers, and write `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
 
-    Return the content of `results.json`, and the folder to which the files of an earlier run were moved, or None.
+    Return the content of `results.json`, and the folder that now has the files of an earlier run (None if no run).
     Raises UserError, and writes nothing, if a layer does not fit its input.
     """
     results = {
@@ -51,7 +51,7 @@ def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], st
         files.write_whole(held / "config.json", lambda path: path.write_text(files.to_json(config)))
         files.write_whole(held / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
         files.write_whole(held / "growth.png", lambda path: figure(results, path))
-        # Written last: a run that has results counts as finished.
+        # Write this file last: a run that has results counts as finished.
         files.write_whole(held / "results.json", lambda path: path.write_text(files.to_json(results)))
     return results, earlier
 
@@ -72,7 +72,7 @@ def counts(resolved: dict[int, tuple[ResolvedArm, ...]]) -> list[dict[str, Any]]
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """Return title, columns and rows of one table per count: one row per side, one column per arm."""
+    """Return one (title, columns, rows) per kind of count. Each table has one row per side and one column per arm."""
     arms = tuple(dict.fromkeys(entry["arm"] for entry in results["counts"]))
     found = []
     for count, title in COUNTS.items():
@@ -95,7 +95,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
-    """Draw the figure of `draw` into a file."""
+    """Write the figure that `draw` returns to a file."""
     pyplot, _ = pyplot_for_files()
     drawn = draw(results)
     drawn.savefig(path, dpi=150)
@@ -103,7 +103,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Draw connections and parameters against the side of the input, on log axes, with one line per arm."""
+    """Draw connections and parameters against the side of the input, one line per arm. Both axes are logarithmic."""
     from matplotlib import pyplot
 
     drawn, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.4), sharey=True, layout="constrained")

@@ -1,4 +1,4 @@
-"""The confusion matrix of each arm, and pictures of the arm's worst mistakes."""
+"""Compute the confusion matrix of each arm, and make pictures of the arm's worst mistakes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from cnnlib.runs.predictions import Predictions
 
 MOST_CLASSES = 20
-"""A confusion matrix with more classes than this is not shown."""
+"""Largest number of classes with which a confusion matrix is shown."""
 
 
 def class_name(data: Mapping[str, Any], number: int) -> str:
-    """Return the name of class `number`; if `data` (from the results) has no class names, return the number."""
+    """Return the name of class `number`. If `data` (from the results) has no class names, return the number as text."""
     names = data.get("class_names")
     known = isinstance(names, list) and 0 <= number < len(names)
     return str(names[number]) if known else str(number)  # type: ignore[index]
 
 
 def confusion_shares(found: Predictions, classes: int) -> np.ndarray:
-    """Return the share of each answer among the examples of each true class, `(true class, answer)`.
+    """Return an array `(true class, answer)`: of the examples of a class, the share that gets this answer.
 
     Shares are means over lanes that have not diverged. Each row sums to 1.
     """
@@ -41,7 +41,7 @@ class Confusions(NamedTuple):
     """Number of lanes that have not diverged."""
     classes: list[str]
     shares: list[list[float]] | None
-    """`confusion_shares`; None if there are no lanes, or more than `MOST_CLASSES` classes."""
+    """The result of `confusion_shares`. None if there are no lanes, or more than `MOST_CLASSES` classes."""
 
 
 def confusions(answers: Mapping[str, Predictions], data: Mapping[str, Any]) -> list[Confusions]:
@@ -68,7 +68,7 @@ class Mistake(NamedTuple):
 
 
 def mistakes(answers: Mapping[str, Predictions], data: Mapping[str, Any], most: int) -> list[tuple[str, list[Mistake]]]:
-    """Return the examples that most lanes of an arm get wrong, highest mean loss first, at most `most` per arm."""
+    """Return for each arm up to `most` examples that most of its lanes get wrong. The highest mean loss comes first."""
     parts = []
     for arm, found in answers.items():
         fine = (found.predicted >= 0).all(axis=1)
@@ -94,7 +94,7 @@ def scaled(example: np.ndarray) -> np.ndarray:
 
 
 def lines(signal: np.ndarray) -> list[str]:
-    """Return one line per channel of a signal `(length, channel)`: its points in a square of 60 by 60."""
+    """Return one line per channel of a signal `(length, channel)`. The points of a line are in a square of 60 by 60."""
     found = []
     for channel in scaled(signal).T:
         places = np.linspace(1, 59, len(channel))

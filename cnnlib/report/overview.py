@@ -1,4 +1,4 @@
-"""The commands `runs` and `compare`: list runs with their state, and show finished runs side by side; needs no JAX.
+"""Implement the commands `runs` (list runs and their state) and `compare` (finished runs side by side) without JAX.
 
 A folder may come from another person. So its content is checked before use, and never executed.
 """
@@ -25,7 +25,7 @@ MARKS = (folder.RECORD, "results.json")
 
 
 def found_runs(place: Path) -> list[Path]:
-    """Return the folders of runs in `place`, at any depth, outside `earlier`; raise UserError if there are none."""
+    """Return all folders of runs inside `place`, except those in `earlier`. Raise UserError if there are no runs."""
     if not place.is_dir():
         raise UserError(f"there is no folder {place}")
     found = []
@@ -40,7 +40,7 @@ def found_runs(place: Path) -> list[Path]:
 
 
 def print_runs(place: Path, console: Console) -> None:
-    """Print one line per run in `place`: state, start, progress and the result so far."""
+    """Print one line per run in `place`. A line has the state, the start, the progress and the result so far."""
     print_table(console, COLUMNS, [described(run, place) for run in found_runs(place)], left=5)
 
 
@@ -64,7 +64,7 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
 
 
 def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
-    """Return how much of the training is done, over the epochs of all arms, such as `58 %`."""
+    """Return which share of the epochs of all arms is done, such as `58 %`."""
     arms, epochs = _list(config.get("arms")), config.get("epochs")
     if not isinstance(epochs, int) or epochs < 1 or not arms:
         return "-"
@@ -93,7 +93,7 @@ def headline(results: dict[str, Any]) -> str:
 
 
 def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None:
-    """Print finished runs side by side: test accuracy and time of each arm, and the fields in which the runs differ.
+    """Print finished runs side by side: each arm's test accuracy and time, and the fields that differ between runs.
 
     Raises UserError if a folder has no results, or if devices or precisions differ and `mixed` is False.
     """
@@ -128,7 +128,7 @@ def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None
 
 
 def computed_on(results: dict[str, Any]) -> str:
-    """Return the kind of device of a run and the precision of its products. Accuracies and times depend on both."""
+    """Return a run's kind of device and its precision of products as text. Accuracies and times depend on both."""
     device, config = _object(results.get("device")), _object(results.get("config"))
     kind, precision = device.get("kind"), config.get("precision", "default")
     return f"{kind}, precision {precision}"
@@ -147,7 +147,7 @@ def labels(runs: Sequence[Path]) -> list[str]:
 
 
 def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one line per field that differs between the runs, versions and device included."""
+    """Return one line per field that differs between the runs. Versions and device count as fields."""
     described = [
         flat(results["config"])
         | {key: results.get(key) for key in ("experiment", "commit")}
@@ -166,7 +166,7 @@ def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list
 
 
 def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Say whether all runs ended with the same parameters. If arms differ or checksums are missing, return no lines."""
+    """Say whether all runs ended with the same parameters. Return no lines if arms differ or checksums are missing."""
     sums = [
         {
             arm["name"]: [_object(lane).get("parameters_sha256") for lane in _list(arm.get("lanes"))]
@@ -185,7 +185,7 @@ def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def is_results(found: Any) -> bool:
-    """Return whether `found` looks like the `results.json` of a run that trained; check only fields that are shown."""
+    """Return whether `found` looks like the `results.json` of a run that trained. Check only the fields to be shown."""
     arms = found.get("arms") if isinstance(found, dict) else None
     if not isinstance(arms, list) or not isinstance(found.get("config"), dict) or not arms:
         return False

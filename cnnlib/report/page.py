@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about finished runs. It opens from disk and loads nothing.
+"""Write the report: one self-contained HTML page about finished runs. The page opens from disk and loads nothing.
 
 The files of a run may contain anything, even HTML. So all text is escaped, and the page's security policy forbids
 network access.
@@ -29,19 +29,19 @@ from cnnlib.system.files import read_json_lines, write_whole
 MOST_ARMS = 24
 """The page shows curves, confusions and mistakes for at most this many arms of a run."""
 MOST_BYTES = 5_000_000
-"""Most bytes of a page."""
+"""Largest size of a page in bytes."""
 
 
 class Cell(NamedTuple):
-    """A cell of a sortable table: the text shown, and the number or text to sort by."""
+    """A cell of a sortable table: the text to show, and the value (a number or text) by which to sort."""
 
     shown: str
     value: Any = None
-    """None if unknown. Rows with None stay at the bottom, in ascending and in descending order."""
+    """None means unknown. Rows with None stay at the bottom, whether the order is ascending or descending."""
 
 
 class Table(NamedTuple):
-    """A sortable table; a row has a name and further cells."""
+    """A sortable table. Each row has a name and more cells."""
 
     label: str
     columns: Sequence[str]
@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A Vega-Lite plot; `label` is the text for screen readers."""
+    """A Vega-Lite plot. The attribute `label` is the text for screen readers."""
 
     name: str
     spec: dict[str, Any]
@@ -71,15 +71,15 @@ class Detail(NamedTuple):
     """How much detail is shown of each run."""
 
     epochs: int
-    """Most epochs per learning curve, evenly spaced."""
+    """Largest number of epochs per learning curve. The epochs are evenly spaced."""
     mistakes: int
-    """Most pictures of mistakes per arm."""
+    """Largest number of pictures of mistakes per arm."""
     lanes: bool
-    """Whether to show a learning curve and a table row per lane."""
+    """Whether to show each lane's learning curve and a table row for each lane."""
 
 
 DETAILS = (Detail(40, 24, True), Detail(20, 12, True), Detail(20, 6, False), Detail(10, 0, False))
-"""Levels of detail, most detail first. A page uses the first level with which it has at most `MOST_BYTES` bytes."""
+"""Levels of detail, the most detailed first. The page uses the first level that needs at most `MOST_BYTES` bytes."""
 UNLIKE_RESULTS = (
     ArithmeticError,
     AttributeError,
@@ -94,10 +94,11 @@ UNLIKE_RESULTS = (
 
 
 def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], str | None]) -> None:
-    """Write the page about runs to `out`; `note_of` returns an experiment's lab note, or None if it is unknown.
+    """Write the page about the runs in `folders` to the file `out`.
 
-    Raises UserError, and writes nothing, if a folder has no results, if the page exceeds `MOST_BYTES` even with the
-    least detail, or if the extra `report` is not installed.
+    `note_of` returns the lab note of an experiment, or None if the note is unknown. Raises UserError, and writes
+    nothing, if a folder has no results, if the page exceeds `MOST_BYTES` at every level of detail, or if the extra
+    `report` is not installed.
     """
     charts.check_extra()
     names = ", ".join(str(folder) for folder in folders)
@@ -116,7 +117,7 @@ def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], st
 
 
 def read_run(folder: Path, label: str) -> Run:
-    """Read a run from its folder; raise UserError if it has no results."""
+    """Read a run from its folder; raise UserError if the folder has no results."""
     results = read_json(folder / "results.json")
     if not is_results(results):
         raise UserError(f"there are no results in {folder}")
@@ -130,7 +131,7 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Detail = DETAILS[0]) -> str:
-    """Return the whole page as HTML; `note_of` is as for `write_report`."""
+    """Return the whole page as HTML. The argument `note_of` is the same as in `write_report`."""
     import jinja2
 
     read = resources.files("cnnlib.report").joinpath
@@ -147,7 +148,7 @@ def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Deta
 
 
 def detail_text(detail: Detail) -> str:
-    """Say in words how much the page shows at a reduced level of detail."""
+    """Say in words how much a page with a reduced level of detail shows."""
     curves = "" if detail.lanes else " without single lanes"
     return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
 
@@ -205,7 +206,7 @@ def answer(results: dict[str, Any]) -> Answer:
 
 
 def number_cell(value: int | float | None, form: str, scale: int = 1) -> Cell:
-    """Return a cell that shows `scale * value` in a format such as `.2f` and sorts by `value`; a dash for None."""
+    """Return a cell that shows `scale * value` in a format such as `.2f`, or a dash for None. Sort it by `value`."""
     return Cell("-") if value is None else Cell(format(scale * value, form), value)
 
 
@@ -224,7 +225,7 @@ COLUMNS = (
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Return the table of arms: one row per setting of each arm."""
+    """Return the table of arms. It has one row per setting of each arm."""
     rows = []
     for arm in results["arms"]:
         for index, setting in enumerate(arm["settings"]):
@@ -274,7 +275,7 @@ def cost_plots(name: str, results: dict[str, Any]) -> list[Plot]:
 
 
 class Curves(NamedTuple):
-    """Learning curves, and tables of the mean curves with titles. If there are no curves, `missing` says why."""
+    """Plots of learning curves, and titled tables of the mean curves. If there are no curves, `missing` says why."""
 
     plots: list[Plot]
     tables: list[tuple[str, Table]]
@@ -282,7 +283,7 @@ class Curves(NamedTuple):
 
 
 def curves(name: str, run: Run, detail: Detail) -> Curves:
-    """Plot training and validation accuracy per epoch, with bands."""
+    """Plot training and validation accuracy against the epoch. Each mean curve has a band."""
     arms = [arm["name"] for arm in run.results["arms"]]
     if len(arms) > MOST_ARMS:
         return Curves([], [], f"Left out: {len(arms)} arms are more than a plot can tell apart.")
@@ -322,7 +323,7 @@ def provenance(results: dict[str, Any]) -> Provenance:
     try:
         command = command_to_repeat(results) or "not a registered experiment"
         fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
-    except UserError as error:  # from another version of cnnlib
+    except UserError as error:  # the results come from another version of cnnlib
         command = f"not known to this version of cnnlib: {error}"
         fields = json.dumps(results["config"], indent=2)
     device, machine = results["device"], results.get("machine", {})

@@ -1,4 +1,4 @@
-"""RESULTS.md: one section per stored run. Numbers come from its `results.json`, words from the `note.md` beside it."""
+"""Write RESULTS.md, one section per stored run. Numbers come from its `results.json`, words from its `note.md`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
 MOST_ROWS = 40
-"""Most arms in a table. For a sweep with more arms, the page shows only the curves fitted to the results."""
+"""Largest number of arms in a table. If a sweep has more, the page shows only the curves fitted to the results."""
 Analysis = Callable[[dict[str, Any]], str]
 
 
 def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, ...]]:
-    """Return one row per setting of each arm; `train %` is the final models' accuracy on the training examples."""
+    """Return one row per setting of each arm. `train %` is the accuracy of the final models on training examples."""
     table: list[tuple[str, ...]] = []
     for arm in results["arms"]:
         for index, setting in enumerate(arm["settings"]):
@@ -77,7 +77,7 @@ class Asked(NamedTuple):
 
 
 def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str, str]) -> str:
-    """Return the section of one stored run. An experiment that could not be run has only a note.
+    """Return the section of one stored run. If the experiment could not be run, the section has only a note.
 
     Raises UserError if the folder has no note.
     """
@@ -115,9 +115,9 @@ not what it could. All of it again, and resumable: `cnnlib all`.
 
 
 def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: dict[str, dict[str, str]]) -> str:
-    """Return the page; `asked_of` maps an experiment's name to its question.
+    """Return the page. `asked_of` takes the name of an experiment and returns the question of the experiment.
 
-    `published` has published accuracies by folder and arm.
+    `published` has the published accuracies: folder name, then arm, then the accuracy as text.
 
     Raises UserError if a folder has no note.
     """
@@ -132,7 +132,7 @@ def stored(folder: Path) -> list[Path]:
 
 
 def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
-    """Write RESULTS.md and its figures into `folder`, which holds one folder per run; return the path of RESULTS.md."""
+    """Write RESULTS.md and its figures into `folder`, which has one folder per run. Return the path of RESULTS.md."""
     figures = read_json(folder / "published.json")
     if not isinstance(figures, dict):
         raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
@@ -151,7 +151,7 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
 
 
 def sample_sizes(results: dict[str, Any]) -> str:
-    """Return a table of the training-set size that each connectivity needs for each accuracy; means over seeds."""
+    """Return a table of the training-set sizes that each connectivity needs for each accuracy, as means over seeds."""
     levels = (0.85, 0.9, 0.94)
     smallest = min(arm["data"]["train"] for arm in results["arms"])
     curves = by_seed(results)
@@ -167,10 +167,11 @@ def sample_sizes(results: dict[str, Any]) -> str:
 
 
 def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
-    """Return how the training-set size needed for accuracy `level` grows with k (patches) and d (their length).
+    """Return how the training-set size grows that is needed for an accuracy of `level`.
 
-    Exponents have intervals. Some seeds need a size outside the range of sizes that were tried. The text gives the
-    number of these seeds, but the fit does not use them.
+    The size grows as a power of k (the number of patches) and of d (the length of a patch). The text has both exponents
+    and their intervals. Some seeds need a size outside the range that was tried. The text has the number of these
+    seeds, but the fit does not use them.
     """
     lines, needed_lines = [], []
     tasks: dict[str, list[tuple[int, int, float | None]]] = {}
@@ -200,7 +201,7 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
 
 
 def curves_figure(results: dict[str, Any]) -> Figure:
-    """Draw test accuracy against the size of the training set: one panel per task, one line per connectivity."""
+    """Draw test accuracy against the size of the training set, in one panel per task. Each connectivity is a line."""
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
@@ -237,9 +238,9 @@ def curves_figure(results: dict[str, Any]) -> Figure:
 
 
 def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """Return curves `(sizes, accuracies)`, one per seed, of arms named CONNECTIVITY_..._SIZE.
+    """Join arms named CONNECTIVITY_..._SIZE into curves `(sizes, accuracies)`, one curve per seed.
 
-    Keys are the names of the arms without the size.
+    The keys of the returned dictionary are the names of the arms without the size.
     """
     values = accuracies(results)
     found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
@@ -253,7 +254,7 @@ def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[f
 
 
 def needed_text(needed: Sequence[float | None], smallest: float) -> str:
-    """Return the geometric mean of the sizes needed. Seeds at the `smallest` size or at None are only counted."""
+    """Return the geometric mean of the sizes in `needed`, and count the sizes that are `smallest` or None."""
     never, at_once = sum(size is None for size in needed), sum(size == smallest for size in needed)
     inside = [size for size in needed if size is not None and size > smallest]
     parts = [geometric(inside)] if inside else []
@@ -263,7 +264,7 @@ def needed_text(needed: Sequence[float | None], smallest: float) -> str:
 
 
 def geometric(sizes: Sequence[float]) -> str:
-    """Return the geometric mean of sizes with its interval."""
+    """Return the geometric mean of sizes and the interval of this mean."""
     mean, low, high, _ = mean_interval(np.log(sizes))
     assert mean is not None, "there is a size"
     text = f"{math.exp(mean):.0f}"
@@ -271,4 +272,4 @@ def geometric(sizes: Sequence[float]) -> str:
 
 
 ANALYSES: dict[str, Analysis] = {"sample_efficiency": sample_sizes, "dsd": dsd_exponents}
-"""For each experiment with a fit: the function that fits its results."""
+"""The function that fits the results, for each experiment that has a fit."""

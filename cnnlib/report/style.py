@@ -1,4 +1,4 @@
-"""The style of all figures: one colour and marker per connectivity."""
+"""The style of all figures. Each connectivity has one colour and one marker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STYLE = {"full": ("#0072B2", "o"), "local": ("#009E73", "s"), "conv": ("#D55E00"
 
 
 def pyplot_for_files() -> tuple[Any, Any]:
-    """Import and return matplotlib's `pyplot` and `ticker` for drawing into files, without a screen.
+    """Import matplotlib's `pyplot` and `ticker`, set to draw into files without a screen, and return both.
 
     In a notebook, matplotlib keeps the notebook's backend.
     """

@@ -39,7 +39,7 @@ class Compiled:
     steps_per_epoch: int
     epochs: int
     flops_per_epoch: int
-    """Operations per device; one multiply-add is two operations."""
+    """Number of operations per device. One multiply-add is two operations."""
     peak_flops: float
     """Published peak of one device, in operations per second."""
 
@@ -96,7 +96,7 @@ def reports(arms: Sequence[TrainedArm], target: Target) -> Iterator[ArmReport]:
 
 
 def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compiled | str:
-    """Compile one epoch of an arm, with as many lanes (models) at a time as fit in memory.
+    """Compile one epoch of an arm. As many lanes (models) run at a time as fit in memory.
 
     Return the estimate. If the arm does not compile or does not fit, return the reason as text.
     """

@@ -43,7 +43,7 @@ class Pace:
         self._last = checkpoints
 
     def is_ready(self) -> bool:
-        """Return whether the last checkpoint is written, and whether another one would stay within the share."""
+        """Return whether the last checkpoint is written, and whether another checkpoint would keep within the share."""
         if self._share == 1.0:
             return True
         if self._last is not None:
@@ -65,17 +65,21 @@ class Training(NamedTuple):
     seconds: Callable[[], float]
     """Returns the seconds that the run has taken so far, over all sessions."""
     out: Path
-    """The run's folder, which all hosts see. On process 0 `folder` is the same folder, elsewhere a temporary one."""
+    """The run's folder, which all hosts see. On process 0, `folder` is this folder. On other processes, `folder` is a
+    temporary folder."""
     pace: Pace
     """Limits how often checkpoints are written."""
     unwritten: list[tuple[FinishedArm, Checkpoints | None]]
     """Finished arms. A background task may still be writing the last checkpoint of each arm."""
     hosts: Hosts = ALONE
     profiles: Path | None = None
-    """The folder for one epoch's trace per arm; None: no traces."""
+    """The folder for traces. One epoch per arm is traced. None: no traces."""
 
     def is_due(self, epoch: int) -> bool:
-        """Return whether to write a checkpoint after `epoch`, which must not be the last. Process 0 decides for all."""
+        """Return whether to write a checkpoint after `epoch`. Process 0 decides for all processes.
+
+        `epoch` must not be the last epoch.
+        """
         every = self.experiment.checkpoint.every
         if every == 0 or epoch % every:
             return False
@@ -119,7 +123,7 @@ def write_finished(training: Training) -> None:
 
 @contextlib.contextmanager
 def memory_errors(arm: TrainedArm, programs: Programs) -> Iterator[None]:
-    """Turn out-of-memory errors that the compiler did not predict into a UserError that says what needs less memory."""
+    """Turn an out-of-memory error into a UserError. Its message says which setting needs less memory."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -144,9 +148,10 @@ def run_arm(
     in_flight: Progress | None,
     metrics: files.JsonLines,
 ) -> FinishedArm:
-    """Train all lanes of one arm from its start or its last checkpoint, then test them.
+    """Train all lanes of one arm, then test them.
 
-    Raise Stopped if the run was asked to stop.
+    Training begins at the start of the arm, or continues from its last checkpoint. Raise Stopped if the run was asked
+    to stop.
     """
     spread = programs.spread
     numbers = spread.put(numbers_of(arm))

@@ -1,4 +1,4 @@
-"""Callbacks, which receive the events of a run: for the terminal, the log and Weights & Biases."""
+"""Callbacks receive the events of a run. The terminal, the log and Weights & Biases each have a callback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Beginning(NamedTuple):
     data: str
     platform: str
     arms: dict[str, dict[str, Any]]
-    """For each arm name: connectivity, counts, and the configuration with the arm's overrides."""
+    """For each arm name, the arm's connectivity, its counts, and its configuration. The configuration includes its
+    overrides."""
     lanes: dict[str, list[dict[str, Any]]]
     """For each arm name: one entry per lane with its seed, learning rate and other hyperparameters."""
     is_resumed: bool
@@ -57,10 +58,10 @@ class Watcher:
         """Called before an arm trains. `epoch` is the number of its finished epochs: above 0 if the arm is resumed."""
 
     def epoch_ends(self, report: EpochReport) -> None:
-        """Called after an epoch of an arm. The device already computes the next epoch."""
+        """Called when an epoch of an arm has ended. The device already computes the next epoch."""
 
     def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
-        """Called after an arm. `result` is the arm's part of `results.json`.
+        """Called when an arm is finished. `result` is the arm's part of `results.json`.
 
         `epoch` is the number of epochs that earlier sessions have trained.
         """

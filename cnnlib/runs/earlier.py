@@ -40,7 +40,10 @@ def identities_of_parts(
     data_sets: Mapping[Data, DataSet | StreamedSet],
     device: jax.Device,
 ) -> dict[str, dict[str, Any]]:
-    """Return, for each arm name, the identity of a run of that arm alone. `this` is the identity of the whole run."""
+    """For each arm name, return the identity that a run of only this arm would have.
+
+    `this` is the identity of the whole run.
+    """
     of_data = {data: identity_with_data(this, [data_set]) for data, data_set in data_sets.items()}
     own_kernels = {arm.name: kernels_for((arm,), device, Watcher()) for arm in arms}
     return {
@@ -106,9 +109,10 @@ def what_is_left(
     hosts: Hosts,
     watcher: Watcher,
 ) -> Left:
-    """Read on all hosts what earlier sessions saved of each arm. Tell the user after which epoch each arm resumes.
+    """Read what earlier sessions saved of each arm. Tell the user after which epoch each arm resumes.
 
-    On process 0, `held` is the folder `out` if `out` has a run to resume, else None. On other hosts, `held` is None.
+    All hosts call this function together and return the same. On process 0, `held` is the folder `out` if `out` has a
+    run to resume, else None. On other hosts, `held` is None.
     """
     finished: dict[str, FinishedArm] = {}
     begun: list[str] = []
@@ -143,7 +147,7 @@ def what_is_left(
 
 
 def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], force: bool, watcher: Watcher) -> list[str]:
-    """Return how the jobs differ from what this process would compute, in words. Print the differences to the user.
+    """Describe how the results of the jobs differ from what this process would compute. Print the differences.
 
     `expected` maps the name of an arm to the identity that its jobs must have. Raise UserError if a difference makes
     the results incomparable and `force` is false.

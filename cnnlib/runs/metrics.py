@@ -20,7 +20,10 @@ def means_of(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[st
 
 
 def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:
-    """Return a lane's name: arm, seed and all fields that vary over lanes, as in `lenet5 seed 3 learning_rate 0.01`."""
+    """Return a lane's name, such as `lenet5 seed 3 learning_rate 0.01`.
+
+    It contains the arm, the seed, and every other field that varies over the lanes.
+    """
     same = {"seed"} | ({"order_seed"} if all(other["order_seed"] == other["seed"] for other in lanes) else set())
     varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key not in same]
     return " ".join([arm, f"seed {lane['seed']}", *(f"{key} {lane[key]:g}" for key in varied)])

@@ -78,11 +78,12 @@ class RateKeeper(Watcher):
 
 
 def cost_of(arm: TrainedArm, rates: Sequence[Rate]) -> Cost:
-    """Estimate an arm's cost from the measured rate of the same connectivity whose step is nearest in multiply-adds.
+    """Estimate an arm's cost from a measured rate.
 
-    If two rates are equally near, use the later one. Without a rate of this connectivity, use `USUAL_RATE`. The
-    estimate assumes that time is proportional to multiply-adds. This assumption is right for large layers. For small
-    layers, the estimate is close only if a measured step has about the same size.
+    Use the rate of the same connectivity whose number of multiply-adds per step is nearest to that of the arm. If two
+    rates are equally near, use the later one. Without a rate of this connectivity, use `USUAL_RATE`. The estimate
+    assumes that time is proportional to multiply-adds. This assumption is right for large layers. For small layers, the
+    estimate is close only if a measured step has about the same size.
     """
     macs, steps, lanes = arm.count.macs * arm.experiment.batch_size, arm.steps, len(arm.lanes)
     fitting = [rate for rate in rates if rate.connectivity == arm.model.connectivity]
@@ -100,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def print_plan(arms: Sequence[TrainedArm], programs: int, console: Console) -> None:
-    """Print one row per arm and the total below. `programs` is the number of training programs to compile."""
+    """Print one row per arm, then the total. `programs` is the number of training programs to compile."""
     rates = known_rates()
     costs = [cost_of(arm, rates) for arm in arms]
     columns = ("arm", "connectivity", "parameters", "connections", "multiply-adds", "lanes", "steps", "about")

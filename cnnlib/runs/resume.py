@@ -62,7 +62,7 @@ def identity(name: str, experiment: Experiment, device: jax.Device, devices: int
 
 
 def fingerprint(data_sets: Iterable[DataSet | StreamedSet]) -> str:
-    """Return the SHA-256 of all examples and classes; for a streamed data set, that of `fingerprint_of_stream`."""
+    """Return one SHA-256 of all examples and classes. A streamed data set counts by its `fingerprint_of_stream`."""
     digest = hashlib.sha256()
     known = list(data_sets)
     for one in known:
@@ -114,7 +114,10 @@ def streamed_in(record: dict[str, Any]) -> list[str] | None:
 
 
 def changed_fields(before: dict[str, Any], after: dict[str, Any], but: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield each field that differs, without its prefix `arms.NAME.`, and the change in words. Skip fields in `but`."""
+    """For each field that differs, yield its name and the change in words.
+
+    The name is without the prefix `arms.NAME.`. Skip fields whose name begins with an entry of `but`.
+    """
     old, new = (_fields(_part(side, "config")) for side in (before, after))
     for name in dict.fromkeys((*old, *new)):
         field = re.sub(r"^arms\.[^.]+\.", "", name)
@@ -231,7 +234,7 @@ class Progress(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What earlier sessions saved, by the name of the arm."""
+    """What earlier sessions saved. The keys are the names of the arms."""
 
     finished: dict[str, FinishedArm]
     in_flight: dict[str, Progress]
@@ -262,11 +265,12 @@ def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says:
         out: The run's folder, which all hosts see.
         run: The run's ID.
         arm: The arm.
-        state: The shapes of the arm's state, including keys, with shardings.
+        state: The shapes and shardings of the arm's state and keys.
         hosts: The processes of the run.
         says: Called with a message for each unreadable checkpoint, which moves to `unreadable/`.
 
-    Return the checkpoint's JSON part, or None without a checkpoint. Raise UserError if the format is another one.
+    Return the checkpoint's JSON part, or None if no checkpoint is readable. Raise UserError if its format is not
+    `FORMAT`.
     """
     place = checkpoints_folder(out, arm.name)
     for path in place.rglob("*"):  # at this point no process writes there
@@ -326,7 +330,7 @@ def refusal(folder: Path, found: IdentityChanges) -> UserError:
 
 
 def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
-    """Raise UserError on all hosts if any host's results would differ from those of process 0."""
+    """Raise UserError on all hosts if any host's results would differ from the results of process 0."""
     first, this = json.loads(hosts.from_first(json.dumps(this).encode())), json.loads(json.dumps(this))
     found = [text for _, text in changed_fields(first, this, but=ON_EACH_HOST)]
     found += [text for text in identity_changes(first, this).refused if text not in found]

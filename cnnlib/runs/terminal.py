@@ -21,7 +21,10 @@ class RunConsole(Console):
 
 
 def _report_text(report: EpochReport) -> str:
-    """Return diverged lanes, loss, validation accuracy and speed. The text fits beside a bar on 80 columns."""
+    """Describe the diverged lanes, the loss, the validation accuracy and the speed.
+
+    The text fits beside a bar on 80 columns.
+    """
     parts = []
     if report.diverged:
         parts.append(f"{report.diverged} diverged")

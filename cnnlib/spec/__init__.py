@@ -1,1 +1,1 @@
-"""Architectures as data: layers, notation, registered architectures, exact counts, receptive fields, budgets."""
+"""Describe and register architectures as data, write them as text, count them exactly, and match their budgets."""

@@ -1,4 +1,4 @@
-"""The registered architectures. Each function declares the layers; the tests check the parameter counts."""
+"""The registered architectures. Each function returns one architecture. The tests check the parameter counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ RELU = Activation("relu")
 
 
 def mlp(*widths: int) -> Model:
-    """Return one dense layer with ReLU per width, then a dense layer to the classes. No width: logistic regression."""
+    """Return one dense layer and one ReLU per width, then a dense layer to the classes.
+
+    Without `widths`, the model is logistic regression.
+    """
     hidden: list[Layer] = []
     for width in widths:
         hidden += [Dense(width), RELU]
@@ -30,22 +33,23 @@ def logistic() -> Model:
 
 @ARCHITECTURES.register
 def lenet_300_100() -> Model:
-    """LeCun's network with two hidden layers (1998, table of section III), with ReLU."""
+    """LeCun's network with hidden layers of 300 and 100 units (1998, table of section III). The activation is ReLU."""
     return mlp(300, 100)
 
 
 @ARCHITECTURES.register
 def mlp_75_33() -> Model:
-    """Two hidden layers like LeNet-300-100. On 28x28x1, it has 61,723 parameters (LeNet-5: 61,706)."""
+    """An MLP with two hidden layers. On 28x28x1, it has 61,723 parameters, almost as many as LeNet-5 (61,706)."""
     return mlp(75, 33)
 
 
 @ARCHITECTURES.register
 def lenet5() -> Model:
-    """LeNet-5 as it is built today (6-16-120-84): ReLU, max pooling, a second convolution that sees all 6 maps.
+    """LeNet-5 in its usual modern form. The layers have 6, 16, 120 and 84 features or units.
 
-    LeCun (1998) used scaled tanh and trained averages; a map of the second convolution saw only some of the 6 maps.
-    This version has 61,706 parameters on 28x28x1.
+    It uses ReLU and max pooling, and its second convolution sees all 6 maps of the first. LeCun (1998) used scaled tanh
+    and average pooling with trained scales, and most maps of his second convolution saw only some of the 6 maps. This
+    version has 61,706 parameters on 28x28x1.
     """
     return Model(
         (
@@ -66,7 +70,10 @@ def lenet5() -> Model:
 
 @ARCHITECTURES.register
 def two_conv() -> Model:
-    """The benchmark network: two 3x3 convolutions (32, 64), each with 2x2 max pooling, and 128 hidden units."""
+    """The benchmark network: two 3x3 convolutions of 32 and 64 features, then 128 hidden units.
+
+    A 2x2 max pooling follows each convolution.
+    """
     return Model(
         (
             Conv(32, 3),
@@ -84,13 +91,16 @@ def two_conv() -> Model:
 
 @ARCHITECTURES.register
 def mnist1d_mlp() -> Model:
-    """The MLP of MNIST-1D (Greydanus and Kobak 2024): 40-100-(residual)100-10, 15,210 parameters."""
+    """The MLP of MNIST-1D (Greydanus and Kobak 2024). It has 15,210 parameters.
+
+    Two hidden layers have 100 units each. A residual adds the input of the second hidden layer to its output.
+    """
     return Model((Dense(100), RELU, Residual((Dense(100), RELU)), Dense(NUM_CLASSES)))
 
 
 @ARCHITECTURES.register
 def mnist1d_cnn() -> Model:
-    """The CNN of MNIST-1D (Greydanus and Kobak 2024): three strided convolutions of 25 maps, 5,210 parameters."""
+    """The CNN of MNIST-1D (Greydanus and Kobak 2024): three convolutions of 25 features. It has 5,210 parameters."""
     return Model(
         (
             Conv(25, 5, strides=2, padding=1),
@@ -111,9 +121,10 @@ def conv_relu(features: int, kernel_size: PerAxis, strides: PerAxis = 1, padding
 
 @ARCHITECTURES.register
 def alexnet_v2() -> Model:
-    """AlexNet in one tower (Krizhevsky 2014), for 224x224 images: 50,303,912 parameters for 1,000 classes.
+    """AlexNet in one tower (Krizhevsky 2014), for 224x224 images.
 
-    It has no dropout. Its last three layers are dense; in the original, they are convolutions over the whole map.
+    It has 50,303,912 parameters for 1,000 classes and no dropout. Its last three layers are dense. In the original,
+    they are convolutions over the whole map.
     """
     return Model(
         (
@@ -147,13 +158,13 @@ def vgg_16() -> Model:
 
 
 def norm_relu(layer: Conv | Dense) -> list[Layer]:
-    """Return `layer` without biases, a norm and a ReLU. Biases are of no use, because the norm subtracts them."""
+    """Return `layer` without biases, a norm, and a ReLU. Biases would have no effect: the norm subtracts them."""
     return [dataclasses.replace(layer, use_bias=False), Norm(), RELU]
 
 
 @ARCHITECTURES.register
 def neyshabur_s(alpha: int = 1) -> Model:
-    """The shallow family of Neyshabur (2020, arXiv 2007.13657): a 9x9 convolution, then 24 `alpha` hidden units.
+    """The shallow family of Neyshabur (2020, arXiv 2007.13657): one 9x9 convolution, then `24 * alpha` hidden units.
 
     The convolution has stride 2 and `alpha` features. The paper's tables use alpha = 150. The registered model has
     alpha = 1 and 6,687 parameters on 32x32x3.
@@ -163,7 +174,7 @@ def neyshabur_s(alpha: int = 1) -> Model:
 
 @ARCHITECTURES.register
 def neyshabur_d(alpha: int = 1) -> Model:
-    """The deep family of Neyshabur (2020): eight 3x3 convolutions, then 64 `alpha` hidden units.
+    """The deep family of Neyshabur (2020): eight 3x3 convolutions, then `64 * alpha` hidden units.
 
     Every second convolution has stride 2. The registered model has alpha = 1 and 7,277 parameters on 32x32x3.
     """

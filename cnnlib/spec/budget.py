@@ -1,4 +1,4 @@
-"""Match budgets: find the widths at which a model has a given number of parameters, connections or activations."""
+"""Match budgets: find the widths that give a model a wanted number of parameters, connections or activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEASURES = (
 
 
 MOST_WIDTHS, MOST_CHOICES = 10, 20_000
-"""`match` accepts at most `MOST_WIDTHS` different widths, and rounds them in about `MOST_CHOICES` ways at most."""
+"""`match` accepts at most `MOST_WIDTHS` different widths. It tries at most about `MOST_CHOICES` ways to round them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Match:
     by: str
     target: int
     value: int
-    """The count of `model`. It equals `target` if the widths can be rounded so that the count is exact."""
+    """The count of `model`. It equals `target` if some rounding of the widths gives exactly that count."""
     width: Fraction
     """The multiplier of all widths, before rounding."""
 
@@ -61,29 +61,30 @@ class Match:
 
 
 def widths(model: Model) -> tuple[int, ...]:
-    """Return the widths (numbers of features or hidden units) that a multiplier changes, each once, in ascending order.
+    """Return the different widths that a multiplier changes, in ascending order.
 
-    If the last layer is a `Dense`, it makes the outputs, and its number of units does not change.
+    A width is the number of features or units of a layer. If the last layer is a `Dense`, its units are the outputs,
+    and their number does not change.
     """
     return tuple(sorted({_width(layer) for layer in walk(_split(model)[0]) if isinstance(layer, Filter | Dense)}))
 
 
 def scaled(model: Model, multiplier: Fraction | float) -> Model:
-    """Return the model with each width times `multiplier`, rounded to the nearest integer (halves up), at least 1."""
+    """Multiply each width of the model by `multiplier`, and round it to the nearest integer (halves up), at least 1."""
     return _with_widths(
         model, {width: max(1, math.floor(width * Fraction(multiplier) + Fraction(1, 2))) for width in widths(model)}
     )
 
 
 def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
-    """Find the widths at which the model's count `by` (one of `MEASURES`) is nearest to `target`.
+    """Find the widths that bring a count of the model nearest to `target`. `by` names the count (see `MEASURES`).
 
     One number multiplies all widths (see `widths`); each product is rounded up or down. Layers of equal width stay
     equal, so that residual sums still fit. If several counts are equally near, take the widths nearest to their
-    original proportions. About `MOST_CHOICES` roundings at most are tried, around the multiplier that meets the target.
+    original proportions. At most about `MOST_CHOICES` roundings are tried, near the multiplier that meets the target.
 
-    Raises UserError if `target` cannot be reached, for example below the count with all widths 1; if the model has no
-    width to change; or if it has more than `MOST_WIDTHS` different widths.
+    Raises UserError if `target` cannot be reached (for example, if all widths are 1 and the count is still higher), if
+    the model has no width to change, or if it has more than `MOST_WIDTHS` different widths.
     """
     if by not in MEASURES:
         raise UserError(f"no measure {by!r} to match by; there are: {', '.join(MEASURES)}")
@@ -138,7 +139,7 @@ def match(model: Model, target: int, by: str, input_shape: Shape) -> Match:
 
 
 def _quadratic(counted: Callable[[tuple[int, ...]], int], number: int) -> Callable[[tuple[int, ...]], int]:
-    """Return a function that gives the same counts as `counted`, in microseconds instead of milliseconds.
+    """Return a function that computes the counts of `counted` in microseconds instead of milliseconds.
 
     A count is a quadratic polynomial of the widths, because each connection joins two layers. The counts at widths of
     1, 2 and 3 determine the polynomial.
@@ -166,7 +167,7 @@ def _quadratic(counted: Callable[[tuple[int, ...]], int], number: int) -> Callab
 
 
 def _split(model: Model) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
-    """Return the layers whose widths may change, and the layer that makes the outputs (empty if it is no `Dense`)."""
+    """Split the layers into those whose widths may change, and the `Dense` that makes the outputs (if there is one)."""
     cut = len(model.layers) - isinstance(model.layers[-1], Dense)
     return model.layers[:cut], model.layers[cut:]
 
@@ -193,7 +194,7 @@ def _rounded(bases: tuple[int, ...], multiplier: Fraction, each: Callable[[Fract
 
 
 def _turn(holds: Callable[[Fraction], bool], limit: Fraction) -> tuple[Fraction, Fraction]:
-    """Return two multipliers, close together, between which `holds` becomes true; `limit` twice if it never does."""
+    """Find two close multipliers between which `holds` becomes true. If it never does, return `limit` twice."""
     below, above = Fraction(0), Fraction(1)
     while not holds(above):
         if above >= limit:
@@ -206,7 +207,7 @@ def _turn(holds: Callable[[Fraction], bool], limit: Fraction) -> tuple[Fraction,
 
 
 def _cells(bases: tuple[int, ...], low: Fraction, high: Fraction) -> Iterator[Fraction]:
-    """Cut `low` to `high` at the multipliers that make a width a whole number; yield the middle of each piece."""
+    """Cut the range `low` to `high` where a multiplier makes a width a whole number. Yield the middle of each piece."""
     edges = {low, high}
     for width in bases:
         edges.update(Fraction(k, width) for k in range(math.ceil(low * width), math.floor(high * width) + 1))

@@ -1,25 +1,25 @@
-"""Exact counts of a model on an input shape, in Python integers, without JAX and without allocating.
+"""Count a model's parameters, connections and activations exactly for an input shape, without JAX or arrays.
 
 A *connection* is an edge with a weight. Biases and the unweighted edges of pooling do not count. A *multiply-add* (MAC)
 is one use of a weight for one example, which is two FLOPs; so each connection is one multiply-add. A *tap* is one place
-of a window. Connections and multiply-adds are counted in two ways: with taps on zero padding (as a plain loop over the
-padded map has them), and without such taps (as XLA's cost analysis counts convolutions). An *activation* is an output
-node of a layer. A local layer has weights for the taps on padding too, although these weights never see a value. A full
-layer has no padding. A norm has two `norm_parameters` per channel: a scale and a bias. They count as parameters, but
-neither as weights nor as biases. A norm has no connections and no multiply-adds. The running statistics of a norm are
-not trained, so they are no parameters. In training, a norm mixes positions and examples of a batch. The receptive
-fields here ignore this mixing, because they describe evaluation.
+of a window. Connections and multiply-adds are counted in two ways. The first count includes taps on zero padding, like
+a plain loop over the padded map. The second count excludes these taps, like XLA's cost analysis of convolutions. An
+*activation* is an output node of a layer. A local layer has weights for the taps on padding too, although these weights
+never see a value. A full layer has no padding. A norm has two `norm_parameters` per channel: a scale and a bias. Both
+count as parameters, but neither as weights nor as biases. A norm has no connections and no multiply-adds. The running
+statistics of a norm are not trained, so they are no parameters. In training, a norm mixes positions and examples of a
+batch. The receptive fields here ignore this mixing, because they describe evaluation.
 
-A training step *keeps* the values that its backward pass needs: the input of every layer with weights, the
-output of every tanh, the input and output of max pooling (each array once), the normalised input of every norm (in
-float32 at least), and one byte per ReLU output, for the sign. A norm also keeps a few numbers per channel. These do not
-grow with the batch and are not counted. JAX keeps exactly these values if layers run in the order of the spec. A
+A training step *keeps* the values that its backward pass needs: the input of every layer with weights, the output of
+every tanh, the input and output of max pooling (each array once), the normalised input of every norm (in float32 or
+wider), and one byte per ReLU output, which holds the sign. A norm also keeps a few numbers per channel. These numbers
+do not grow with the batch and are not counted. JAX keeps exactly these values if layers run in the order of the spec. A
 compiler may compute values again instead of keeping them.
 
-XLA's cost analysis of one forward pass counts two FLOPs per multiply-add. It leaves out taps on padding in convolutions
-and includes them in products of patches. It counts one FLOP per added bias, per ReLU, per sum of a residual, and per
-comparison of max pooling (window size - 1 per output). It counts three FLOPs per output of a norm, and a few per
-channel. tests/spec/test_counts.py compares our counts with it.
+XLA's cost analysis of one forward pass counts two FLOPs per multiply-add. It excludes taps on padding if the operation
+is a convolution, and includes them if it is a product of patches. It counts one FLOP per added bias, per ReLU, per sum
+of a residual, and per comparison of max pooling (window size - 1 per output). It counts three FLOPs per output of a
+norm, and a few per channel. tests/spec/test_counts.py compares our counts with XLA's.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Count:
     norm_parameters: int = 0
     """Scales and biases of norms."""
     kept_norms: int = 0
-    """Numbers that a training step keeps for norms, in float32 at least."""
+    """Numbers that a training step keeps for norms. Their type is float32, or wider if the model's type is wider."""
 
     @property
     def parameters(self) -> int:
@@ -67,7 +67,7 @@ class Count:
         return self.connections_without_padding
 
     def parameter_bytes(self, dtype: str = "float32") -> int:
-        """Return the bytes of the parameters. Gradients take as many, momentum too, Adam's moments twice as many."""
+        """Return the bytes of the parameters. Gradients or momentum take as many; Adam's moments take twice as many."""
         return self.parameters * BYTES[dtype]
 
     def activation_bytes(self, batch_size: int, dtype: str = "float32") -> int:
@@ -90,7 +90,7 @@ class Count:
 
 
 class Field(NamedTuple):
-    """The receptive field along one input axis: output p sees `size` input nodes, from node p * stride - padding on.
+    """The receptive field along one input axis. Output p sees `size` input nodes; the first is p * stride - padding.
 
     `stride` and `padding` are the effective stride and the effective padding. A stride of 0 means that every output
     sees the same nodes, as after a full layer. Nodes beyond the ends of the input are zeros.
@@ -101,7 +101,10 @@ class Field(NamedTuple):
     padding: int
 
     def through(self, size: int, stride: int, dilation: int, padding: int) -> Field:
-        """Return the field after a window with `padding` in front (Araujo, Norris and Sim, Distill 2019, eq. 2)."""
+        """Return the field after one more window (Araujo, Norris and Sim, Distill 2019, eq. 2).
+
+        `padding` is the number of zeros in front of the map.
+        """
         return Field(
             self.size + (size - 1) * dilation * self.stride,
             self.stride * stride,
@@ -109,7 +112,10 @@ class Field(NamedTuple):
         )
 
     def joined(self, other: Field, nodes: int) -> Field | None:
-        """Return the field of the sum of two maps over `nodes` input nodes; None if it differs between positions."""
+        """Return the field of the sum of two maps; None if it differs between positions.
+
+        `nodes` is the number of input nodes along the axis.
+        """
         if self.stride != other.stride and min(self.stride, other.stride) > 0:
             return None
         if self.stride != other.stride:  # one map sees the same nodes everywhere. These must be all input nodes
@@ -131,7 +137,8 @@ class LayerCount:
     path: tuple[str, ...]
     """Path of the layer in the model's parameter tree, such as `("layer_3", "layer_0")`."""
     layer: Layer
-    """The layer. A `Residual` stands for its addition only, and comes after the layers of its branches."""
+    """The layer. A `Residual` here means only its addition; the layers of its branches come before it, each with its
+    own counts."""
     input_shape: Shape
     output_shape: Shape
     count: Count
@@ -168,12 +175,12 @@ class _Map:
     shape: Shape
     fields: Fields
     cover: tuple[Ends, ...]
-    """First and last input node that any position sees, per input axis. These are outer bounds if several layers in a
-    row have strides that skip nodes."""
+    """First and last input node that any position sees, per input axis. If several layers in a row have strides that
+    skip nodes, the true range may be smaller."""
     is_kept: bool = False
 
     def keep(self) -> int:
-        """Mark this map as kept. Return how many values that adds: 0 if the map was already kept."""
+        """Mark this map as kept. Return the number of newly kept values: 0 if the map was already kept."""
         new = 0 if self.is_kept else math.prod(self.shape)
         self.is_kept = True
         return new
@@ -245,7 +252,7 @@ def _kept(layer: Layer, x: _Map, y: _Map) -> Count:
 
 
 def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
-    """Return the layer's output map, with what its positions see of the input."""
+    """Return the layer's output map: its shape, and what its positions see of the input."""
     shape = layer.output_shape(x.shape)
     if isinstance(layer, Dense | Full):
         return _Map(shape, tuple(Field(last - first + 1, 0, -first) for first, last in x.cover), x.cover)
@@ -261,7 +268,10 @@ def _seen(layer: Layer, x: _Map, spatial: Shape) -> _Map:
 
 
 def _covered(window: Window, axis: int, field: Field | None, cover: Ends) -> Ends:
-    """Return the first and last input node that any position of a window sees, given `field` and `cover` of its map."""
+    """Return the first and last input node that any position of a window sees.
+
+    The window slides over a map. `field` and `cover` say what the positions of this map see of the input.
+    """
     n, k, s, d = (numbers[axis] for numbers in (window.input_size, window.size, window.strides, window.dilation))
     low, last = window.padding[axis][0], window.output_size[axis] - 1
     # Find the first and the last node of the map under a tap. Dilation can leave gaps, so try d more positions.

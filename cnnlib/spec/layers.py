@@ -1,6 +1,6 @@
-"""Layers as data. The input shape of a layer determines its output shape.
+"""Describe layers as data. The input shape of a layer determines its output shape.
 
-Nothing here allocates memory or imports JAX. A shape is that of one example, without the batch axis:
+Nothing here allocates memory or imports JAX. A shape describes one example, without the batch axis:
 `(*spatial, channels)`, such as `(28, 28, 1)` for a grey image and `(40, 1)` for a signal.
 """
 
@@ -27,22 +27,22 @@ from cnnlib.spec.window import (
 
 Connectivity = Literal["full", "local", "conv"]
 READINGS: tuple[Connectivity, ...] = ("conv", "local", "full")
-"""All connectivities. Each one is a special case of the next."""
+"""All connectivities. A conv layer is a special local layer, and a local layer is a special full layer."""
 
 NUM_CLASSES = "classes"
 """`Dense(NUM_CLASSES)` has as many units as the data has classes."""
 
 
 MOST_UNITS = 10**15
-"""Upper bound of the units of a dense layer."""
+"""Largest number of units of a dense layer."""
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Base class of `Conv`, `Local` and `Full`: a window slides over a map and makes `features` nodes per position.
+    """Base class of `Conv`, `Local` and `Full`. A window slides over a map and makes `features` nodes at each position.
 
-    The three layers take the same arguments and make maps of the same shape. They differ in which nodes are connected,
-    and in which connections share a weight.
+    The three layers take the same arguments and make maps of the same shape. Two things differ: which nodes are
+    connected, and which connections share a weight.
 
     `groups` divides channels and features into groups. Each group of features sees only its own group of channels. A
     convolution with one group per channel is depthwise. `Full` ignores `groups` and connects all nodes.
@@ -99,7 +99,10 @@ class Full(Filter):
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense layer: every input node is connected to every unit. A map is flattened row by row, channels last."""
+    """A dense layer: every input node is connected to every unit.
+
+    If the input is a map, it is flattened row by row; the channel index changes fastest.
+    """
 
     units: int | str
     use_bias: bool = True
@@ -123,7 +126,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Pool:
-    """A window that slides over each channel separately. `strides=None`: equal to the window, without overlap."""
+    """A window that slides over each channel separately.
+
+    If `strides` is None, the strides equal the window, so that windows do not overlap.
+    """
 
     window_shape: PerAxis
     strides: PerAxis | None = None
@@ -151,7 +157,7 @@ class MaxPool(Pool):
 
 
 class AvgPool(Pool):
-    """The mean of each window. Zeros of the padding count as values."""
+    """The mean of each window. The zeros of the padding are included."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +182,10 @@ class Norm:
     """Batch normalisation (Ioffe and Szegedy 2015) of each channel of a map, or of each unit of a vector.
 
     A channel's mean and variance are taken over the batch and all positions. A channel has one scale and one bias.
-    Norms are alike for every connectivity: with statistics per node, a local or full network would not compute the same
-    function of a batch as the convolution that it comes from. If a convolution or dense layer right before the norm has
-    a bias, the norm subtracts the bias together with the mean. `nobias` leaves such a bias out.
+    Norms are the same in every connectivity. If a norm had statistics per node, a local or full network would not
+    compute the same function of a batch as the convolution that it comes from. If a convolution or dense layer right
+    before the norm has a bias, the norm subtracts the bias together with the mean. `nobias` in the notation of that
+    layer leaves the bias out.
     """
 
     def output_shape(self, input_shape: Shape) -> Shape:
@@ -190,7 +197,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Residual:
-    """The sum f(x) + g(x) of `layers` (f) and `shortcut` (g), with equal output shapes. No `shortcut`: g(x) = x."""
+    """The sum f(x) + g(x), where `layers` compute f and `shortcut` computes g.
+
+    f and g must have equal output shapes. If `shortcut` is empty, g(x) = x.
+    """
 
     layers: tuple[Layer, ...]
     shortcut: tuple[Layer, ...] = ()

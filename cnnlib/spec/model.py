@@ -1,4 +1,4 @@
-"""A model as data: a tuple of layers. The input shape determines all other shapes."""
+"""Describe a model as data: a tuple of layers. The input shape determines all other shapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Model:
         return tuple(shapes)
 
     def replaced(self, change: Callable[[Layer], Layer]) -> Model:
-        """Return the model with `change(layer)` in place of every layer but `Residual`, also inside residuals."""
+        """Replace each layer by `change(layer)`. A `Residual` stays, but the layers inside it are replaced too."""
         return Model(_replaced(self.layers, change))
 
     def with_num_classes(self, num_classes: int) -> Model:
@@ -59,7 +59,7 @@ class Model:
         return "conv" if Conv in kinds else "local" if Local in kinds else "full"
 
     def with_connectivity(self, connectivity: Connectivity) -> Model:
-        """Return the model with every `Conv`, `Local` and `Full` layer turned into the given connectivity.
+        """Return the model with every `Conv`, `Local` and `Full` layer replaced by the layer of the given connectivity.
 
         Every layer keeps its nodes and its arguments, so the change can be undone. All other layers stay as they are;
         `Dense` layers are always fully connected.

@@ -1,4 +1,4 @@
-"""Text notation of models, such as `conv:6@5 relu max:2 dense:classes`, and of shapes, such as `28x28x1`."""
+"""Parse models, such as `conv:6@5 relu max:2 dense:classes`, and shapes, such as `28x28x1`, from text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NOTATION = (
 
 
 def parse_model(text: str) -> Model:
-    """Return a model from the notation that `str(model)` writes. Spaces or commas separate the layers.
+    """Parse a model from the notation that `str(model)` writes. Spaces or commas separate the layers.
 
-    Raises UserError, with the allowed notation, if the text is invalid.
+    Raises UserError if the text is invalid. The message shows the allowed notation.
     """
     tokens = re.findall(r"residual\(|[)|(]|[^\s,()|]+", text)
 
@@ -50,7 +50,7 @@ def parse_model(text: str) -> Model:
 
 
 def parse_shape(text: str) -> Shape:
-    """Return a shape from text: (28, 28, 1) for `28x28x1`. Raises UserError if the text is invalid."""
+    """Parse a shape from text: `28x28x1` becomes (28, 28, 1). Raises UserError if the text is invalid."""
     if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,2}", text):
         raise UserError(f"{text!r} is no shape of an example; expected HEIGHTxWIDTHxCHANNELS, such as 32x32x3")
     return tuple(map(int, text.split("x")))

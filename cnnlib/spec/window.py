@@ -1,4 +1,4 @@
-"""Check sizes, strides, dilations and paddings of windows that slide over an input, and bring them to one form."""
+"""Check windows that slide over an input, and convert their sizes, strides, dilations and paddings to one form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST = 1_000_000
 
 
 def per_axis(value: PerAxis, axes: int, what: str) -> tuple[int, ...]:
-    """Return one number per axis; an int stands for every axis. Raises UserError if `value` has another length."""
+    """Return one number per axis; an int is repeated for every axis. Raises UserError if `value` has another length."""
     if isinstance(value, int):
         return (value,) * axes
     if len(value) != axes:
@@ -40,8 +40,8 @@ def pad_pairs(
     """Return the number of zeros before and after each spatial axis.
 
     `SAME` gives ceil(size / stride) outputs. If the number of zeros is odd, the end gets one more, as in XLA and
-    TensorFlow. `VALID` pads nothing. An int pads every side. Pairs stay as they are. Raises UserError if there is not
-    one pair per axis.
+    TensorFlow. `VALID` pads nothing. An int pads every side. Pairs are returned unchanged. Raises UserError if the
+    number of pairs is not the number of axes.
     """
     if isinstance(padding, int):
         return ((padding, padding),) * len(size)
@@ -60,7 +60,7 @@ def pad_pairs(
 
 @dataclass(frozen=True)
 class Window:
-    """A window placed over a map, with one number per spatial axis in every field."""
+    """A window placed over a map. Every field has one entry per spatial axis."""
 
     input_size: Shape
     size: Shape
@@ -70,7 +70,11 @@ class Window:
 
     @functools.cached_property
     def output_size(self) -> Shape:
-        """Positions per axis: floor((n + zeros - span) / stride) + 1, where span = (k - 1) dilation + 1."""
+        """Positions per axis: floor((n + zeros - span) / stride) + 1.
+
+        n is the input size, zeros is the padding on both sides together, and k is the window size. The span is (k - 1)
+        * dilation + 1.
+        """
         return tuple(
             (n + low + high - ((k - 1) * d + 1)) // s + 1
             for n, k, s, d, (low, high) in zip(
@@ -119,7 +123,7 @@ def window_over(
 def pool_window(
     input_shape: Shape, what: str, window_shape: PerAxis, strides: PerAxis | None, padding: Padding
 ) -> Window:
-    """Return the window of a pooling layer. Raises UserError if it does not fit or can lie wholly on padding."""
+    """Return the window of a pooling layer. Raises UserError if it does not fit, or if it could see only padding."""
     window = window_over(input_shape, what, window_shape, window_shape if strides is None else strides, 1, padding)
     for k, pair in zip(window.size, window.padding, strict=True):
         if max(pair) >= k:
@@ -135,21 +139,21 @@ def axes_text(value: PerAxis) -> str:
 
 
 def padding_text(padding: Padding) -> str:
-    """Return padding in the notation of models: `same`, `2`, `1+2x0+0`."""
+    """Return padding in the notation of models, for example `same`, `2` or `1+2x0+0`."""
     if isinstance(padding, tuple):
         return "x".join(f"{low}+{high}" for low, high in padding)
     return str(padding).lower()
 
 
 def whole(value: Any) -> int:
-    """Return a whole number of any integer type as an int. Raises TypeError for all else, also for a bool."""
+    """Convert a whole number of any integer type to an int. Raises TypeError for anything else, including a bool."""
     if isinstance(value, bool | np.bool_):  # NumPy 2.1 still turns np.bool_ into 1, with a warning
         raise TypeError
     return operator.index(value)
 
 
 def count_of(value: Any, what: str) -> int:
-    """Return a whole number in 1..`LARGEST` as an int. Raises UserError for anything else."""
+    """Convert a whole number from 1 to `LARGEST` to an int. Raises UserError for anything else."""
     try:
         count = whole(value)
     except TypeError:
@@ -160,7 +164,7 @@ def count_of(value: Any, what: str) -> int:
 
 
 def whole_per_axis(value: Any, what: str) -> PerAxis:
-    """Return one whole number as an int, or one per axis as a tuple. Raises UserError for anything else."""
+    """Convert one whole number to an int, or one number per axis to a tuple. Raises UserError for anything else."""
     with contextlib.suppress(TypeError):
         return whole(value)
     with contextlib.suppress(TypeError):
@@ -169,7 +173,7 @@ def whole_per_axis(value: Any, what: str) -> PerAxis:
 
 
 def padding_of(value: Any, name: str) -> Padding:
-    """Return padding in the form that layers store. Raises UserError for anything else.
+    """Convert padding to the form that layers store. Raises UserError if `value` is not a padding.
 
     Args:
         value: `"SAME"` or `"VALID"`, in upper or lower case; one whole number for all sides; or, per axis, a whole
@@ -189,7 +193,7 @@ def padding_of(value: Any, name: str) -> Padding:
 
 
 def _before_and_after(value: Any) -> tuple[int, int]:
-    """Return a whole number twice, or a pair of them. Raises TypeError or ValueError for anything else."""
+    """Return a pair of whole numbers; a single number is repeated. Raises TypeError or ValueError for anything else."""
     with contextlib.suppress(TypeError):
         return whole(value), whole(value)
     before, after = value
@@ -201,9 +205,9 @@ def _shortened(value: Any) -> str:
 
 
 def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[dict[str, PerAxis], Padding]:
-    """Return the arguments of a layer's window in the form that layers store.
+    """Convert the arguments of a layer's window to the form that layers store.
 
-    Raises UserError if a number is not whole or not in 1..`LARGEST`, or if no map can have this padding.
+    Raises UserError if a number is not whole, if it is not between 1 and `LARGEST`, or if no map can have this padding.
     """
     kept = {what: whole_per_axis(value, f"{name}: {what}") for what, value in numbers.items()}
     for what, value in kept.items():
@@ -223,5 +227,5 @@ def set_fields(instance: Any, **fields: Any) -> None:
 
 
 def shape_text(shape: Shape) -> str:
-    """Return a shape as the command line writes it: `28x28x1`."""
+    """Return a shape in the notation of the command line, such as `28x28x1`."""
     return "x".join(map(str, shape))

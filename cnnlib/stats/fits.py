@@ -1,4 +1,4 @@
-"""Fits to the values of many runs: variance components, power laws, training-set sizes from a learning curve."""
+"""Fit the values of many runs: variance components, power laws, and the training-set size that reaches an accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from cnnlib.stats.intervals import t_quantile
 class Component(NamedTuple):
     """A variance component, in the squared unit of the values.
 
-    estimate: unbiased; it can be negative if the component is small. low, high: the confidence interval, at least 0.
+    estimate: the unbiased estimate; it can be negative if the component is small. low, high: the ends of the confidence
+    interval; both are at least 0.
     """
 
     estimate: float
@@ -35,11 +36,11 @@ class Component(NamedTuple):
 
 
 class VarianceComponents(NamedTuple):
-    """The variance between runs of one arm, split by its sources.
+    """The variance between the runs of one arm, split into parts by source.
 
-    initialisation, order: the parts due to the seed of the initial weights and to the seed of the data order.
-    rest: the interaction of the two seeds, and all other variance. rows, columns: number of initialisation seeds and of
-    order seeds.
+    initialisation: the part due to the seed of the initial weights. order: the part due to the seed of the data order.
+    rest: the interaction of the two seeds, and all other variance.
+    rows: the number of initialisation seeds. columns: the number of order seeds.
     """
 
     initialisation: Component
@@ -50,14 +51,16 @@ class VarianceComponents(NamedTuple):
 
 
 def variance_components(values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95) -> VarianceComponents:
-    """Split the variance of a table of runs: one row per initialisation seed, one column per data-order seed.
+    """Split the variance of a table of runs by its sources.
 
-    The estimates are those of analysis of variance for two crossed random effects. `rest` has a chi-square interval.
+    The table has one row per initialisation seed and one column per data-order seed.
+
+    The estimates come from an analysis of variance with two crossed random effects. `rest` has a chi-square interval.
     `initialisation` and `order` have Williams' intervals ("A confidence interval for variance components", Biometrika
-    49, 1962). Williams' intervals hold the true value with probability at least 1 - 2 (1 - level). In simulated tables
-    of 2 x 2 to 10 x 10, 95 % intervals held it in 95 to 97.5 %. All three intervals assume normal effects. They are
-    wide if there are few seeds: with five seeds, the upper end is eight times the estimate. Raises UserError if the
-    table is smaller than 2 x 2 or a value is not finite.
+    49, 1962). Williams' intervals hold the true value with probability at least 1 - 2 (1 - level). In simulations with
+    tables of 2 x 2 to 10 x 10 runs, 95 to 97.5 % of the 95 % intervals held the true value. All three intervals assume
+    normal effects. The intervals are wide if there are few seeds: for five seeds, the upper end is eight times the
+    estimate. Raises UserError if the table is smaller than 2 x 2 or a value is not finite.
     """
     table = _finite("the table of seeds", values)
     if table.ndim != 2 or min(table.shape) < 2:
@@ -92,7 +95,7 @@ def _chi_squares(freedom: int, level: float) -> tuple[float, float]:
 
 
 class Coefficient(NamedTuple):
-    """A fitted coefficient and its Student's t interval, which is None if there are as many coefficients as points."""
+    """A fitted coefficient and its t interval. If there are as many coefficients as points, the interval is None."""
 
     value: float
     low: float | None
@@ -100,10 +103,12 @@ class Coefficient(NamedTuple):
 
 
 class LogLinear(NamedTuple):
-    """The fit log y = constant + the sum of exponent * log x over the variables x.
+    """The fit log y = constant + a_1 log x_1 + a_2 log x_2 + ... of y to the variables x_i, with the exponents a_i.
 
-    constant: natural logarithm of y if every x is 1. exponents: one per variable, by name. deviation: residual standard
-    deviation of log y; None if there are as many coefficients as points. n: number of points.
+    constant: the natural logarithm of the fitted y if every variable is 1.
+    exponents: maps each variable's name to its exponent.
+    deviation: the residual standard deviation of log y; None if there are as many coefficients as points.
+    n: the number of points.
     """
 
     constant: Coefficient
@@ -115,9 +120,11 @@ class LogLinear(NamedTuple):
 class PowerLaw(NamedTuple):
     """The fit log y = constant + exponent log x.
 
-    constant: natural logarithm of y at x = 1. deviation: residual standard deviation of log y; None for two points.
-    lack_of_fit: p value of the F test of whether the means of log y at each x lie on the line; None if no x has several
-    different y, or if there are fewer than three different x. n: number of points.
+    constant: the natural logarithm of the fitted y at x = 1.
+    deviation: the residual standard deviation of log y; None if there are only two points.
+    lack_of_fit: the p-value of an F test, which tests whether the means of log y at each x lie on the line. It is None
+    if no x has several different y, or if there are fewer than three different x.
+    n: the number of points.
     """
 
     constant: Coefficient
@@ -130,12 +137,15 @@ class PowerLaw(NamedTuple):
 def log_linear(
     design: Mapping[str, Sequence[float] | np.ndarray], y: Sequence[float] | np.ndarray, level: float = 0.95
 ) -> LogLinear:
-    """Fit y ~ c k^p d^q ... by least squares in logarithms. `design` maps a name, such as "k", to one value per point.
+    """Fit a product of powers, such as y = c k^p d^q, to points by least squares in logarithms.
 
-    The intervals assume that residuals of log y are independent and normal, with equal variance. Points that share a
-    seed are correlated, and then the intervals are too short. If points are left out because their y was out of reach,
-    the exponents are biased. Raises UserError if a value is not positive, or if the points do not determine the
-    exponents.
+    `design` maps the name of each variable, such as "k", to its values, one per point. The fit finds the constant c and
+    the exponents p and q.
+
+    The intervals assume that the residuals of log y are independent and normal, and that their variances are equal. If
+    several points share a seed, they are correlated, and the intervals are too short. If you leave out points because
+    no y could be found for them, the exponents are biased. Raises UserError if a value is not positive, or if the
+    points do not determine the exponents.
     """
     logs = {name: _logarithms(name, x) for name, x in design.items()}
     target = _logarithms("y", y)
@@ -165,7 +175,7 @@ def log_linear(
 def power_law(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float = 0.95) -> PowerLaw:
     """Fit y = c x^b by least squares in logarithms. Several points may have the same x. See `log_linear`.
 
-    A small `lack_of_fit` says that the points do not follow a power law; then the exponent's interval means little.
+    If `lack_of_fit` is small, the points do not follow a power law, and the exponent's interval means little.
     """
     constant, exponents, deviation, n = log_linear({"x": x}, y, level)
     return PowerLaw(constant, exponents["x"], deviation, _lack_of_fit(_logarithms("x", x), _logarithms("y", y)), n)
@@ -187,12 +197,14 @@ def _lack_of_fit(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def needed(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float) -> float | None:
-    """Return the training-set size at which one seed's learning curve reaches accuracy `level`; None if it never does.
+    """Find the training-set size at which one seed's learning curve reaches the accuracy `level`.
 
-    The curve is the isotonic regression of y (accuracies) on x (sizes), linear in log x between its points. A running
-    maximum would keep every lucky point and give sizes that are too small. Isotonic regression averages a lucky point
-    with the worse points after it. If the first point is at `level` or above, return the smallest x, which is an upper
-    bound.
+    Return None if the curve never reaches it.
+
+    The curve is the isotonic regression of the accuracies `y` on the sizes `x`. Between its points, it is linear in log
+    x. A running maximum would keep every lucky point, and the sizes would be too small. Isotonic regression averages a
+    lucky point with the worse points after it. If the curve is at or above `level` already at the smallest size, return
+    this size. It is only an upper bound.
     """
     sizes, accuracies = _logarithms("x", x), _finite("y", y)
     if sizes.shape != accuracies.shape or len(np.unique(sizes)) != len(sizes) or not len(sizes):

@@ -1,4 +1,4 @@
-"""Confidence intervals of means, paired comparisons of arms by seed, and the number of seeds a difference needs."""
+"""Compute confidence intervals of means, compare arms by seed, and find the number of seeds that a comparison needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_SEEDS = 1_000_000
 
 
 class Interval(NamedTuple):
-    """A mean of n values with its confidence interval. `mean` is None if n = 0; `low` and `high` are None if n < 2."""
+    """A mean of n values and its confidence interval. If n = 0, `mean` is None. If n < 2, `low` and `high` are None."""
 
     mean: float | None
     low: float | None
@@ -42,16 +42,17 @@ class BootstrapInterval(Interval):
 
 
 def t_quantile(freedom: int, level: float) -> float:
-    """Return t so that |T| > t has probability 1 - level, for Student's T with `freedom` degrees of freedom."""
+    """Return t with P(|T| > t) = 1 - level, where T has Student's distribution and `freedom` degrees of freedom."""
     if not 0 < level < 1:
         raise UserError(f"level={level}: a confidence level lies between 0 and 1, such as 0.95")
     return float(special.stdtrit(freedom, 0.5 + level / 2))
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
-    """Return the mean and its Student's t interval with n - 1 degrees of freedom: mean +- t s / sqrt(n).
+    """Return the mean of `values` and its Student's t interval: mean +- t s / sqrt(n).
 
-    The interval covers the mean of a normal population with probability `level` (Student 1908). It needs n >= 2.
+    n is the number of values and s their standard deviation; t has n - 1 degrees of freedom. If the population is
+    normal, the interval covers its mean with probability `level` (Student 1908). The interval needs n >= 2.
     """
     n = len(values)
     if n == 0:
@@ -66,12 +67,12 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> BootstrapInterval:
-    """Return the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987); it assumes no distribution.
+    """Return the mean of `values` and its bias-corrected, accelerated bootstrap interval (Efron 1987).
 
-    The interval needs dozens of values: with fewer values it is too short. In simulations, 95 % intervals held the true
-    mean for 84 % of normal samples of n = 5, for 90 % of n = 10 and for 93 % of n = 40. For exponential samples they
-    held it for 78, 87 and 92 %, and Student's intervals for 90 to 92 %. The interval is None if n < 2 or if all values
-    are equal, because resampling equal values gives no information.
+    The interval assumes no distribution, but it needs dozens of values: if there are fewer, it is too short. We
+    simulated samples of n = 5, 10 and 40 values. If they are normal, 84, 90 and 93 % of the 95 % intervals held the
+    true mean. If they are exponential, 78, 87 and 92 % held it; of Student's intervals, 90 to 92 % did. The interval is
+    None if n < 2 or if all values are equal, because resampling equal values gives no information.
     """
     t_quantile(1, level)  # raises UserError if `level` is invalid
     n = len(values)
@@ -92,14 +93,17 @@ def bootstrap_interval(
 
 
 class Difference(NamedTuple):
-    """The first arm's values minus the second's, paired by the seeds that both have. Higher values are better.
+    """The first arm's values minus the second arm's values, paired by common seed. Higher values are better.
 
-    first, second: names of the arms. n: number of common seeds. mean: mean difference; None if n = 0. If n < 2, all
-    fields from `deviation` to `simultaneous_high` are None. deviation: standard deviation of the differences.
-    low, high: Student's t interval of this difference alone. p: p value of the two-sided t test of no difference.
-    holm: `p` corrected over all comparisons (Holm 1979). simultaneous_low, simultaneous_high: the wider Bonferroni
-    interval; with probability `level`, the intervals of all `comparisons` hold together. verdict: which arm is ahead,
-    judged by the simultaneous interval.
+    first, second: the names of the arms. n: the number of common seeds.
+    mean: the mean difference; None if n = 0. If n < 2, all fields from `deviation` to `simultaneous_high` are None.
+    deviation: the standard deviation of the differences.
+    low, high: the ends of Student's t interval for this difference alone.
+    p: the p-value of the two-sided t test of no difference.
+    holm: the value of `p` after correction for all comparisons (Holm 1979).
+    simultaneous_low, simultaneous_high: the ends of the wider Bonferroni interval. The Bonferroni intervals of all
+    comparisons (their number is `comparisons`) hold together with probability `level`.
+    verdict: which arm is ahead. The Bonferroni interval decides.
     """
 
     first: str
@@ -118,8 +122,7 @@ class Difference(NamedTuple):
     verdict: Verdict
 
     def sentence(self) -> str:
-        """Return the result as a sentence in percentage points. The values must be fractions of 1, such as
-        accuracies."""
+        """Return the result as a sentence in percentage points. Values must be fractions of 1, such as accuracies."""
         seeds = f"{self.n} seed{'' if self.n == 1 else 's'}"
         if self.mean is None:
             return f"{self.first} and {self.second}: no seed in common, undecided"
@@ -151,14 +154,16 @@ def paired_differences(
     reference: str | None = None,
     pairs: Sequence[tuple[str, str]] = (),
 ) -> list[Difference]:
-    """Compare every pair of arms, every arm with `reference`, or the planned `pairs`, by the seeds that both arms have.
+    """Compare arms by the seeds that both arms have.
 
-    `values` maps an arm's name to its values by seed. The verdict names an arm only if the simultaneous interval does
-    not contain zero. Comparisons with fewer than two common seeds are undecided and not counted. If accuracies come
-    from few examples, all differences can be equal up to rounding. Then the intervals are a single point, p is that of
-    the sign test, 2^(1-n), and p determines the verdict. The intervals hold for further seeds, not for further data
-    sets. They assume independent seeds and normal differences. Raises UserError for unknown arms and for values that
-    are not finite: leave diverged lanes (models) out, and say so.
+    `values` maps an arm's name to a mapping from seeds to values. If `pairs` are given, only these pairs are compared.
+    If `reference` is given, every other arm is compared with it. Otherwise every pair of arms is compared. The verdict
+    names an arm only if the simultaneous interval does not contain zero. Comparisons with fewer than two common seeds
+    are undecided and not counted. If accuracies come from few examples, all differences can be equal up to rounding.
+    Then each interval is a single point. In this case `p` is the p-value of the sign test, 2^(1-n) for n common seeds,
+    and it determines the verdict. The intervals hold for new seeds on the same data set, not for other data sets. They
+    assume that the seeds are independent and the differences are normal. Raises UserError for unknown arms and for
+    values that are not finite. Leave out diverged lanes (models), and report that you did.
     """
     for name in (*([reference] if reference is not None else []), *(name for pair in pairs for name in pair)):
         if name not in values:
@@ -207,7 +212,7 @@ def _paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p values in the given order, corrected by Holm's step-down method for the family-wise error rate.
+    """Correct p-values by Holm's step-down method for the family-wise error rate. Return them in the given order.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
@@ -221,12 +226,12 @@ def holm(p: Sequence[float]) -> list[float]:
 def detectable_difference(
     deviation: float, n: int, level: float = 0.95, power: float = 0.8, comparisons: int = 1
 ) -> float:
-    """Return the least true mean difference that n seeds detect with probability `power`.
+    """Return the smallest true mean difference that `n` seeds detect with probability `power`.
 
-    To detect means that the interval lies on the same side of zero as the true difference.
-    `deviation` is the standard deviation of the paired differences; the result has its unit. If `deviation` is a guess
-    from few seeds, the result is a guess too. If `comparisons` > 1, the intervals are Bonferroni's. The result comes
-    from the noncentral t distribution. The power at that difference equals `power` to about 1e-6.
+    A difference is detected if its interval lies on the same side of zero as the true difference. `deviation` is the
+    standard deviation of the paired differences. The result has the same unit. If `deviation` was estimated from few
+    seeds, the result is a rough estimate too. If `comparisons` > 1, the intervals are Bonferroni intervals. The result
+    comes from the noncentral t distribution. The true power at the returned difference equals `power` up to about 1e-6.
     """
     if not (math.isfinite(deviation) and deviation > 0):
         raise UserError(f"deviation={deviation}: the deviation of the differences is a positive number")
@@ -241,7 +246,7 @@ def detectable_difference(
 def seeds_needed(
     difference: float, deviation: float, level: float = 0.95, power: float = 0.8, comparisons: int = 1
 ) -> int:
-    """Return the smallest number of seeds that detects a true mean difference; see `detectable_difference`.
+    """Return the smallest number of seeds that detects the true mean difference `difference` (`detectable_difference`).
 
     Raises UserError if a million seeds are not enough.
     """

@@ -1,4 +1,4 @@
-"""The cache folder, for files that cnnlib can make again: decoded data, compiled kernels and compiled programs."""
+"""The cache folder. It holds files that cnnlib can make again: decoded data, compiled kernels and compiled programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache_folder(part: str) -> Path:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make `folder` for this user only, and return it. If the path exists and is not private, return a new folder.
+    """Make `folder` for this user only, and return it. If `folder` exists and is not private, return a new folder.
 
     Other users must not write to the folder, because cnnlib runs compiled code from it.
     """
@@ -53,7 +53,7 @@ def keep_file(path: Path, data: bytes) -> None:
 
 
 def kept_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray | None:
-    """Return the array that an earlier run wrote; None if the file is missing or damaged, or shape or type differ."""
+    """Return the array in the file `path`; None if the file is missing or damaged, or has another shape or type."""
     try:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # missing, unreadable or truncated
@@ -93,11 +93,11 @@ def is_writable(folder: Path) -> bool:
 
 
 def changeable_by_others(path: Path) -> Path | None:
-    """Return the place where other users can change `path`: `path` itself or one of its parents. None: nowhere.
+    """Find where other users can change `path`: in `path` itself or in one of its parents. Return None if they cannot.
 
-    This user and root are not other users. A sticky parent such as /tmp is safe, because users can replace only their
-    own files in it. This user's private group is safe, because it has no other members. Raises OSError if `path` is
-    missing.
+    Every user except this user and root is another user. A sticky parent such as /tmp is safe, because users can
+    replace only their own files in it. This user's private group is safe, because it has no other members. Raises
+    OSError if `path` is missing.
     """
     for place in (path, *path.parents):
         found = place.lstat()
@@ -118,7 +118,7 @@ def is_private_group(group: int) -> bool:
 
 
 def refusal(folder: Path) -> str | None:
-    """Return the reason why `folder` is not safe for code; None if it is safe. Make the folder if it is missing."""
+    """Return why compiled code in `folder` is not safe; None if it is safe. Make `folder` if it is missing."""
     if not is_writable(folder):
         return f"{folder} cannot be written"
     place = changeable_by_others(folder)

@@ -1,4 +1,4 @@
-"""Read and write standard JSON and JSON Lines (one JSON object per line). Write a whole file or nothing."""
+"""Read and write standard JSON and JSON Lines (one JSON object per line). No function leaves a file half-written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_json(value: Any) -> str:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, then rename it, so that nobody sees `path` half-written."""
+    """Call `write` on a temporary path beside `path`, then rename the file, so that nobody sees `path` half-written."""
     beside = path.with_name(f".{path.name}.part{path.suffix}")
     with cannot_write(path):
         try:
@@ -45,7 +45,7 @@ class JsonLines:
     """A file with one JSON object per line, flushed after every write."""
 
     def __init__(self, path: Path, lines: Sequence[dict[str, Any]] = ()) -> None:
-        """Replace the file's content by `lines`. Raises UserError if the file cannot be written."""
+        """Open the file and replace its content by `lines`. Raises UserError if the file cannot be written."""
         self._path = path
         with cannot_write(path):
             write_whole(path, lambda beside: beside.write_text(_json_lines(lines), encoding="utf-8"))
@@ -72,7 +72,7 @@ def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def read_regular(path: Path) -> str:
-    """Return the text of an untrusted file. Raises OSError if it is no regular file or has over `MOST_BYTES` bytes."""
+    """Return the text of an untrusted file. Raises OSError if it is no regular file or exceeds `MOST_BYTES` bytes."""
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         raise OSError(f"{path} is no file of at most {MOST_BYTES} bytes")
     return path.read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON Lines file up to the first damaged line; an empty list if there is no file."""
+    """Return the objects of a JSON Lines file up to the first damaged line. If no file exists, return an empty list."""
     found: list[dict[str, Any]] = []
     try:
         text = read_regular(path)
@@ -107,7 +107,10 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of new JSON lines from byte `begin` on, until `is_over()` is true and all lines are read."""
+    """Yield the new objects of a growing JSON Lines file in batches. Start at byte `begin`.
+
+    Stop when `is_over()` is true and all lines are read.
+    """
     rest = b""
     with path.open("rb") as file:
         file.seek(begin)

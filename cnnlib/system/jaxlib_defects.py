@@ -1,4 +1,4 @@
-"""Known jaxlib defects that compute wrong numbers or crash, and the XLA flags that avoid them.
+"""List known jaxlib defects, which give wrong numbers or crashes, and set the XLA flags that avoid them.
 
 `import cnnlib` sets the flags that the installed jaxlib needs. Nothing here imports JAX.
 """
@@ -15,7 +15,7 @@ Version = tuple[int, ...]
 
 
 class Defect(NamedTuple):
-    """A defect of the jaxlib versions from `first` up to, but not including, `fixed`."""
+    """A defect of jaxlib. The version `first` has it, and so have all later versions before `fixed`."""
 
     name: str
     """Name of the program in `known_bad.py` that shows the defect."""
@@ -26,7 +26,7 @@ class Defect(NamedTuple):
     processors: str
     symptom: str
     flag: str
-    """XLA flag that avoids the defect; it goes into `XLA_FLAGS`."""
+    """XLA flag that avoids the defect. `avoid` adds it to the variable `XLA_FLAGS`."""
     source: str
 
     @property
@@ -37,7 +37,7 @@ class Defect(NamedTuple):
 
 NO_XNNPACK = "--xla_cpu_use_xnnpack=false"
 NO_YNN_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-"""Keep XLA from handing sums to its CPU kernel library. The library computes products correctly and still gets them."""
+"""Keep XLA from using its CPU kernel library (YNN) for sums. XLA still uses it for products, which are correct."""
 
 DEFECTS = (
     Defect(
@@ -85,7 +85,7 @@ DEFECTS = (
 
 
 def numbers_of(text: str) -> Version:
-    """Return the first three numbers of a version: (0, 12, 0) for `0.12.0.1`."""
+    """Return the first three numbers of a version. For example, `0.12.0.1` becomes (0, 12, 0)."""
     return tuple(int(part) for part in text.split(".")[:3] if part.isdecimal())
 
 
@@ -95,7 +95,7 @@ def known(jaxlib: str) -> tuple[Defect, ...]:
 
 
 def with_flags(jaxlib: str, flags: str) -> str:
-    """Return `flags` plus the flags that this jaxlib version needs. An option that is already set keeps its value."""
+    """Add to `flags` the XLA flags that the version `jaxlib` needs. Options that `flags` sets stay unchanged."""
     for defect in known(jaxlib):
         if defect.option not in flags:
             flags = f"{flags} {defect.flag}".strip()

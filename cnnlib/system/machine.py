@@ -16,7 +16,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def cores_here() -> int:
-    """Return how many cores this process may use: its CPU affinity, limited by the CPU quota of its control groups."""
+    """Return how many cores this process may use. CPU affinity and the CPU quota of control groups limit the number."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in groups("cpu"):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no limit here
@@ -71,13 +71,13 @@ def groups(controller: str) -> Iterator[Path]:
 
 
 def number_after(pattern: str, text: str, otherwise: int) -> int:
-    """Return the integer after `pattern` in a kernel statistics file; `otherwise` if no line matches."""
+    """Return the integer after `pattern` in the kernel statistics `text`; `otherwise` if no line matches."""
     found = re.search(pattern + r"\s+(\d+)", text, re.MULTILINE)
     return int(found[1]) if found else otherwise
 
 
 def gpus() -> list[dict[str, str]] | None:
-    """Return one dict of environment variables per GPU. A process with these variables uses only that GPU.
+    """Return one dict of environment variables per GPU. A process that gets these variables uses only this GPU.
 
     On a TPU machine, return one empty dict, so that one process uses all chips. Return None if JAX has neither GPU nor
     TPU, or if `JAX_PLATFORMS` excludes both.

@@ -1,4 +1,4 @@
-"""Provenance of a run: machine, environment variables, packages, versions, source hash and git commit."""
+"""Record the provenance of a run: machine, environment variables, packages, versions, source hash and git commit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def packages() -> dict[str, str]:
 
 
 def environment(command: str | None) -> dict[str, Any]:
-    """Return the content of `environment.json`: where a run happened, and the command that repeats the run."""
+    """Return the content of `environment.json`: where a run happened, and `command`, which repeats the run."""
     import platform
 
     revision = commit()
@@ -129,5 +129,8 @@ def commit() -> str | None:
 
 
 def diff() -> str:
-    """Return the diff of tracked files in cnnlib's checkout against its commit, without external tools or colours."""
+    """Return the changes of tracked files since the commit of cnnlib's checkout.
+
+    Git runs without colours and without external diff tools.
+    """
     return _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD") or ""

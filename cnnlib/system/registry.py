@@ -1,4 +1,4 @@
-"""Registries: tables of names for things that are declared once, such as experiments and architectures."""
+"""Registries: tables that map names to things that are declared once, such as experiments and architectures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ D = TypeVar("D", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
-    """A table from names to functions. The function of a name returns the thing of that name, such as a model.
+    """A table that maps names to functions. Each function returns the thing that has the name, for example a model.
 
-    `register` is a decorator. The function's name becomes the entry's name, so every name is an identifier. `package`
-    is the package that calls `register`, if it must be imported first. The registry imports it at the first look-up.
+    `register` is a decorator. The function's name becomes the entry's name, so every name is an identifier. If the
+    entries are in a package that must be imported first, `package` is its name. The registry imports it at the first
+    look-up.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -38,7 +39,7 @@ class Registry(Generic[T]):
         return declaration
 
     def declaration(self, name: str) -> Callable[[], T]:
-        """Return the function registered as `name`. Raises UserError, with all known names, if the name is unknown."""
+        """Return the function registered as `name`. Raises UserError if it is unknown; the message lists all names."""
         if name not in self._known():
             raise UserError(f"no {self.kind} {name!r}; there are: {', '.join(self)}")
         return self._declarations[name]

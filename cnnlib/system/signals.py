@@ -1,4 +1,4 @@
-"""Stop a run by signal: the first SIGINT or SIGTERM requests a stop, the second one ends the process at once."""
+"""Stop a run by signal. The first SIGINT or SIGTERM requests a stop, and the second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Wish:
 
 @contextlib.contextmanager
 def by_signal() -> Iterator[Wish]:
-    """Turn SIGINT and SIGTERM into a stop request; the second one exits with status 128 + the signal's number.
+    """Turn the first SIGINT or SIGTERM into a stop request. At the second, exit with status 128 + the signal's number.
 
     Python calls signal handlers only after the current device computation returns, which can take long. Therefore a
     thread reads the signal number from the pipe of `signal.set_wakeup_fd`, and reacts at once.

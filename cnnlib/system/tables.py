@@ -1,4 +1,4 @@
-"""Print tables on a terminal, or as lists if the terminal is too narrow; write tables in Markdown."""
+"""Print tables on a terminal and write tables in Markdown. If the terminal is too narrow, a table becomes lists."""
 
 from __future__ import annotations
 

@@ -17,7 +17,10 @@ METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accura
 
 
 class TensorBoard(Watcher):
-    """Write `tensorboard/ARM/LANE` per lane, and `tensorboard/ARM/mean`: mean and standard deviation over lanes."""
+    """Write the metrics of each lane to `tensorboard/ARM/LANE`.
+
+    The means and standard deviations over lanes go to `tensorboard/ARM/mean`.
+    """
 
     def __init__(self) -> None:
         """Raise UserError if tensorboardX is not installed."""

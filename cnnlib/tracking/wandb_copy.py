@@ -48,7 +48,9 @@ SETTINGS |= dict.fromkeys((*QUIET, "x_disable_stats"), True)
 
 
 def chosen_mode(asked: str) -> tuple[str | None, str | None]:
-    """Return the mode: `online`, `offline`, or None for no copy. If `auto` makes no copy, add a hint for the user.
+    """Return the mode (`online`, `offline`, or None for no copy) and a hint for the user.
+
+    There is a hint if `auto` makes no copy because wandb or its key is missing; otherwise the hint is None.
 
     `auto` follows the environment variable `WANDB_MODE` if it is set. Without `WANDB_MODE`, `auto` is online if there
     is a key. Raise UserError if the mode `asked` is impossible.
@@ -130,7 +132,10 @@ class WandbCopy(Watcher):
 
 
 def send(folder: Path, mode: str, batches: Iterator[list[dict[str, Any]]], status: Callable[[], int]) -> None:
-    """Copy a run to W&B: `batches` of lines of `metrics.jsonl` in whole epochs, then results, then the exit status."""
+    """Copy a run to W&B: first its metrics and results, then its exit status.
+
+    `batches` yields lines of `metrics.jsonl`. Each batch holds whole epochs.
+    """
     copy = _Copy(folder, mode)
     for batch in batches:
         for _, lines in itertools.groupby(batch, lambda line: (line["arm"], line["epoch"])):
@@ -140,7 +145,8 @@ def send(folder: Path, mode: str, batches: Iterator[list[dict[str, Any]]], statu
 
 
 class _Copy:
-    """The W&B runs of a folder: one per lane, and one for the group, with the means over each arm's lanes."""
+    """The W&B runs of a folder: one per lane, and one for the group. The group's run has the means over each arm's
+    lanes."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         import wandb

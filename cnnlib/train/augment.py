@@ -13,11 +13,12 @@ from cnnlib.spec.window import Shape
 
 
 def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: bool) -> Num[Array, "batch ..."]:
-    """Return the stored examples at `index`, as one batch.
+    """Return one batch: the stored examples at the positions in `index`.
 
-    With `images_last`, multiply uint8 images by the identity matrix. The product has the batch axis last in memory, as
-    a TPU's convolutions need it. The TPU's matrix unit multiplies in a third of the cycles of a copy. Fully connected
-    networks become faster too. bfloat16 holds uint8 values exactly, so the product equals the images.
+    With `images_last`, multiply uint8 images by the identity matrix. In memory, the last axis of the product is the
+    batch axis. A TPU's convolutions need this layout. On the TPU's matrix unit, the product takes a third of the cycles
+    that a copy takes. Fully connected networks become faster too. bfloat16 holds uint8 values exactly, so the product
+    equals the images.
     """
     batch = x[index]
     if not images_last or x.dtype != jnp.uint8:
@@ -30,13 +31,13 @@ def taken(x: Num[Array, "count ..."], index: Int[Array, " batch"], images_last: 
 def normalize(
     x: Num[Array, "batch ..."], mean: Float[Array, " channel"], deviation: Float[Array, " channel"]
 ) -> Float[Array, "batch ..."]:
-    """Return (x - mean) / deviation per channel, as float32. The arguments are in stored units (images: 0 to 255)."""
+    """Return (`x` - `mean`) / `deviation` per channel, in float32. All three are in stored units (images: 0 to 255)."""
     shape = (1,) * (x.ndim - 1) + mean.shape
     return (x.astype(jnp.float32) - mean.reshape(shape)) / deviation.reshape(shape)
 
 
 def central(x: Num[Array, "batch ..."], augment: Augment) -> Num[Array, "batch ..."]:
-    """Return the part of `x` to evaluate: the central window of size `augment.crop`, or all of `x` without a crop."""
+    """Return the central window, of size `augment.crop`, of each example. Return `x` if `augment.crop` is None."""
     if augment.crop is None:
         return x
     index = [slice(None), *(slice((n - augment.crop) // 2, (n + augment.crop) // 2) for n in x.shape[1:-1])]
@@ -69,7 +70,7 @@ def drawn(key: Key[Array, ""], batch: int, spatial: Shape, augment: Augment) -> 
 
 
 def changed(x: Num[Array, "batch ..."], draws: Draws, augment: Augment) -> Num[Array, "batch ..."]:
-    """Crop, shift and flip each example as its row of `draws` says."""
+    """Crop, shift and flip each example. The example's row of `draws` holds the random numbers for this."""
     spatial = x.shape[1:-1]
     if draws.crop is not None:
         x = _windows(x, draws.crop, (augment.crop or 0,) * len(spatial))

@@ -46,7 +46,10 @@ def predict(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Stat
 
 
 def answers_at(recipe: Recipe) -> Callable[[Parameters, Statistics, Examples, Int[Array, " batch"]], Answers]:
-    """Return a function that predicts the examples at given positions."""
+    """Return a function that predicts some examples: `answer(parameters, statistics, examples, index) -> answers`.
+
+    `index` holds the positions of these examples.
+    """
 
     def answer(
         parameters: Parameters, statistics: Statistics, examples: Examples, index: Int[Array, " batch"]
@@ -82,9 +85,10 @@ def evaluate(recipe: Recipe, batch_size: int = 500) -> Callable[[Parameters, Sta
 def evaluate_first(
     recipe: Recipe, batch_size: int = 500
 ) -> Callable[[Parameters, Statistics, Examples, Int[Array, ""]], Sums]:
-    """Like `evaluate`, but on the first `count` examples: `test(parameters, statistics, examples, count) -> sums`.
+    """Return a function that evaluates a model on the first `count` examples.
 
-    The time depends on `count`, not on the size of `examples`.
+    The function is `test(parameters, statistics, examples, count) -> sums`. Its time depends on `count`, not on the
+    size of `examples`.
     """
     answer_at = answers_at(recipe)
 

@@ -1,4 +1,6 @@
-"""Feed examples to training: all on the devices from the start (resident), or read during training (streamed).
+"""Feed examples to training, either from the memory of the devices or as a stream.
+
+Resident examples are on the devices from the start. Streamed examples are read while training runs.
 
 A `Feed` is the data set of a run. Its method `to` returns an `ArmFeed`, which trains and tests the lanes (the models)
 of an arm. Resident and streamed feeds have the same methods, so a caller uses both kinds in the same way.
@@ -52,7 +54,7 @@ class Resident:
         self.splits = on_devices(data_set, devices)
 
     def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
-        """Return the examples that the programs of an arm take, per split."""
+        """Return, for each split, the examples that the programs of an arm take."""
         shared: dict[str, Examples] = spread.shared(self.splits)
         return shared
 
@@ -114,12 +116,12 @@ class Streamed:
         self.data_set = data_set
 
     def steps_a_chunk(self, arm: TrainedArm) -> int:
-        """Return the number of the arm's batches per chunk."""
+        """Return how many batches of the arm one chunk holds."""
         train = self.data_set.train
         return stream.steps_a_chunk(train, arm.experiment.batch_size)
 
     def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
-        """Return the shapes that the programs of an arm take, per split. All chunks have the same shapes."""
+        """Return, for each split, the shapes that the programs of an arm take. All chunks have the same shapes."""
         train, known = self.data_set.train, self.data_set
         count = self.steps_a_chunk(arm) * arm.experiment.batch_size
         shape: Any = jax.ShapeDtypeStruct
@@ -240,7 +242,7 @@ class StreamedFeed:
         return total
 
     def _in_order(self, source: Source) -> Iterator[tuple[np.ndarray, Examples]]:
-        """Yield the labels of each chunk on the host, and the whole chunk on the devices."""
+        """For each chunk, yield its labels (on the host) and the whole chunk (on the devices)."""
         with contextlib.closing(stream.in_order(source, self._capacity, self._workers)) as parts:
             for x, y in parts:
                 yield y, self._put(x, y)
@@ -262,7 +264,7 @@ def keep_going(going: deque[Any], sums: Any) -> None:
 
 
 def on_devices(data_set: DataSet, devices: Sequence[jax.Device]) -> dict[str, Examples]:
-    """Put every non-empty split, whole, on each device, as stored (uint8 for images)."""
+    """Put all examples of every non-empty split on each device. They keep their stored type (uint8 for images)."""
     splits = {"train": data_set.train, "validation": data_set.validation, "test": data_set.test}
     return {
         name: Examples(*sharding.replicated((split.x, split.y, data_set.mean, data_set.deviation), devices))

@@ -24,7 +24,7 @@ from cnnlib.train.types import Keys, State, Sums
 
 @dataclass(frozen=True)
 class Epoch:
-    """The results of one epoch, on the host, one entry per lane."""
+    """The results of one epoch. The arrays are on the host and have one entry per lane."""
 
     number: int
     train: Sums
@@ -33,7 +33,7 @@ class Epoch:
     seconds: float
     """Training time, including the time that training waited for examples."""
     snapshot: Snapshot | None
-    """Copy of the states after this epoch, on the devices; None if no checkpoint is due."""
+    """A copy of the states after this epoch. The copy is on the devices. None if no checkpoint is due."""
     position: Any
     """Position of the arm in its stream of examples; None if examples are not streamed."""
     waited: float
@@ -77,9 +77,10 @@ class TrainingLoop:
             feed: The source of the arm's examples.
             numbers: The hyperparameters of all lanes, on the devices.
             states: The states of all lanes, on the devices. Training overwrites them.
-            keys: The random keys of all lanes, for snapshots.
-            is_due: Takes an epoch number; returns whether to take a snapshot after it.
-            is_to_stop: Called once per epoch. If it returns True, the loop yields the epoch before the next one.
+            keys: The random keys of all lanes. Snapshots contain them.
+            is_due: Takes an epoch number; returns whether to take a snapshot after this epoch.
+            is_to_stop: Called once per epoch. If it returns True, the loop yields an epoch's results before it begins
+                the next epoch.
             trace: Takes an epoch number; returns a context manager for the training of this epoch. The context manager
                 yields whether it traces the epoch.
         """

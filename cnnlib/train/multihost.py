@@ -72,7 +72,7 @@ class Hosts:
         return min(map(int, self.gathered(b"%d" % number)))
 
     def same(self, what: str, value: str) -> None:
-        """Raise UserError on all processes if any `value` differs from that of process 0. `what` names the value."""
+        """Raise UserError on all processes if the `value` of any process differs from process 0. `what` names it."""
         first, *others = (text.decode() for text in self.gathered(value.encode()))
         found = [
             f"process {process} of {self.count}: {what} {other}, process 0 has {first}"

@@ -14,10 +14,11 @@ from cnnlib.config.schema import LaneNumbers, Optim
 
 
 def schedule(name: str, total_steps: int) -> optax.Schedule:
-    """Return the learning rate relative to its peak: `constant`, `cosine` (1 to 0), or `one_cycle` (Smith 2018).
+    """Return the schedule `name`: for each step, the learning rate divided by its peak.
 
-    `one_cycle` is optax's `cosine_onecycle_schedule` with its defaults. The learning rate rises from 1/25 to 1 over
-    the first 30 % of the steps, then falls to 1/250,000. Both parts follow a cosine.
+    The names are `constant`, `cosine` (from 1 to 0) and `one_cycle` (Smith 2018). `one_cycle` is optax's
+    `cosine_onecycle_schedule` with its defaults. The learning rate rises from 1/25 to 1 over the first 30 % of the
+    steps, then falls to 1/250,000. Both parts follow a cosine.
     """
     if name == "constant":
         return optax.constant_schedule(1.0)
@@ -27,10 +28,10 @@ def schedule(name: str, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(optim: Optim, numbers: LaneNumbers, total_steps: int) -> optax.GradientTransformation:
-    """Return the update rule of one lane: static settings from `optim`, traced scalar hyperparameters from `numbers`.
+    """Return the update rule of one lane. `optim` has the static settings, `numbers` the traced scalar hyperparameters.
 
-    If any lane of the arm needs an L1 term, all lanes have one. The strength of the term is zero in the other lanes. If
-    no lane needs an L1 term, the program contains none.
+    If any lane of the arm needs an L1 term, all lanes have an L1 term. Its strength is zero in lanes that do not need
+    it. If no lane needs an L1 term, the program contains none.
     """
     relative = schedule(optim.schedule, total_steps)
 
@@ -51,8 +52,9 @@ def optimizer(optim: Optim, numbers: LaneNumbers, total_steps: int) -> optax.Gra
     return rule
 
 
-# beta-LASSO (Neyshabur 2020, arXiv 2007.13657, algorithm 1): SGD on the loss plus lambda |theta|. After each step,
-# every weight of magnitude below beta lambda becomes zero. Only for kernels: a zero bias or scale saves no connection.
+# beta-LASSO (Neyshabur 2020, arXiv 2007.13657, algorithm 1): SGD on the loss plus lambda |theta|, where theta is a
+# weight and lambda is `l1`. After each step, every weight of magnitude below beta * lambda becomes zero, where beta is
+# `l1_threshold`. Only kernels change: a zero bias or scale saves no connection.
 
 
 def add_l1_subgradient(strength: jax.typing.ArrayLike) -> optax.GradientTransformation:
@@ -81,7 +83,7 @@ def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransfor
 
 
 def sparsity(parameters: Any) -> float:
-    """Return the share (0 to 1) of a model's kernel weights that are exactly zero, computed on the host.
+    """Compute on the host which share (0 to 1) of a model's kernel weights is exactly zero.
 
     In a local layer, some weights only see padding. These weights are counted too. Only an L1 term makes them zero.
     """

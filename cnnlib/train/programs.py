@@ -1,4 +1,7 @@
-"""Compile an arm's programs ahead of time. Run as many lanes (models) at a time as are fast and fit in memory."""
+"""Compile an arm's programs ahead of time.
+
+A program runs several lanes (models) at a time: as many as run fast together and fit in memory.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,18 @@ from cnnlib.train.sharding import Spread
 from cnnlib.train.types import Examples, Recipe, State
 
 CPU_GROUP = 8
-"""Most lanes of a full net to vectorise on a CPU. More lanes do not fit in the cache (`python -m benchmarks lanes`)."""
+"""Largest number of lanes of a full net that a CPU vectorises together. More lanes do not fit in the cache (`python -m
+benchmarks lanes`)."""
 
 
 TPU_GROUP = 16
-"""Most lanes of a full net to vectorise on a TPU. With 64 lanes, libtpu 0.0.42.1 has no room for LeNet-300-100."""
+"""Largest number of lanes of a full net that a TPU vectorises together. With 64 lanes, libtpu 0.0.42.1 has no room for
+LeNet-300-100."""
 TPU_SIGNAL_GROUP = 8
-"""Most lanes of a local or conv net on signals to vectorise on a TPU (docs/accelerators.md)."""
+"""Largest number of lanes that a TPU vectorises together if the net is local or conv and its inputs are signals
+(docs/accelerators.md)."""
 EVALUATION_BYTES = 2**26
-"""Most bytes per evaluation batch: about 500 examples of 105x105x3 as float32."""
+"""Largest number of bytes per evaluation batch. About 500 float32 examples of 105x105x3 take this number of bytes."""
 COMPILERS = 2
 """Number of programs compiled at the same time. Each compilation takes memory and several threads."""
 KEPT_FROM = 0.05
@@ -80,8 +86,8 @@ def free_memory(device: jax.Device) -> int:
     """Return the bytes that programs may still take: nine tenths of the free memory of the device.
 
     If the device reports no memory limit, use the free memory of the host. The last tenth is for memory that the
-    compiler does not count: that of other processes, and the scratch memory of kernels.cc (16 partial sums of a layer's
-    kernel per lane).
+    compiler does not count: the memory of other processes, and the scratch memory of kernels.cc (16 partial sums of a
+    layer's kernel per lane).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
@@ -90,7 +96,7 @@ def free_memory(device: jax.Device) -> int:
 
 
 def check_parameters_fit(arm: TrainedArm, devices: Sequence[jax.Device], hosts: Hosts = ALONE) -> None:
-    """Raise UserError if the parameters of all lanes and the gradient of one lane exceed the free memory."""
+    """Raise UserError if the parameters of all lanes and the gradient of one lane together exceed the free memory."""
     spread = spread_of(arm, devices, hosts)
     lanes = len(arm.lanes)
     need = 4 * arm.count.parameters * (spread.lanes_a_device * spread.sharing + 1)
@@ -127,7 +133,7 @@ class Programs(NamedTuple):
     at_a_time: int
     """Number of lanes vectorised together per device."""
     memory_bytes: int
-    """Peak bytes of the largest program in one memory, as the compiler counts them. Resident examples are excluded."""
+    """Peak bytes of the largest program in one memory. The number is the compiler's, without resident examples."""
     compile_seconds: float
 
 
@@ -145,19 +151,19 @@ class ExamplesOf(Protocol):
     is_streamed: bool
 
     def examples(self, arm: TrainedArm, spread: Spread) -> dict[str, Examples]:
-        """Return what the programs of an arm take per split: arrays on the devices, or the shapes of a chunk."""
+        """Return, for each split, what the programs of an arm take: arrays on the devices, or the shapes of a chunk."""
 
 
 def compile_programs(
     arm: TrainedArm, feed: ExamplesOf, devices: Sequence[jax.Device], before: int | None = None, hosts: Hosts = ALONE
 ) -> Programs:
-    """Compile every program of an arm before its first call, with as many lanes at a time as fit in memory.
+    """Compile every program of an arm before its first call. Reduce the lanes at a time until all fit in memory.
 
     Args:
         arm: The arm to compile. Its `precision` overrides JAX's own setting.
         feed: The source of the arm's examples.
         devices: The devices to spread the lanes over. Each holds all examples, or a chunk of them.
-        before: The lanes at a time of the earlier session, if this session resumes one.
+        before: How many lanes ran at a time in the earlier session that this session resumes; None: no earlier session.
         hosts: The processes of the run. All of them compile together.
 
     Raises:
@@ -185,7 +191,7 @@ def compile_programs(
 
 
 def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dict[str, Any], int, int]:
-    """Compile for fewer and fewer lanes at a time until they fit. Return the programs, lanes at a time and bytes."""
+    """Reduce the lanes at a time until the programs fit. Return the programs, the lanes at a time, and the bytes."""
     arm, spread, chunks = compiler.arm, compiler.spread, compiler.chunk_bytes
     wanted, most = arm.experiment.lanes.at_a_time, spread.lanes_a_device
     preferred = preferred_at_a_time(arm.model.connectivity, arm.input_shape, most, spread.own_device.platform)
@@ -228,7 +234,7 @@ class _Compiler:
         return self._pool.submit(program.lower(*arguments).compile, options)
 
     def _mapped(self, function: Any, at_a_time: int, lanes: int = 2, shared: int = 1, **options: Any) -> Any:
-        """Map a function: its first `lanes` arguments have a lane axis; all lanes share the next `shared` ones."""
+        """Map a function: its first `lanes` arguments have a lane axis; all lanes share the next `shared`."""
         return self.spread.compiled_for(step.over_lanes(function, at_a_time, lanes), lanes, shared, **options)
 
     def initialize(self) -> Future[Any]:
@@ -315,7 +321,8 @@ def has_freed_weights(model: Model) -> bool:
 
 
 def evaluation_batch(arm: TrainedArm) -> int:
-    """Return the number of examples per evaluation batch: at most 500, and at most `EVALUATION_BYTES` as float32.
+    """Return the number of examples per evaluation batch: at most 500, and at most as many as fit in `EVALUATION_BYTES`
+    as float32 values.
 
     If `accumulate` cuts training batches into pieces, an evaluation batch is at most as large as one piece.
     """

@@ -31,9 +31,10 @@ ALIGNMENT = 64
 
 
 def use_cores(count: int | None = None) -> None:
-    """Make each core that this process may use, or `count` of them, a device of JAX's CPU backend.
+    """Make each CPU core a device of JAX's CPU backend.
 
-    Call this function before JAX computes anything; later it has no effect. A device count in `XLA_FLAGS` wins.
+    Use `count` cores; None: all cores that this process may use. Call this function before JAX computes anything; later
+    it has no effect. A device count in `XLA_FLAGS` wins.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started
@@ -76,7 +77,10 @@ def evenly(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
 
 
 class Spread(NamedTuple):
-    """How an arm's lanes are spread: equally many per device. Copies of the last lane (padding) fill up devices."""
+    """How an arm's lanes are spread over devices.
+
+    Each device has equally many lanes. If there are too few lanes, copies of the last lane (padding) are added.
+    """
 
     lanes: int
     devices: tuple[jax.Device, ...]
@@ -127,7 +131,7 @@ class Spread(NamedTuple):
     def compiled_for(
         self, function: Callable[..., Any], lane_arguments: int = 1, shared_arguments: int = 0, **options: Any
     ) -> Any:
-        """Return `jax.jit` of `function`; each device runs it on its own lanes (first axis of the lane arguments)."""
+        """Return `jax.jit` of `function`. Each device runs it on its own lanes (first axis of lane arguments)."""
         if len(self.devices) == 1:
             return jax.jit(function, **options)
         specs = (PartitionSpec(LANE),) * lane_arguments + (PartitionSpec(),) * shared_arguments
@@ -196,13 +200,15 @@ def spread(
     mesh: tuple[int, int] | None = None,
     hosts: Hosts = ALONE,
 ) -> Spread:
-    """Return how to spread lanes: as `mesh` says, or over as many devices as are useful if `mesh` is None.
+    """Return how to spread lanes over devices.
 
-    Without `mesh`, spread the lanes first. Then use the remaining devices to share batches. 5 lanes use 3 of 4 devices,
-    because one device has 2 lanes in any case. 3 lanes on 8 devices use 2 devices per lane. The number of devices that
-    share a batch divides `batch_size`. The cores of a CPU never share a batch: a lane keeps the cores busy, and adding
-    gradients costs more than it gains (`python -m benchmarks mesh`). Raise UserError if the mesh needs more devices or
-    lanes than there are, or if the mesh leaves a host without work.
+    `mesh` gives the number of groups of devices and the number of devices per group. The devices of a group share
+    batches. If `mesh` is None, use as many devices as are useful: spread the lanes first. Then use the remaining
+    devices to share batches. 5 lanes use 3 of 4 devices, because one device has 2 lanes in any case. 3 lanes on 8
+    devices use 2 devices per lane. The number of devices that share a batch divides `batch_size`. The cores of a CPU
+    never share a batch: a lane keeps the cores busy, and adding gradients costs more than it gains (`python -m
+    benchmarks mesh`). Raise UserError if the mesh needs more devices or lanes than there are, or if the mesh leaves a
+    host without work.
     """
     if mesh is None:
         a_device = math.ceil(lanes / min(lanes, len(devices)))
@@ -232,7 +238,7 @@ def spread(
 
 
 def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Put host arrays, whole, on each device of this host. CPU devices share one copy."""
+    """Put a full copy of host arrays on each device of this host. CPU devices share one copy."""
     own = [device for device in devices if device.process_index == jax.process_index()]
     if len(devices) == 1:
         return jax.device_put(tree)

@@ -29,7 +29,7 @@ from cnnlib.train.types import Examples, Keys, Recipe, State, Sums
 
 
 def keys_of(numbers: LaneNumbers) -> Keys:
-    """Return the keys of a lane: `init` from its seed, all others from its order seed.
+    """Return the keys of a lane. The key `init` depends on the lane's seed, all other keys on its order seed.
 
     The generator is always threefry, so the bits depend neither on vmap nor on JAX's default generator.
     """
@@ -64,7 +64,8 @@ def epoch(recipe: Recipe) -> Callable[[State, LaneNumbers, Examples], tuple[Stat
 
     An epoch passes over the examples `passes` times. With `reshuffle`, each pass draws a new order. Without it, each
     pass uses the stored order. A pass leaves out the last examples if they do not fill a batch. `sums` hold the
-    training loss and the correct predictions, measured on augmented examples while the parameters change.
+    training loss and the number of correct predictions. Both are measured on augmented examples while the parameters
+    change.
     """
 
     def train(state: State, numbers: LaneNumbers, examples: Examples) -> tuple[State, Sums]:
@@ -136,7 +137,7 @@ def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Exa
 
 
 def after(state: State, model: tuple[Any, ...], sums: Sums, epochs: int | Int[Array, ""]) -> State:
-    """Return the trained state if all its numbers are finite, else the old state, marked as diverged."""
+    """Return the trained state if all its numbers are finite. If not, return the old state, and mark it as diverged."""
     parameters, statistics, optimizer_state = model
     # The last loss was computed before the last update, so check the updated parameters as well.
     finite = jnp.isfinite(sums.loss) & all_finite((parameters, statistics)) & ~state.diverged
@@ -212,7 +213,7 @@ def first_of(tree: Any) -> Any:
 
 
 def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> Int[Array, " own"] | None:
-    """Draw the indices of the examples that a lane trains on, in stored order; None: all examples."""
+    """Draw the examples that a lane trains on. Return their indices in stored order, or None for all examples."""
     count = examples.y.shape[0]
     if recipe.examples is None or recipe.examples == count:
         return None
@@ -225,9 +226,10 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int = 1) -> Callable[..., Any]:
-    """Map a function of one model over lanes: groups of `at_a_time` vectorised lanes run one after another.
+    """Map a function of one model over lanes.
 
-    The first `lane_arguments` arguments have a leading lane axis. All lanes share the other arguments.
+    A group of `at_a_time` lanes is vectorised, and the groups run one after another. The first `lane_arguments`
+    arguments have a leading lane axis. All lanes share the other arguments.
     """
 
     def mapped(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What training works on: a model's state, examples, sums, keys, and the recipe of a program."""
+"""Define the tuples that training uses: a model's state and keys, the examples, the sums, and a program's recipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class State(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """One split on the device, as stored, with the mean and standard deviation of the training split."""
+    """One stored split, on the device. `mean` and `deviation` describe the channels of the training split."""
 
     x: Num[Array, "count ..."]
     y: Int[Array, " count"]
@@ -43,14 +43,14 @@ class Sums(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A model's predicted class and its loss per example."""
+    """The answers of one model. For each example, they give the predicted class and the loss."""
 
     predicted: Int[Array, " count"]
     loss: Float[Array, " count"]
 
 
 class Keys(NamedTuple):
-    """The random keys of one model: one key per kind of random choice in its training."""
+    """The random keys of one model. Each key serves one kind of random choice during training."""
 
     init: Key[Array, ""]
     order: Key[Array, ""]
@@ -68,15 +68,15 @@ class Recipe(NamedTuple):
     batch_size: int
     epochs: int
     examples: int | None = None
-    """Number of examples that a model trains on, selected by the model's order seed; None: all examples."""
+    """Number of examples that a model trains on. The model's order seed selects them. None: all examples."""
     reshuffle: bool = True
     passes: int = 1
     accumulate: int = 1
-    """Number of equal pieces of a batch that run one after another. Networks with norms must have 1."""
+    """Each batch is cut into this number of equal pieces, which run in turn. Networks with norms must have 1."""
     shards: int = 1
-    """Number of devices that share each batch, along the mesh axis `data_axis`."""
+    """Number of devices that share each batch. They lie along the mesh axis `data_axis`."""
     data_axis: str | None = None
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them (`nn.network.training_logits`)."""
     start: Network | None = None
-    """Network of another connectivity, whose initialiser draws the initial weights; None: `network` draws them."""
+    """A network of another connectivity, which draws the initial weights. None: `network` draws its own weights."""

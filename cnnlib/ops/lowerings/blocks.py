@@ -16,7 +16,7 @@ from cnnlib.ops.lowerings.convolutions import convolution, convolution_kernel_gr
 COLUMNS = 128
 """Number of columns of a TPU's matrix unit."""
 ROWS = 8
-"""Number of rows of a tile of a TPU's vector memory. Features are padded to a multiple of it."""
+"""Number of rows of a tile of a TPU's vector memory. Features are padded to a multiple of this number."""
 NARROW = 16
 """Largest number of features for which `in_blocks` takes fewer cycles than a plain convolution (libtpu 0.0.42.1, v5e).
 With more features, rearranging the blocks into an output map costs more than the blocks save."""
@@ -78,7 +78,7 @@ def blocks_of(
 
 
 def in_blocks(x: Array, kernel: Array, correlation: Correlation) -> Array:
-    """Correlate one lane with XLA's own convolution, in blocks of outputs if that is faster on a TPU."""
+    """Correlate one lane with XLA's own convolution. Use blocks of outputs if blocks are faster on a TPU."""
     window, features = kernel.shape[:2], kernel.shape[-1]
     blocks = blocks_of(x.shape[1:3], window, features, NARROW, correlation)
     if blocks is None or math.prod(window) < FEW_TAPS:
@@ -90,7 +90,7 @@ def in_blocks(x: Array, kernel: Array, correlation: Correlation) -> Array:
 
 
 def kernel_gradient_in_blocks(x: Array, gradient: Array, window: Pair, correlation: Correlation) -> Array:
-    """Compute the gradient of one lane's kernel, in blocks of outputs if that is faster on a TPU."""
+    """Compute the gradient of one lane's kernel. Use blocks of outputs if blocks are faster on a TPU."""
     features = gradient.shape[-1]
     blocks = blocks_of(x.shape[1:3], window, features, NARROW_GRADIENT, correlation)
     if blocks is None or (math.prod(window) < FEW_TAPS and features <= NARROW):

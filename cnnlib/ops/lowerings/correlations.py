@@ -44,7 +44,7 @@ matrix product. This is faster than XLA's convolutions."""
 
 
 def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str) -> tuple[int, ...]:
-    """Return `(lane, image, output_height, output_width, feature)`; raise TypeError if the operands do not fit."""
+    """Return `(lane, image, output_height, output_width, feature)`. Raise TypeError if the operands do not fit."""
     if x.shape[0] != kernel.shape[0] or x.shape[-1] != kernel.shape[-2]:
         raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes or channels")
     return (*x.shape[:2], *correlation.output_size(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1])
@@ -53,7 +53,7 @@ def correlate_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str)
 def input_gradient_shape(
     gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, form: str
 ) -> tuple[int, ...]:
-    """Return `(lane, image, height, width, channel)`; raise TypeError if the operands do not fit."""
+    """Return the shape `(lane, image, height, width, channel)`. Raise TypeError if the operands do not fit."""
     if gradient.shape[0] != kernel.shape[0] or gradient.shape[-1] != kernel.shape[-1]:
         raise TypeError(f"gradient {gradient.shape} and kernel {kernel.shape} differ in lanes or features")
     return (*gradient.shape[:2], *size, kernel.shape[-2])
@@ -62,7 +62,7 @@ def input_gradient_shape(
 def kernel_gradient_shape(
     x: Any, gradient: Any, *, window: Pair, correlation: Correlation, form: str
 ) -> tuple[int, ...]:
-    """Return `(lane, kernel_height, kernel_width, channel, feature)`."""
+    """Return the shape `(lane, kernel_height, kernel_width, channel, feature)`."""
     return (x.shape[0], *window, x.shape[-1], gradient.shape[-1])
 
 
@@ -92,7 +92,7 @@ def correlate_on_cpu(x: Array, kernel: Array, *, correlation: Correlation, form:
 
 
 def input_gradient_on_cpu(gradient: Array, kernel: Array, *, size: Pair, correlation: Correlation, form: str) -> Array:
-    """Scatter the gradient in kernels.cc if that is faster (`scatters`), or correlate it with the rotated kernel."""
+    """Scatter the gradient in kernels.cc if `scatters` says so. If not, correlate it with the rotated kernel."""
     if form == "native" and gradient.dtype == jnp.float32 and scatters(gradient, kernel, size, correlation):
         shape = input_gradient_shape(gradient, kernel, size=size, correlation=correlation, form=form)
         output = jax.ShapeDtypeStruct(shape, gradient.dtype)

@@ -46,18 +46,18 @@ def pools_within(form: str, dtype: Any, pooling: Pooling) -> bool:
 
 
 def pooled_correlate_shape(x: Any, kernel: Any, *_: Any, correlation: Correlation, pooling: Pooling, form: str) -> Any:
-    """Return `(lane, image, row, column, feature)` of the pooled map."""
+    """Return the shape of the pooled map: `(lane, image, row, column, feature)`."""
     lanes, images, *size, features = correlate_shape(x, kernel, correlation=correlation, form=form)
     return (lanes, images, *pooling.output_size(tuple(size)), features)
 
 
 def pooled_input_gradient_shape(gradient: Any, kernel: Any, *_: Any, pooling: Pooling, **static: Any) -> Any:
-    """Return `(lane, image, height, width, channel)`."""
+    """Return the shape `(lane, image, height, width, channel)`."""
     return input_gradient_shape(gradient, kernel, **static)
 
 
 def pooled_kernel_gradient_shape(x: Any, gradient: Any, *_: Any, pooling: Pooling, **static: Any) -> Any:
-    """Return `(lane, kernel_height, kernel_width, channel, feature)`."""
+    """Return the shape `(lane, kernel_height, kernel_width, channel, feature)`."""
     return kernel_gradient_shape(x, gradient, **static)
 
 

@@ -19,7 +19,7 @@ from cnnlib.ops.lowerings.lanes import FEW_IMAGES, Over, one_after_another, toge
 
 
 def local_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str) -> tuple[int, ...]:
-    """Return `(lane, image, row, column, feature)`; raise TypeError if the operands do not fit."""
+    """Return the shape `(lane, image, row, column, feature)`. Raise TypeError if the operands do not fit."""
     positions = correlation.output_size(x.shape[2:4], kernel.shape[3:5])
     if (x.shape[0], *positions, x.shape[-1]) != (*kernel.shape[:3], kernel.shape[-2]):
         raise TypeError(f"x {x.shape} and kernel {kernel.shape} differ in lanes, positions or channels")
@@ -29,12 +29,12 @@ def local_shape(x: Any, kernel: Any, *, correlation: Correlation, form: str) -> 
 def local_input_shape(
     gradient: Any, kernel: Any, *, size: Pair, correlation: Correlation, form: str
 ) -> tuple[int, ...]:
-    """Return `(lane, image, height, width, channel)`."""
+    """Return the shape `(lane, image, height, width, channel)`."""
     return (*gradient.shape[:2], *size, kernel.shape[-2])
 
 
 def local_kernel_shape(x: Any, gradient: Any, *, window: Pair, correlation: Correlation, form: str) -> tuple[int, ...]:
-    """Return `(lane, row, column, kernel_height, kernel_width, channel, feature)`."""
+    """Return the shape `(lane, row, column, kernel_height, kernel_width, channel, feature)`."""
     return (x.shape[0], *gradient.shape[2:4], *window, x.shape[-1], gradient.shape[-1])
 
 
@@ -110,7 +110,7 @@ LOCAL_ON_TPU = Local(local_lane_on_tpu)
 def local_on_cpu(
     target: str, shape: Callable[..., tuple[int, ...]], otherwise: Callable[..., Array]
 ) -> Callable[..., Array]:
-    """Return a lowering that calls the function `target` of kernels.cc if possible, and `otherwise` if not.
+    """Return a lowering. It calls the function `target` of kernels.cc if possible, else the lowering `otherwise`.
 
     kernels.cc supports float32 and at least `FEW_IMAGES` images. It copies the first operand to a scratch buffer in
     which images come last. Each row of the buffer is padded to whole vectors.

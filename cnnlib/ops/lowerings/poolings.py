@@ -17,7 +17,7 @@ from cnnlib.ops.geometry import Correlation, Pair, Pooling, taps_of
 
 
 def pooled_shape(x: Any, *_: Any, pooling: Pooling, form: str) -> tuple[int, ...]:
-    """Return `(image, row, column, channel)`."""
+    """Return the shape `(image, row, column, channel)`."""
     return (x.shape[0], *pooling.output_size(x.shape[1:3]), x.shape[3])
 
 
@@ -26,7 +26,7 @@ def pooled_shape(x: Any, *_: Any, pooling: Pooling, form: str) -> tuple[int, ...
 
 
 def taps_under(x: Array, pooling: Pooling, fill: float) -> list[Array]:
-    """Return one map per tap of the window. It holds the values under the tap, and `fill` for padding."""
+    """Return one map per tap of the window. The map holds the values under the tap. Padding has value `fill`."""
     correlation = Correlation(pooling.strides, pooling.padding, (1, 1), (1, 1))
     return taps_of(x, pooling.window, correlation, fill)
 
