@@ -335,13 +335,3 @@ def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
     found = [text for _, text in changed_fields(first, this, but=ON_EACH_HOST)]
     found += [text for text in identity_changes(first, this).refused if text not in found]
     hosts.same("identity_changes from process 0:", "; ".join(found) or "none")
-
-
-def passed_on(hosts: Hosts, left: Left) -> Left:
-    """Return, on all hosts, what process 0 found of earlier sessions."""
-    own = [{name: list(entry) for name, entry in part.items()} for part in left]
-    finished, in_flight = json.loads(hosts.from_first(json.dumps(files.plain(own)).encode()))
-    return Left(
-        {name: FinishedArm(*arm) for name, arm in finished.items()},
-        {name: Progress(*progress) for name, progress in in_flight.items()},
-    )
