@@ -30,17 +30,20 @@ COMMANDS = {
     "show": Command("declarations", "show NAME [FIELD=VALUE ...] [--on HARDWARE [--json]]"),
     "count": Command(
         "declarations",
-        "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N] [--connectivity full|local|conv]\n           "
-        "[--match MEASURE:REFERENCE] [--batch-size N] [--dtype TYPE] [--json]",
+        "count WHAT [FIELD=VALUE ...] [--input HxWxC] [--classes N]\n           "
+        "[--connectivity full|local|conv] [--match MEASURE:REFERENCE]\n           "
+        "[--batch-size N] [--dtype TYPE] [--json]",
     ),
     "run": Command(
         "training",
-        "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]] [--wandb MODE]\n           "
-        "[--tensorboard] [--no-check] [--profile] [--traceback]\n           "
-        "[--distributed [--coordinator HOST:PORT --processes N --process-id I] [--heartbeat SECONDS]]\n           "
+        "run NAME [FIELD=VALUE ...] [--out DIR] [--resume [--force]]\n           "
+        "[--wandb MODE] [--tensorboard] [--no-check] [--profile] [--traceback]\n           "
+        "[--distributed [--coordinator HOST:PORT --processes N\n           "
+        "--process-id I] [--heartbeat SECONDS]]\n           "
         "[--part ARM[-FIRST..LAST]]\n           "
-        "[--executor local|slurm|ray [--seeds-per-job N] [--jobs-at-a-time N] [--retries N]\n           "
-        "[--gpus-per-job N] [--slurm OPTION=VALUE ...] [--ray-address ADDRESS] [--resources NAME=N ...]]",
+        "[--executor local|slurm|ray [--seeds-per-job N] [--jobs-at-a-time N]\n           "
+        "[--retries N] [--gpus-per-job N] [--slurm OPTION=VALUE ...]\n           "
+        "[--ray-address ADDRESS] [--resources NAME=N ...]]",
     ),
     "merge": Command("training", "merge DIR [--force] [--wandb MODE]"),
     "all": Command("training", "all [--out DIR]"),
