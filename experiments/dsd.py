@@ -1,4 +1,4 @@
-"""How does the number of examples that a net needs grow with the size of its input, beside what theory says?
+"""How does the number of examples that a net needs grow with the size of its input, and does theory agree?
 
 Question: a signal of d numbers hides in one of k patches. Theory says that a convolution needs about k + d examples, a
     local layer k d, a full one k^2 d. What are the exponents of k and of d for trained nets?

@@ -56,7 +56,7 @@ def conv2d(
         padding: SAME, VALID, an int for all sides, or per axis an int or a pair `(before, after)`.
         dilation: Distance between neighbouring taps of the kernel: one int for all axes, or one per axis.
         feature_group_count: Number of groups of channels and of features. Each group of features sees only its own
-            group of channels. As many groups as channels give a depthwise convolution.
+            group of channels. If there are as many groups as channels, the convolution is depthwise.
         pool: Max pooling to apply to the result. kernels.cc runs the convolution and unpadded pooling together, so
             that the map between them stays in the processor's cache.
     """
