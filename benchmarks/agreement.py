@@ -46,7 +46,7 @@ def measure(
     overrides: Sequence[str] = (),
     chosen: Callable[[Sequence[TrainedArm]], Sequence[TrainedArm]] = tuple,
 ) -> Iterator[Table]:
-    """Train every arm for one short epoch and test the arm. Do both with and without library fusions.
+    """Train every arm for one short epoch and test the arm. Repeat this with library fusions and without.
 
     Args:
         lanes: Lane counts to test; 0 means the number that the experiment declares.
@@ -57,8 +57,8 @@ def measure(
 
     Yields:
         One table per arm with one row per lane count. `fusions` is the number of fusions. `difference` is the largest
-        loss difference with and without fusions, relative to the largest loss. `nudged` is the same if only the initial
-        weights change, by up to a millionth. If an earlier arm has the same programs, an arm has no table.
+        loss difference with and without fusions, relative to the largest loss. `nudged` is the largest relative
+        loss difference between two runs whose initial weights differ by up to a millionth. An arm gets no table if its programs are those of an earlier arm.
     """
     seen: set[tuple[Any, ...]] = set()
     for name in EXPERIMENTS:

@@ -282,10 +282,9 @@ def read_or_open(
 ) -> DataSet | StreamedSet:
     """Load a data set into memory, or open it for streaming.
 
-    If `data.stream` is set, it decides, and `streamed` and `free` are ignored. `streamed` is the set of names of the
-    data sets that earlier sessions of this run streamed. If `streamed` is given, it decides, and `free` is ignored. For
-    a new run `streamed` is None, and `free`, the free memory in bytes, decides. If the data set is then streamed
-    because of its size, tell the user through `says`.
+    The first of these that is set decides: `data.stream`, `streamed`, `free`. `streamed` has the names of the data sets
+    that earlier sessions of this run streamed; it is None for a new run. `free` is the free memory in bytes. If the
+    data set is streamed because of its size, tell the user through `says`.
     """
     is_streamed = data.stream
     if is_streamed is None and streamed is not None:

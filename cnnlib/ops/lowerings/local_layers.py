@@ -91,7 +91,7 @@ class Local(NamedTuple):
         return self.over(one, gradient, kernel)
 
     def kernel_gradient(self, x: Array, gradient: Array, *, window: Pair, correlation: Correlation, form: str) -> Array:
-        """Compute the gradient of kernels of `window` from the gradient of the output."""
+        """Compute the gradient of the kernels, whose taps have the shape `window`."""
         _, *shape = local_kernel_shape(x, gradient, window=window, correlation=correlation, form=form)
         like = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
