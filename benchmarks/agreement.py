@@ -57,8 +57,9 @@ def measure(
 
     Yields:
         One table per arm with one row per lane count. `fusions` is the number of fusions. `difference` is the largest
-        loss difference with and without fusions, relative to the largest loss. `nudged` is the largest relative
-        loss difference between two runs whose initial weights differ by up to a millionth. An arm gets no table if its programs are those of an earlier arm.
+        loss difference with and without fusions, relative to the largest loss. `nudged` is the largest relative loss
+        difference between two runs whose initial weights differ by up to a millionth. An arm gets no table if its
+        programs are those of an earlier arm.
     """
     seen: set[tuple[Any, ...]] = set()
     for name in EXPERIMENTS:
