@@ -210,7 +210,8 @@ class Printing(SizedLines):
 @pytest.fixture
 def known_to_workers(monkeypatch):
     """Lets workers import what is defined here."""
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
 
 
 @pytest.mark.slow
