@@ -434,7 +434,7 @@ def test_jobs_that_are_stopped_go_on_and_those_that_are_finished_are_only_read(l
     alone = done(*command(tmp_path, "--resume"))
     assert alone.returncode == 2 and "has jobs: --resume with --executor" in alone.stderr
     assert (tmp_path / "jobs" / "logistic.log").read_bytes() == finished
-    resumed = done(*shlex.split(last.split("go on with: ")[1].replace("python ", f"{sys.executable} ", 1)))
+    resumed = done(*shlex.split(last.split("go on with: ")[1].replace("cnnlib ", f"{sys.executable} -m cnnlib ", 1)))
     assert resumed.returncode == 0, resumed.stderr
     assert "2 jobs, 1 of them finished before" in resumed.stdout and fingerprints(tmp_path) == long
     again = done(*command(tmp_path, "--executor", "local", "--resume"))

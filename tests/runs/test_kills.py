@@ -109,7 +109,7 @@ def test_a_signal_ends_the_run_at_the_end_of_an_epoch(packaged, tmp_path):
     first, last = told.splitlines()
     assert first == "stopping at the end of this epoch, and saving it; once more stops at once"
     assert last.startswith("stopped after epoch ") and last.endswith("--resume")
-    resumed = done("bash", "-c", last.split("go on with: ")[1].replace("python ", f"{sys.executable} ", 1))
+    resumed = done("bash", "-c", last.split("go on with: ")[1].replace("cnnlib ", f"{sys.executable} -m cnnlib ", 1))
     assert resumed.returncode == 0, resumed.stderr
     assert comparable(tmp_path) == comparable(packaged)
 
