@@ -334,4 +334,4 @@ def check_alike(hosts: Hosts, this: dict[str, Any]) -> None:
     first, this = json.loads(hosts.from_first(json.dumps(this).encode())), json.loads(json.dumps(this))
     found = [text for _, text in changed_fields(first, this, but=ON_EACH_HOST)]
     found += [text for text in identity_changes(first, this).refused if text not in found]
-    hosts.same("identity_changes from process 0:", "; ".join(found) or "none")
+    hosts.same("differences from process 0:", "; ".join(found) or "none")
