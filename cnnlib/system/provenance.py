@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries, "cnnlib": cnnlib.__version__}
 
 
-DECIDING = ("spec", "config", "data", "ops", "nn", "train")
+DECIDING = ("spec", "config", "stats", "data", "ops", "nn", "train", "runs")
 """Packages that can change the results of a run. A run can be resumed after an edit of any other package."""
 
 

@@ -10,17 +10,17 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from tiny_run import EXPERIMENT, Silent
 
 from cnnlib.config.fields import from_dict
 from cnnlib.config.resolve import resolve
-from cnnlib.config.schema import Arm, Checkpoint, Experiment, LaneNumbers, Lanes, Optim
+from cnnlib.config.schema import Arm, Experiment, LaneNumbers, Lanes, Optim
 from cnnlib.data.declaration import Data
 from cnnlib.data.sets import load
 from cnnlib.errors import UserError
 from cnnlib.ops import kernels
 from cnnlib.report import summary
 from cnnlib.runs.arm_results import headline_of, settings_of
-from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.folder import RunFolder
 from cnnlib.runs.runner import kernels_for, run
 from cnnlib.runs.session import Options
@@ -29,42 +29,6 @@ from cnnlib.system import files
 from cnnlib.train import sharding
 from cnnlib.train.feeds import Resident
 from cnnlib.train.programs import compile_programs, numbers_of
-
-EXPERIMENT = Experiment(
-    arms=(
-        Arm("full", parse_model("avg:4 dense:8 relu dense:classes")),
-        Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes")),
-    ),
-    data=Data("lines", validation=200),
-    optim=Optim("adam", learning_rate=(0.01, 0.03)),
-    lanes=Lanes(seed=(3, 4)),
-    epochs=2,
-    batch_size=200,
-    compile_cache=False,
-    checkpoint=Checkpoint(every=0),  # tests/runs/test_resume.py has them
-)
-
-
-class Silent(Watcher):
-    """A watcher that remembers what it was told."""
-
-    def __init__(self):
-        self.told = []
-
-    def says(self, *what):
-        self.told.append(("says", *what))
-
-    def arm_begins(self, *what):
-        self.told.append(("begins", *what))
-
-    def training_begins(self, *what):
-        self.told.append(("trains", *what))
-
-    def epoch_ends(self, report):
-        self.told.append(("epoch", report.arm, report.epoch))
-
-    def arm_ends(self, name, result, epoch):
-        self.told.append(("ends", name, epoch))
 
 
 @pytest.fixture(scope="module")

@@ -8,55 +8,19 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import EXPERIMENT, Silent
 
 from cnnlib.config.resolve import resolve
-from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes, Optim
+from cnnlib.config.schema import Arm, Lanes, Optim
 from cnnlib.data.declaration import Data
 from cnnlib.data.sets import load
 from cnnlib.errors import UserError
-from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.runner import run
 from cnnlib.spec.notation import parse_model
 from cnnlib.train import programs
 from cnnlib.train.feeds import Resident
 from cnnlib.train.multihost import Hosts
 from cnnlib.train.programs import compile_programs
-
-EXPERIMENT = Experiment(
-    arms=(
-        Arm("full", parse_model("avg:4 dense:8 relu dense:classes")),
-        Arm("conv", parse_model("avg:4 conv:4@3 relu dense:classes")),
-    ),
-    data=Data("lines", validation=200),
-    optim=Optim("adam", learning_rate=(0.01, 0.03)),
-    lanes=Lanes(seed=(3, 4)),
-    epochs=2,
-    batch_size=200,
-    compile_cache=False,
-    checkpoint=Checkpoint(every=0),  # tests/runs/test_resume.py has them
-)
-
-
-class Silent(Watcher):
-    """A watcher that remembers what it was told."""
-
-    def __init__(self):
-        self.told = []
-
-    def says(self, *what):
-        self.told.append(("says", *what))
-
-    def arm_begins(self, *what):
-        self.told.append(("begins", *what))
-
-    def training_begins(self, *what):
-        self.told.append(("trains", *what))
-
-    def epoch_ends(self, report):
-        self.told.append(("epoch", report.arm, report.epoch))
-
-    def arm_ends(self, name, result, epoch):
-        self.told.append(("ends", name, epoch))
 
 
 @pytest.mark.slow
