@@ -96,7 +96,7 @@ def test_a_job_that_ray_gives_up_ends_the_run(tmp_path):
         os.kill(session(job)["pid"], signal.SIGKILL)
         told, _ = process.communicate(timeout=500)
     assert process.returncode == 2
-    assert f"error: job {job.name}: was lost by Ray: " in told.splitlines()[-1], told
+    assert f"error: job {job.name} was lost by Ray: " in told.splitlines()[-1], told
 
 
 def test_no_cluster_is_one_line(tmp_path):
