@@ -8,6 +8,8 @@ Each command imports only what it needs: `list` imports neither JAX nor NumPy.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import signal
@@ -105,6 +107,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def entry() -> NoReturn:
     """Run the command line of this process, then exit with its status."""
+    # Tracing programs makes millions of objects that live as long as the process. With Python's default thresholds,
+    # looking for garbage among them takes 4 % of a run of 16 seconds, and freeing them one by one at exit another 3 %.
+    gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
