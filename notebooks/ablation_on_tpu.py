@@ -125,10 +125,10 @@ with contextlib.ExitStack() as ends:
     results = run(experiment, "ablation", Path(out), Watchers(watchers))
 
 # %%
-for arm in results["arms"]:
+for arm in results.arms:
     print(
-        f"{arm['name']}: {len(arm['lanes'])} lanes on {arm['devices']} devices, {arm['lanes_at_a_time']} at a time on each; "
-        f"compiled in {arm['compile_seconds']:.1f} s, trained in {arm['train_seconds_per_lane']:.2f} s a lane"
+        f"{arm.name}: {len(arm.lanes)} lanes on {arm.devices} devices, {arm.lanes_at_a_time} at a time on each; "
+        f"compiled in {arm.compile_seconds:.1f} s, trained in {arm.train_seconds_per_lane:.2f} s per lane"
     )
 
 # %% [markdown]

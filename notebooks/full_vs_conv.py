@@ -94,9 +94,9 @@ from cnnlib.runs.callbacks import Watchers
 
 watchers = Watchers([LineWatcher(Console()), ReportWriter(Path(out))])
 results = run(experiment, "fc_vs_conv", Path(out), watchers)
-models = sum(len(arm["lanes"]) for arm in results["arms"])
+models = sum(len(arm.lanes) for arm in results.arms)
 print(
-    f"{models} models in {results['wall_seconds']:.0f} s, compilation included, on {results['device']['count']} x {results['device']['kind']}"
+    f"{models} models in {results.wall_seconds:.0f} s, compilation included, on {results.device.count} x {results.device.kind}"
 )
 
 # %%
@@ -134,7 +134,7 @@ import altair
 from cnnlib.report.charts import curve_points, curves_chart
 
 lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-names = [arm["name"] for arm in results["arms"]]
+names = [arm.name for arm in results.arms]
 curves = curve_points(lines, names, "validation_accuracy", most_epochs=100)
 altair.Chart.from_dict(curves_chart(curves, "validation accuracy")).properties(width=600)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 import cnnlib
 from cnnlib.report.comparisons import differences
+from cnnlib.runs.results import read_results
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +38,7 @@ def test_a_statement_has_a_function_a_test_and_a_notebook(row):
 
 
 def stored(name):
-    return json.loads((ROOT / "docs" / name / "results.json").read_text())
+    return read_results(ROOT / "docs" / name)
 
 
 def ahead(name):
@@ -52,7 +52,7 @@ def ahead(name):
 
 
 def test_a_convolution_is_ahead_with_fewer_parameters():
-    arms = {arm["name"]: arm["parameters"] for arm in stored("fc_vs_conv")["arms"]}
+    arms = {arm.name: arm.parameters for arm in stored("fc_vs_conv").arms}
     assert arms["lenet5"] < arms["mlp_75_33"] < arms["lenet_300_100"]
     found = ahead("fc_vs_conv")
     assert found["lenet5", "lenet_300_100"] == found["lenet5", "mlp_75_33"] == "lenet5"
@@ -61,7 +61,7 @@ def test_a_convolution_is_ahead_with_fewer_parameters():
 def test_locality_and_sharing_are_each_worth_something():
     """Beyond doubt on colour images at equal multiply-adds; on digits the second is not settled by five seeds."""
     results = stored("sharing_and_locality_cifar10_jpeg")
-    arms = {arm["name"]: arm["settings"][arm["chosen_setting"]]["test_accuracy"]["ci95"] for arm in results["arms"]}
+    arms = {arm.name: arm.test_accuracy.ci95 for arm in results.arms}
     conv, local, full = (arms[name] for name in ("conv_macs", "local_macs", "full_sixth"))
     assert full[1] < local[0] and local[1] < conv[0]
 
@@ -73,18 +73,19 @@ def test_shuffled_pixels_take_the_advantage_of_a_convolution_only():
 
 
 def test_pooling_saves_multiply_adds_and_parameters():
-    arms = {arm["name"]: arm for arm in stored("pooling")["arms"]}
+    arms = {arm.name: arm for arm in stored("pooling").arms}
     for pooled in ("max", "mean"):
-        for count in ("macs", "parameters"):
-            assert arms["none"][count] > 3 * arms[pooled][count]
+        assert arms["none"].macs > 3 * arms[pooled].macs
+        assert arms["none"].parameters > 3 * arms[pooled].parameters
 
 
 def test_pooling_narrows_the_gap_between_training_and_test():
     results = stored("pooling")
-    assert {len(arm["settings"]) for arm in results["arms"]} == {1}
+    assert {len(arm.settings) for arm in results.arms} == {1}
     gap = {
-        arm["name"]: arm["settings"][0]["train_accuracy"] - arm["settings"][0]["test_accuracy"]["mean"]
-        for arm in results["arms"]
+        arm.name: setting.train_accuracy - setting.test_accuracy.mean
+        for arm in results.arms
+        for setting in arm.settings
     }
     assert max(gap["max"], gap["mean"]) < min(gap["none"], gap["stride"])
     found = ahead("pooling")

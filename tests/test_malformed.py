@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cnnlib.cli.main import main
+from cnnlib.config.fields import to_dict
 from cnnlib.config.resolve import resolve
 from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes
 from cnnlib.data.declaration import Data
@@ -160,9 +161,8 @@ def malformed_arms(finished, tmp_path, data):
     (arm,) = resolve(EXPERIMENT)
     with RunFolder(tmp_path / "run") as held:
         found = read_arm(held, arm)
-    assert found is None or found._asdict() == {
-        key: value for key, value in json.loads((finished / name).read_text()).items() if key != "sha256"
-    }
+    whole = json.loads((finished / name).read_text())
+    assert found is None or to_dict(found) == {key: value for key, value in whole.items() if key != "sha256"}
 
 
 def malformed_checkpoints(finished, tmp_path, data):

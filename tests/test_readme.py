@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +18,7 @@ from cnnlib.config.schema import EXPERIMENTS, Experiment, kept_like
 from cnnlib.data.declaration import Data
 from cnnlib.demos import DEMOS
 from cnnlib.report import growth, summary
+from cnnlib.runs.results import read_results
 
 pytestmark = pytest.mark.once
 
@@ -26,7 +26,7 @@ ROOT = Path(cnnlib.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md") if path.stem != "RESULTS"}
 PUBLISHED = ("fc_vs_conv", "sharing_and_locality")
-RESULTS = {name: json.loads((ROOT / "docs" / name / "results.json").read_text()) for name in PUBLISHED}
+RESULTS = {name: read_results(ROOT / "docs" / name) for name in PUBLISHED}
 
 
 def blocks(language, text=README):
@@ -78,7 +78,7 @@ def test_the_table_is_that_of_the_stored_results(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_stored_results_are_those_of_the_registered_experiment(name):
     registered = EXPERIMENTS.get(name)
-    assert kept_like(from_dict(RESULTS[name]["config"], Experiment), registered) == registered
+    assert kept_like(from_dict(RESULTS[name].config, Experiment), registered) == registered
     assert (ROOT / "docs" / name / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,35 +99,35 @@ def test_the_table_of_counts_is_what_the_command_prints(capsys, monkeypatch):
 
 
 def test_what_the_readme_concludes_follows_from_the_stored_results():
-    arms = {arm["name"]: arm for arm in RESULTS["fc_vs_conv"]["arms"]}
+    arms = {arm.name: arm for arm in RESULTS["fc_vs_conv"].arms}
     lenet5, full, matched = arms["lenet5"], arms["lenet_300_100"], arms["mlp_75_33"]
-    assert lenet5["test_accuracy"]["mean"] - full["test_accuracy"]["mean"] >= 0.02
-    assert lenet5["test_accuracy"]["ci95"][0] > full["test_accuracy"]["ci95"][1]
-    assert lenet5["test_accuracy"]["ci95"][0] > matched["test_accuracy"]["ci95"][1]
-    assert round(lenet5["parameters"] / full["parameters"], 2) == 0.23
-    assert lenet5["macs"] > full["macs"] > matched["macs"]
-    assert lenet5["train_seconds_per_lane"] > full["train_seconds_per_lane"]
+    assert lenet5.test_accuracy.mean - full.test_accuracy.mean >= 0.02
+    assert lenet5.test_accuracy.ci95[0] > full.test_accuracy.ci95[1]
+    assert lenet5.test_accuracy.ci95[0] > matched.test_accuracy.ci95[1]
+    assert round(lenet5.parameters / full.parameters, 2) == 0.23
+    assert lenet5.macs > full.macs > matched.macs
+    assert lenet5.train_seconds_per_lane > full.train_seconds_per_lane
 
 
 def test_what_the_readme_concludes_of_sharing_and_locality_follows_too():
-    arms = {arm["name"]: arm for arm in RESULTS["sharing_and_locality"]["arms"]}
-    accuracy = {name: arm["test_accuracy"] for name, arm in arms.items()}
+    arms = {arm.name: arm for arm in RESULTS["sharing_and_locality"].arms}
+    accuracy = {name: arm.test_accuracy for name, arm in arms.items()}
     by_reading = {
-        reading: [accuracy[name] for name, arm in arms.items() if arm["connectivity"] == reading]
+        reading: [accuracy[name] for name, arm in arms.items() if arm.connectivity == reading]
         for reading in ("conv", "local", "full")
     }
-    assert max(a["ci95"][1] for a in by_reading["full"]) < min(a["ci95"][0] for a in by_reading["local"])
-    assert max(a["mean"] for a in by_reading["local"]) < min(a["mean"] for a in by_reading["conv"])
+    assert max(a.ci95[1] for a in by_reading["full"]) < min(a.ci95[0] for a in by_reading["local"])
+    assert max(a.mean for a in by_reading["local"]) < min(a.mean for a in by_reading["conv"])
     pairs = [("conv", "local"), ("conv_parameters", "local_parameters"), ("conv_macs", "local_macs")]
-    gaps = [100 * (accuracy[conv]["mean"] - accuracy[local]["mean"]) for conv, local in pairs]
+    gaps = [100 * (accuracy[conv].mean - accuracy[local].mean) for conv, local in pairs]
     assert [round(min(gaps), 1), round(max(gaps), 1)] == [0.8, 1.1]
-    assert sum(accuracy[conv]["ci95"][0] < accuracy[local]["ci95"][1] for conv, local in pairs) == 2
-    means = [[100 * a["mean"] for a in by_reading[reading]] for reading in ("conv", "local", "full")]
+    assert sum(accuracy[conv].ci95[0] < accuracy[local].ci95[1] for conv, local in pairs) == 2
+    means = [[100 * a.mean for a in by_reading[reading]] for reading in ("conv", "local", "full")]
     span = r"([\d.]+) to ([\d.]+) %"
     text = " ".join(PAGES["models"].split())
     said = re.search(rf"Convolutions reach {span}, local nets {span}, full nets {span}", text).groups()
     assert [float(number) for number in said] == [round(end, 1) for each in means for end in (min(each), max(each))]
-    assert all(lane.get("distance_from_conv", 1) > 0.99 for arm in arms.values() for lane in arm["lanes"])
+    assert all((lane.distance_from_conv or 1.0) > 0.99 for arm in arms.values() for lane in arm.lanes)
 
 
 def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
@@ -142,8 +142,17 @@ def test_the_example_experiment_works_and_has_at_most_15_lines(monkeypatch):
     assert pooled.count.parameters == 61_706 and strided.model.connectivity == "conv"
 
 
+def test_the_example_that_reads_results_prints_those_of_the_run(tmp_path, monkeypatch, capsys):
+    _, code = blocks("python", PAGES["guide"])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "fc_vs_conv").symlink_to(ROOT / "docs" / "fc_vs_conv")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "read.py", "exec"), {})
+    assert capsys.readouterr().out.startswith("lenet_300_100 266610 0.94")
+
+
 def test_the_example_of_a_sweep_makes_the_arms_that_it_shows():
-    (code,) = blocks("python", PAGES["guide"])
+    code, _ = blocks("python", PAGES["guide"])
     names: dict[str, object] = {}
     exec(compile(code, "sweep.py", "exec"), names)
     arms = Experiment(names["arms"], Data("mnist5k")).arms

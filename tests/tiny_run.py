@@ -19,6 +19,7 @@ EXPERIMENT = Experiment(
     batch_size=200,
     compile_cache=False,
     checkpoint=Checkpoint(every=0),  # tests/runs/test_resume.py has them
+    devices=1,  # whether a test before has asked for more of them or not
 )
 
 

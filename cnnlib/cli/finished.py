@@ -95,12 +95,13 @@ def add_wandb(parser: argparse.ArgumentParser) -> None:
 
 def command_wandb(options: argparse.Namespace) -> int:
     """Send a run to Weights & Biases."""
-    from cnnlib.runs.folder import RECORD, inside, read_json, require_format, state
+    from cnnlib.runs.folder import inside, state
+    from cnnlib.runs.record import read_record
     from cnnlib.system.files import read_json_lines
     from cnnlib.tracking.wandb_copy import chosen_mode, send
 
     folder = Path(options.folder)
-    require_format(folder, read_json(folder / RECORD))
+    read_record(folder)
     inside(folder, folder / "wandb")
     mode, hint = chosen_mode(options.wandb)
     if mode is None:

@@ -28,13 +28,12 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
     return None
 
 
-def command_to_repeat(results: dict[str, Any]) -> str | None:
-    """Return the command that computes the content of a `results.json` again.
+def command_to_repeat(name: str, config: dict[str, Any]) -> str | None:
+    """Return the command that repeats a run of the experiment `name`. `config` is the `config` of its `results.json`.
 
     Settings that do not affect results, such as checkpoints and W&B, come from the registered experiment. Return None
-    if no overrides of that experiment give this run. Raise UserError if this version of cnnlib cannot read the
-    configuration.
+    if no overrides of that experiment give this run. Raise UserError if this version of cnnlib cannot read `config`.
     """
-    name, experiment = results["experiment"], from_dict(results["config"], Experiment)
+    experiment = from_dict(config, Experiment)
     registered = EXPERIMENTS.get(name) if name in EXPERIMENTS else None
     return command_for(name, kept_like(experiment, registered) if isinstance(registered, Experiment) else experiment)

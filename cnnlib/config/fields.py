@@ -93,6 +93,8 @@ def to_dict(node: Any) -> Any:
         return str(node)
     if dataclasses.is_dataclass(node):
         return {field.name: to_dict(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    if isinstance(node, dict):
+        return {key: to_dict(value) for key, value in node.items()}
     return [to_dict(item) for item in node] if isinstance(node, tuple) else node
 
 
@@ -127,18 +129,27 @@ def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
             require(field.name in values or has_default, f"{path}.{field.name} is missing")
         return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    shown = repr(values)[:60]
+    if hint is Any:
+        return values
     if origin is tuple:
-        require(isinstance(values, list), f"{path}: expected a list, not {values!r}")
-        return tuple(from_dict(value, arguments[0], f"{path}[{i}]") for i, value in enumerate(values))
+        require(isinstance(values, list), f"{path}: expected a list, not {shown}")
+        hints = arguments[:1] * len(values) if arguments[1:] == (...,) else arguments
+        require(len(values) == len(hints), f"{path}: expected {len(hints)} values, not {shown}")
+        return tuple(from_dict(value, hints[i], f"{path}[{i}]") for i, value in enumerate(values))
+    if origin is dict:
+        require(isinstance(values, dict), f"{path}: expected an object, not {shown}")
+        return {name: from_dict(value, arguments[1], f"{path}.{name}") for name, value in values.items()}
     if origin in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return None if values is None else from_dict(values, inner, path)
     if origin is Literal:
-        require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {values!r}")
+        require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {shown}")
         return values
     accepted = (int, float) if hint is float else hint
-    is_number = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
-    require(is_number, f"{path}: expected {hint.__name__}, not {values!r}")
+    is_right = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
+    require(is_right, f"{path}: expected {hint.__name__}, not {shown}")
+    require(hint not in (int, float) or -1e300 < values < 1e300, f"{path}: expected a finite number, not {shown}")
     return hint(values)
 
 

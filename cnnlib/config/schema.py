@@ -177,6 +177,14 @@ OWN_FIELDS = (
 """Fields of an experiment that an arm may override for itself, in its field `own`."""
 
 
+def check_arm_name(name: str) -> None:
+    """Raise UserError unless `name` can be the name of an arm, and so of its files."""
+    require(
+        re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name) is not None,
+        f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {name[:120]!r}",
+    )
+
+
 @dataclass(frozen=True)
 class Arm:
     """One architecture with its static settings: one compiled program."""
@@ -202,10 +210,7 @@ class Arm:
                 path.split(".")[0] in OWN_FIELDS,
                 f"arm {self.name}: no field {path!r} that an arm has of its own; there are: {', '.join(OWN_FIELDS)}",
             )
-        require(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", self.name) is not None,
-            f"an arm's name is made of letters, digits, '_' and '-', 100 at most, not {self.name!r}",
-        )
+        check_arm_name(self.name)
         if self.match is not None:
             measure, colon, reference = self.match.partition(":")
             require(

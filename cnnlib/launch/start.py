@@ -15,7 +15,8 @@ from cnnlib.launch.jobs import Launch, devices_per_job, divided, job_command, sl
 from cnnlib.launch.local import LocalJobs
 from cnnlib.launch.slurm import array_script, merge_script, submit
 from cnnlib.launch.supervise import supervise
-from cnnlib.runs.folder import JOBS, RECORD, RunFolder, check, inside, is_locked, state
+from cnnlib.runs.folder import JOBS, RunFolder, check, inside, is_locked, state
+from cnnlib.runs.record import RECORD
 from cnnlib.system.files import write_whole
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnnlib.config.schema import SETTING_FIELDS
 from cnnlib.errors import UserError
+from cnnlib.report.columns import setting_text, settings
+from cnnlib.report.labels import Label, raised
 from cnnlib.report.style import STYLE
-from cnnlib.report.summary import setting_text
+from cnnlib.runs.results import RunResults
 from cnnlib.spec.counts import count
 from cnnlib.spec.layers import READINGS, Conv
 from cnnlib.spec.model import Model
@@ -24,7 +25,7 @@ COSTS = {
     "macs": "multiply-adds an example",
     "train_seconds_per_lane": "seconds of training",
 }
-"""Axis titles of the costs that accuracy is plotted against; the keys are fields of an arm's results."""
+"""Axis titles of the costs that accuracy is plotted against; the keys are attributes of `ArmResult`."""
 PLACES = 5
 """Number of columns for the points of an arm's lanes. The columns are to the left of the mean of these lanes."""
 MOST_NAMES = 12
@@ -49,36 +50,28 @@ def library() -> str:
     return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # the stub of this function lacks the default
 
 
-def lanes_of(arm: dict[str, Any], setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return all lanes of `arm` with the hyperparameters of `setting`, diverged lanes included."""
-    names = [name for name in SETTING_FIELDS if name in setting]
-    return [lane for lane in arm["lanes"] if all(lane[name] == setting[name] for name in names)]
-
-
-def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
+def accuracy_chart(results: RunResults, cost: str) -> dict[str, Any]:
     """Plot test accuracy (%) against `cost`, a key of `COSTS` (log axis). Lanes are points; means have intervals."""
     import altair
 
-    lanes, means = [], []
-    for arm in results["arms"]:
-        for index, setting in enumerate(arm["settings"]):
-            common = {
-                "arm": arm["name"] + setting_text(results, arm, index),
-                "connectivity": arm["connectivity"],
-                "cost": float(arm[cost]),
-            }
-            lanes += [
-                {**common, "seed": lane["seed"], "accuracy": 100 * lane["test_accuracy"], "place": place % PLACES}
-                for place, lane in enumerate(lanes_of(arm, setting))
-                if lane["status"] == "ok"
-            ]
-            accuracy = setting["test_accuracy"]
-            if accuracy["mean"] is not None:
-                low, high = (accuracy["mean"] if end is None else end for end in accuracy["ci95"])
-                numbers = {"accuracy": accuracy["mean"], "low": low, "high": high}
-                means.append({**common, "n": accuracy["n"], **{name: 100 * value for name, value in numbers.items()}})
-    for mean, raised in zip(means, raises(means), strict=True):
-        mean["raised"] = raised
+    lanes: list[dict[str, Any]] = []
+    means: list[dict[str, Any]] = []
+    for arm, setting in settings(results):
+        common = {
+            "arm": arm.name + setting_text(arm, setting),
+            "connectivity": arm.connectivity,
+            "cost": float(getattr(arm, cost)),
+        }
+        lanes += [
+            {**common, "seed": lane.seed, "accuracy": 100 * lane.test_accuracy, "place": place % PLACES}
+            for place, lane in enumerate(arm.lanes_of(setting))
+            if lane.status == "ok" and lane.test_accuracy is not None
+        ]
+        if setting.test_accuracy.mean is not None:
+            numbers = dict(zip(("accuracy", "low", "high"), setting.test_accuracy.percent(), strict=True))
+            means.append({**common, "n": setting.test_accuracy.n, **numbers})
+    for mean, rise in zip(means, raised(labels_of(means)), strict=True):
+        mean["raised"] = rise
     kinds = [kind for kind in STYLE if any(mean["connectivity"] == kind for mean in means)]
     color = altair.Color(
         "connectivity:N", scale=altair.Scale(domain=kinds, range=[STYLE[kind][0] for kind in kinds]), title=None
@@ -111,25 +104,15 @@ def accuracy_chart(results: dict[str, Any], cost: str) -> dict[str, Any]:
     return dict(chart.to_dict())
 
 
-def raises(means: Sequence[Mapping[str, Any]], side: int = 250, line: int = 13) -> list[int]:
-    """Return by how many pixels to raise each mean's name, so that no names overlap. `side` is the plot's width."""
+def labels_of(means: Sequence[Mapping[str, Any]], side: int = 250) -> list[Label]:
+    """Return the box of each mean's name, in pixels. `side` is about the width and the height of the plot."""
     x = np.log([mean["cost"] for mean in means])
     y = np.array([mean["accuracy"] for mean in means])
     spans = [max(float(np.ptp(each)), 1e-9) if len(means) else 1.0 for each in (x, y)]
-    placed: list[tuple[float, float, float]] = []
-    found = [0] * len(means)
-    for index in np.argsort(y, kind="stable").tolist():
-        left, height = side * (x[index] - x.min()) / spans[0], side * (y[index] - y.min()) / spans[1]
-        right = left + 7 * len(means[index]["arm"])
-        while any(
-            left < other_right
-            and other_left < right
-            and abs(height + found[index] - other) < line - 1  # `- 1` allows for rounding
-            for other_left, other_right, other in placed
-        ):
-            found[index] += line
-        placed.append((left, right, height + found[index]))
-    return found
+    return [
+        Label(side * (left - x.min()) / spans[0], side * (bottom - y.min()) / spans[1], 7 * len(mean["arm"]))
+        for left, bottom, mean in zip(x, y, means, strict=True)
+    ]
 
 
 class Curves(NamedTuple):

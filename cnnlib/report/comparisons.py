@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
-from cnnlib.config.schema import SETTING_FIELDS
+from cnnlib.config.fields import from_dict
+from cnnlib.runs.results import RunResults
 from cnnlib.stats.fits import VarianceComponents, variance_components
 from cnnlib.stats.intervals import Difference, paired_differences
 
 MOST_ARMS = 6
 """If a run has at most this many arms, compare every pair. If it has more, compare each arm with the first arm."""
-SEEDS = ("seed", "order_seed")
 
 
-def accuracies(results: dict[str, Any]) -> dict[str, dict[Hashable, float]]:
-    """Return test accuracies by arm and seed, for the setting that validation chose. Leave out diverged lanes.
+def accuracies(results: RunResults) -> dict[str, dict[Hashable, float]]:
+    """Return test accuracies by arm, then by seed and order seed, for the setting that validation chose.
 
-    Arms without a chosen setting are left out. Results of older cnnlib versions may lack some hyperparameters. Then the
-    lanes are selected by the hyperparameters that the results have.
+    Diverged lanes and arms without a chosen setting are left out.
     """
-    found: dict[str, dict[Hashable, float]] = {}
-    for arm in results["arms"]:
-        chosen = arm.get("chosen_setting")
-        if chosen is None:
-            continue
-        setting = arm["settings"][chosen]
-        names = [name for name in SETTING_FIELDS if name in setting]
-        found[arm["name"]] = {
-            tuple(lane.get(name) for name in SEEDS): lane["test_accuracy"]
-            for lane in arm["lanes"]
-            if lane["status"] == "ok" and all(lane[name] == setting[name] for name in names)
+    return {
+        arm.name: {
+            (lane.seed, lane.order_seed): lane.test_accuracy
+            for lane in arm.lanes_of(arm.settings[arm.chosen_setting])
+            if lane.status == "ok" and lane.test_accuracy is not None
         }
-    return found
+        for arm in results.arms
+        if arm.chosen_setting is not None
+    }
 
 
-def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Difference]:
+def differences(results: RunResults, planned: Sequence[str] = ()) -> list[Difference]:
     """Compare the pairs of arms in `planned`, written FIRST:SECOND.
 
     If `planned` is empty, use the pairs in the run's configuration. If the configuration has no pairs either, compare
@@ -45,14 +39,15 @@ def differences(results: dict[str, Any], planned: Sequence[str] = ()) -> list[Di
     values = accuracies(results)
     if len(values) < 2:
         return []
-    pairs = [tuple(pair.split(":")) for pair in planned or results.get("config", {}).get("comparisons", ())]
+    stored: tuple[str, ...] = from_dict(results.config.get("comparisons", []), tuple[str, ...], "comparisons")
+    pairs = [pair.partition(":")[::2] for pair in planned or stored]
     known = [(first, second) for first, second in pairs if first in values and second in values]
     if known:
         return paired_differences(values, pairs=known)
     return paired_differences(values, reference=None if len(values) <= MOST_ARMS else next(iter(values)))
 
 
-def spreads(results: dict[str, Any]) -> dict[str, VarianceComponents]:
+def spreads(results: RunResults) -> dict[str, VarianceComponents]:
     """Estimate which part of the spread of an arm's accuracy comes from initial weights, and which from data order.
 
     Leave out an arm if some seed did not run with every data order.

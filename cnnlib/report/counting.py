@@ -13,8 +13,7 @@ from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape, shape_text
 from cnnlib.system.tables import print_table
 
-COLUMNS = ("layer", "output", "parameters", "connections", "multiply-adds", "receptive field")
-HEADERS = {"receptive field": "field"}
+COLUMNS = ("layer", "output", "parameters", "connections", "multiply-adds", "field")
 
 
 def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             field_text(total),
         )
     )
-    print_table(console, COLUMNS, rows, left=2, headers=HEADERS, padding=1)
+    print_table(console, COLUMNS, rows, left=2, padding=1)
     norms = f"{total['norm_parameters']:,} scales and biases of norms, " if total["norm_parameters"] else ""
     said = [
         f"{total['weights']:,} weights, {total['biases']:,} biases, {norms}{total['activations']:,} activations",

@@ -5,21 +5,20 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cnnlib.runs.predictions import Predictions
+from cnnlib.runs.results import DataResult
 
 MOST_CLASSES = 20
 """Largest number of classes with which a confusion matrix is shown."""
 
 
-def class_name(data: Mapping[str, Any], number: int) -> str:
-    """Return the name of class `number`. If `data` (from the results) has no class names, return the number as text."""
-    names = data.get("class_names")
-    known = isinstance(names, list) and 0 <= number < len(names)
-    return str(names[number]) if known else str(number)  # type: ignore[index]
+def class_name(data: DataResult, number: int) -> str:
+    """Return the name of class `number`. If the classes have no names, return the number as text."""
+    return data.class_names[number] if 0 <= number < len(data.class_names) else str(number)
 
 
 def confusion_shares(found: Predictions, classes: int) -> np.ndarray:
@@ -44,7 +43,7 @@ class Confusions(NamedTuple):
     """The result of `confusion_shares`. None if there are no lanes, or more than `MOST_CLASSES` classes."""
 
 
-def confusions(answers: Mapping[str, Predictions], data: Mapping[str, Any]) -> list[Confusions]:
+def confusions(answers: Mapping[str, Predictions], data: DataResult) -> list[Confusions]:
     """Return one confusion matrix per arm."""
     parts = []
     for arm, found in answers.items():
@@ -67,7 +66,7 @@ class Mistake(NamedTuple):
     """Points of one line per channel, within 60 by 60; empty for an image."""
 
 
-def mistakes(answers: Mapping[str, Predictions], data: Mapping[str, Any], most: int) -> list[tuple[str, list[Mistake]]]:
+def mistakes(answers: Mapping[str, Predictions], data: DataResult, most: int) -> list[tuple[str, list[Mistake]]]:
     """Return for each arm up to `most` examples that most of its lanes get wrong. The highest mean loss comes first."""
     parts = []
     for arm, found in answers.items():

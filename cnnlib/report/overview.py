@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cnnlib.config.fields import flat
+from cnnlib.config.fields import flat, to_dict
 from cnnlib.errors import UserError
-from cnnlib.report.summary import accuracy_text
+from cnnlib.report.columns import COLUMNS, Cell, accuracy_text
 from cnnlib.runs import folder
-from cnnlib.system.files import is_number, read_json_lines
+from cnnlib.runs.record import RECORD, read_record
+from cnnlib.runs.results import ArmResult, RunResults, has_results, read_results
+from cnnlib.system.files import is_number, read_json, read_json_lines
 from cnnlib.system.tables import print_table
 
-COLUMNS = ("run", "state", "began", "done", "result")
-MARKS = (folder.RECORD, "results.json")
+RUN_COLUMNS = ("run", "state", "began", "done", "result")
+MARKS = (RECORD, "results.json")
 """A folder that has one of these files holds a run."""
 
 
@@ -41,26 +44,31 @@ def found_runs(place: Path) -> list[Path]:
 
 def print_runs(place: Path, console: Console) -> None:
     """Print one line per run in `place`. A line has the state, the start, the progress and the result so far."""
-    print_table(console, COLUMNS, [described(run, place) for run in found_runs(place)], left=5)
+    print_table(console, RUN_COLUMNS, [described(run, place) for run in found_runs(place)], left=5)
 
 
 def described(run: Path, place: Path) -> tuple[str, ...]:
-    """Return the table cells of a run, one per entry of `COLUMNS`."""
-    record, config = (_object(folder.read_json(run / name)) for name in (folder.RECORD, "config.json"))
-    sessions = [session for session in _list(record.get("sessions")) if isinstance(session, dict)]
+    """Return the table cells of a run, one per entry of `RUN_COLUMNS`."""
+    config = folder_config(run)
+    try:
+        record = read_record(run)
+    except UserError:  # of another version, or damaged
+        record = None
     name = str(run.relative_to(place)) if run != place else str(run)
-    experiment = _text(config.get("experiment")) or _text(record.get("experiment"))
-    began = _text(sessions[0].get("began"))[5:16].replace("T", " ") if sessions else ""
+    experiment = _text(config.get("experiment")) or ("" if record is None else record.experiment)
+    began = "" if record is None else record.sessions[0].began[5:16].replace("T", " ")
     lines = [line for line in read_json_lines(run / "metrics.jsonl") if _is_line(line)]
-    state, results = folder.state(run), folder.read_json(run / "results.json")
-    if state == "failed" and sessions:
-        result = _text(sessions[-1].get("message"))
-    elif is_results(results):
-        result = headline(results)
-    else:
-        result = so_far(lines, config)
+    state = folder.state(run)
+    result = record.sessions[-1].message if state == "failed" and record is not None else headline(run)
+    result = so_far(lines, config) if result is None else result
     shown = name if not experiment or experiment in name else f"{name} ({experiment})"
     return (shown, state, began or "-", progress(lines, config), result or "-")
+
+
+def folder_config(run: Path) -> dict[str, Any]:
+    """Return the content of `config.json`; empty if the file is missing or damaged."""
+    config = read_json(run / "config.json")
+    return config if isinstance(config, dict) else {}
 
 
 def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
@@ -83,13 +91,19 @@ def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
     return f"{arm} {epoch}/{config.get('epochs')}{mean}"
 
 
-def headline(results: dict[str, Any]) -> str:
-    """Return the arm with the highest mean test accuracy, and that accuracy."""
-    rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
-    if not rated:
-        return ""
-    best = max(rated, key=lambda arm: float(arm["test_accuracy"]["mean"]))
-    return f"{best['name']} {accuracy_text(best['test_accuracy'])}"
+def headline(run: Path) -> str | None:
+    """Return the arm with the highest mean test accuracy, and that accuracy; None without readable results."""
+    try:
+        best = best_arm(read_results(run))
+    except UserError:
+        return None
+    return "" if best is None else f"{best.name} {accuracy_text(best.test_accuracy)}"
+
+
+def best_arm(results: RunResults) -> ArmResult | None:
+    """Return the arm with the highest mean test accuracy; None if no arm has an accuracy."""
+    rated = [(arm.test_accuracy.mean, arm) for arm in results.arms if arm.test_accuracy.mean is not None]
+    return max(rated, key=lambda entry: entry[0])[1] if rated else None
 
 
 def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None:
@@ -98,40 +112,39 @@ def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None
     Raises UserError if a folder has no results, or if devices or precisions differ and `mixed` is False.
     """
     names = labels(runs)
-    found = []
-    for run in runs:
-        results = folder.read_json(run / "results.json")
-        if not is_results(results):
-            raise UserError(
-                f"there are no results in {run}: its run is {folder.state(run) if run.is_dir() else 'not there'}"
-            )
-        found.append(results)
-    computed = [computed_on(results) for results in found]
+    found = [finished_results(run) for run in runs]
+    computed = [f"{results.device.kind}, precision {results.device.precision}" for results in found]
     if not mixed and len(set(computed)) > 1:
         told = ", ".join(f"{name} on {text}" for name, text in zip(names, computed, strict=True))
         raise UserError(f"these runs were computed in different ways: {told}; --mixed compares them all the same")
-    arms = dict.fromkeys(arm["name"] for results in found for arm in results["arms"])
-    rows = []
-    for name in arms:
-        for label, results in zip(names, found, strict=True):
-            for arm in results["arms"]:
-                if arm["name"] == name:
-                    accuracy, seconds = arm["test_accuracy"], arm["train_seconds_per_lane"]
-                    counts = (f"{arm['parameters']:,}", f"{arm['macs']:,}")
-                    rows.append((name, label, *counts, accuracy_text(accuracy), str(accuracy["n"]), f"{seconds:.2f}"))
-    columns = ("arm", "run", "parameters", "multiply-adds", "test accuracy %, 95 % interval", "n", "seconds per lane")
-    headers = {"multiply-adds": "multiply-\nadds", "test accuracy %, 95 % interval": "test accuracy %,\n95 % interval"}
-    headers |= {"parameters": "para-\nmeters", "seconds per lane": "s /\nlane"}
-    print_table(console, columns, rows, left=2, headers=headers, padding=0)
+    by_name = [{arm.name: arm for arm in results.arms} for results in found]
+    columns = ("parameters", "multiply-adds", "test accuracy %, 95 % interval", "n", "seconds per lane")
+    rows = [
+        (arm, label, *(cell.shown for cell in arm_cells(arms[arm], columns)))
+        for arm in dict.fromkeys(name for arms in by_name for name in arms)
+        for label, arms in zip(names, by_name, strict=True)
+        if arm in arms
+    ]
+    print_table(console, ("arm", "run", *columns), rows, left=2)
     for text in (*disagreements(names, found), *fingerprints(found)):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def computed_on(results: dict[str, Any]) -> str:
-    """Return a run's kind of device and its precision of products as text. Accuracies and times depend on both."""
-    device, config = _object(results.get("device")), _object(results.get("config"))
-    kind, precision = device.get("kind"), config.get("precision", "default")
-    return f"{kind}, precision {precision}"
+def finished_results(run: Path) -> RunResults:
+    """Read the results of a run. Raise UserError, with the state of the run, if it has none."""
+    if not has_results(run):
+        how = folder.state(run) if run.is_dir() else "not there"
+        raise UserError(f"there are no results in {run}: its run is {how}")
+    return read_results(run)
+
+
+def arm_cells(arm: ArmResult, columns: Sequence[str]) -> list[Cell]:
+    """Return the cells of an arm in the given columns, for the setting that validation chose."""
+    if arm.chosen_setting is not None:
+        setting = arm.settings[arm.chosen_setting]
+    else:  # nothing was chosen, so there is no accuracy
+        setting = replace(arm.settings[0], test_accuracy=arm.test_accuracy, diverged=0)
+    return [COLUMNS[name](arm, setting) for name in columns]
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
@@ -146,15 +159,15 @@ def labels(runs: Sequence[Path]) -> list[str]:
     raise UserError(f"report and compare need different runs, not {', '.join(map(str, runs))}")
 
 
-def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list[str]:
+def disagreements(names: Sequence[str], found: Sequence[RunResults]) -> list[str]:
     """Return one line per field that differs between the runs. Versions and device count as fields."""
     described = [
-        flat(results["config"])
-        | {key: results.get(key) for key in ("experiment", "commit")}
-        | {f"data.{key}": value for key, value in _object(results.get("data")).items()}
-        | _object(results.get("versions"))
-        | {f"device.{key}": value for key, value in _object(results.get("device")).items()}
-        | {"resumed": len(_list(results.get("resumed")))}
+        flat(results.config)
+        | {"experiment": results.experiment, "commit": results.commit}
+        | {f"data.{key}": value for key, value in to_dict(results.data).items()}
+        | results.versions
+        | {f"device.{key}": value for key, value in to_dict(results.device).items()}
+        | {"resumed": len(results.resumed)}
         for results in found
     ]
     lines = []
@@ -165,18 +178,10 @@ def disagreements(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list
     return lines
 
 
-def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Say whether all runs ended with the same parameters. Return no lines if arms differ or checksums are missing."""
-    sums = [
-        {
-            arm["name"]: [_object(lane).get("parameters_sha256") for lane in _list(arm.get("lanes"))]
-            for arm in results["arms"]
-        }
-        for results in found
-    ]
-    if any(one.keys() != sums[0].keys() for one in sums) or None in (
-        s for one in sums for arm in one.values() for s in arm
-    ):
+def fingerprints(found: Sequence[RunResults]) -> list[str]:
+    """Say whether all runs ended with the same parameters. Return no lines if the runs have different arms."""
+    sums = [{arm.name: [lane.parameters_sha256 for lane in arm.lanes] for arm in results.arms} for results in found]
+    if any(one.keys() != sums[0].keys() for one in sums):
         return []
     equal = [name for name in sums[0] if all(one[name] == sums[0][name] for one in sums)]
     if len(equal) == len(sums[0]):
@@ -184,34 +189,9 @@ def fingerprints(found: Sequence[dict[str, Any]]) -> list[str]:
     return [f"the same parameters, bit for bit: {', '.join(equal)}"] if equal else ["no arm has the same parameters"]
 
 
-def is_results(found: Any) -> bool:
-    """Return whether `found` looks like the `results.json` of a run that trained. Check only the fields to be shown."""
-    arms = found.get("arms") if isinstance(found, dict) else None
-    if not isinstance(arms, list) or not isinstance(found.get("config"), dict) or not arms:
-        return False
-    return all(isinstance(arm, dict) and _is_arm(arm) for arm in arms)
-
-
 def _is_line(line: dict[str, Any]) -> bool:
     arm = line.get("arm")
     return isinstance(arm, str) and arm.isprintable() and isinstance(line.get("epoch"), int)
-
-
-def _is_arm(arm: dict[str, Any]) -> bool:
-    accuracy = _object(arm.get("test_accuracy"))
-    interval = accuracy.get("ci95")
-    return (
-        isinstance(arm.get("name"), str)
-        and all(isinstance(arm.get(count), int) for count in ("parameters", "macs"))
-        and is_number(arm.get("train_seconds_per_lane"))
-        and isinstance(accuracy.get("n"), int)
-        and "mean" in accuracy
-        and (accuracy["mean"] is None or is_number(accuracy["mean"]))
-        and isinstance(interval, list)
-        and len(interval) == 2
-        and (interval[0] is None) == (interval[1] is None)
-        and all(end is None or is_number(end) for end in interval)
-    )
 
 
 def _object(value: Any) -> dict[str, Any]:

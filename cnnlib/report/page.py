@@ -17,27 +17,19 @@ from cnnlib.config.fields import from_dict
 from cnnlib.config.overrides import assignments
 from cnnlib.config.schema import Experiment
 from cnnlib.errors import UserError
-from cnnlib.report import charts
+from cnnlib.report import charts, columns
+from cnnlib.report.columns import Cell, accuracy_text, number_cell, setting_text
 from cnnlib.report.comparisons import differences, spread_sentence, spreads
 from cnnlib.report.mistakes import confusions, mistakes
-from cnnlib.report.overview import is_results, labels
-from cnnlib.report.summary import accuracy_text, setting_text
-from cnnlib.runs.folder import read_json
+from cnnlib.report.overview import best_arm, labels
 from cnnlib.runs.predictions import Predictions, read_answers
+from cnnlib.runs.results import RunResults, read_results
 from cnnlib.system.files import read_json_lines, write_whole
 
 MOST_ARMS = 24
 """The page shows curves, confusions and mistakes for at most this many arms of a run."""
 MOST_BYTES = 5_000_000
 """Largest size of a page in bytes."""
-
-
-class Cell(NamedTuple):
-    """A cell of a sortable table: the text to show, and the value (a number or text) by which to sort."""
-
-    shown: str
-    value: Any = None
-    """None means unknown. Rows with None stay at the bottom, whether the order is ascending or descending."""
 
 
 class Table(NamedTuple):
@@ -62,7 +54,7 @@ class Run(NamedTuple):
 
     label: str
     folder: Path
-    results: dict[str, Any]
+    results: RunResults
     lines: list[dict[str, Any]]
     answers: dict[str, Predictions]
 
@@ -80,17 +72,6 @@ class Detail(NamedTuple):
 
 DETAILS = (Detail(40, 24, True), Detail(20, 12, True), Detail(20, 6, False), Detail(10, 0, False))
 """Levels of detail, the most detailed first. The page uses the first level that needs at most `MOST_BYTES` bytes."""
-UNLIKE_RESULTS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""Errors that reading a file raises if the file looks like results but has other content."""
 
 
 def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], str | None]) -> None:
@@ -102,31 +83,25 @@ def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], st
     """
     charts.check_extra()
     names = ", ".join(str(folder) for folder in folders)
-    try:
-        runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
-        for detail in DETAILS:
-            text = page(runs, note_of, detail).encode()
-            if len(text) <= MOST_BYTES:
-                break
-        else:
-            raise UserError(f"a page about {names} has {len(text) / 1e6:.1f} MB, more than 5: report fewer runs")
-    except UNLIKE_RESULTS as error:
-        told = repr(error)[:200]
-        raise UserError(f"results of {names} are not what this version of cnnlib writes: {told}") from error
+    runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
+    for detail in DETAILS:
+        text = page(runs, note_of, detail).encode()
+        if len(text) <= MOST_BYTES:
+            break
+    else:
+        raise UserError(f"a page about {names} has {len(text) / 1e6:.1f} MB, more than 5: report fewer runs")
     write_whole(out, lambda path: path.write_bytes(text))
 
 
 def read_run(folder: Path, label: str) -> Run:
     """Read a run from its folder; raise UserError if the folder has no results."""
-    results = read_json(folder / "results.json")
-    if not is_results(results):
-        raise UserError(f"there are no results in {folder}")
+    results = read_results(folder)
     lines = read_json_lines(folder / "metrics.jsonl")
     found = {}
-    if len(results["arms"]) <= MOST_ARMS:
-        for arm in results["arms"]:
-            if (answers := read_answers(folder, arm["name"])) is not None:
-                found[arm["name"]] = answers
+    if len(results.arms) <= MOST_ARMS:
+        for arm in results.arms:
+            if (answers := read_answers(folder, arm.name)) is not None:
+                found[arm.name] = answers
     return Run(label, folder, results, lines, found)
 
 
@@ -139,7 +114,7 @@ def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Deta
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.from_string(template).render(
-        sections=[section(f"run-{i}", run, note_of(run.results["experiment"]), detail) for i, run in enumerate(runs)],
+        sections=[section(f"run-{i}", run, note_of(run.results.experiment), detail) for i, run in enumerate(runs)],
         shorter="" if detail == DETAILS[0] else f" To keep the page below 5 MB it shows {detail_text(detail)}.",
         style=style,
         script=script,
@@ -155,11 +130,11 @@ def detail_text(detail: Detail) -> str:
 
 def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, Any]:
     """Return what `page.html` shows of one run."""
-    results, data = run.results, run.results["data"]
+    results, data = run.results, run.results.data
     return {
         "name": name,
         "label": run.label,
-        "question": note.splitlines()[0] if note else f"What do the arms of {results['experiment']} reach?",
+        "question": note.splitlines()[0] if note else f"What do the arms of {results.experiment} reach?",
         "answer": answer(results),
         "arms": table(results),
         "cost_plots": cost_plots(name, results),
@@ -180,16 +155,15 @@ class Answer(NamedTuple):
     after: list[str]
 
 
-def answer(results: dict[str, Any]) -> Answer:
+def answer(results: RunResults) -> Answer:
     """Describe the result in words. The text uses only the stored numbers."""
-    rated = [arm for arm in results["arms"] if arm["test_accuracy"]["mean"] is not None]
-    if not rated:
+    best = best_arm(results)
+    if best is None:
         told = "No arm has a test accuracy: nothing was chosen without validation data, or every lane diverged."
         return Answer([told], [], [])
-    best = max(rated, key=lambda arm: float(arm["test_accuracy"]["mean"]))
     before = [
-        f"Of {len(results['arms'])} arms on {results['data']['name']}, {best['name']} has the highest mean test "
-        f"accuracy: {accuracy_text(best['test_accuracy'])} %, n = {best['test_accuracy']['n']}."
+        f"Of {len(results.arms)} arms on {results.data.name}, {best.name} has the highest mean test "
+        f"accuracy: {accuracy_text(best.test_accuracy)} %, n = {best.test_accuracy.n}."
     ]
     found = differences(results)
     settled = [difference for difference in found if difference.verdict != "undecided"]
@@ -199,75 +173,44 @@ def answer(results: dict[str, Any]) -> Answer:
             "which is no proof that there is no difference."
         )
     after = [f"Spread of {spread_sentence(arm, parts)}." for arm, parts in spreads(results).items()]
-    gone = sum(setting["diverged"] for arm in results["arms"] for setting in arm["settings"])
+    gone = sum(setting.diverged for arm in results.arms for setting in arm.settings)
     if gone:
         after.append(f"{gone} lanes diverged; means are over the others.")
     return Answer(before, [difference.sentence() for difference in found], after)
 
 
-def number_cell(value: int | float | None, form: str, scale: int = 1) -> Cell:
-    """Return a cell that shows `scale * value` in a format such as `.2f`, or a dash for None. Sort it by `value`."""
-    return Cell("-") if value is None else Cell(format(scale * value, form), value)
-
-
-COLUMNS = (
-    "arm",
-    "reading",
-    "parameters",
-    "connections",
-    "multiply-adds",
-    "training %",
-    "test %",
-    "95 % interval (t)",
-    "n",
-    "s per lane",
-)
-
-
-def table(results: dict[str, Any]) -> Table:
+def table(results: RunResults) -> Table:
     """Return the table of arms. It has one row per setting of each arm."""
-    rows = []
-    for arm in results["arms"]:
-        for index, setting in enumerate(arm["settings"]):
-            accuracy = setting["test_accuracy"]
-            low, high = accuracy["ci95"]
-            cells = [
-                Cell(arm["connectivity"], arm["connectivity"]),
-                *(number_cell(arm[count], ",") for count in ("parameters", "connections", "macs")),
-                number_cell(setting.get("train_accuracy"), ".2f", 100),
-                number_cell(accuracy["mean"], ".2f", 100),
-                Cell("-") if low is None else Cell(f"{100 * low:.2f} to {100 * high:.2f}", low),
-                number_cell(accuracy["n"], "d"),
-                number_cell(arm["train_seconds_per_lane"], ".2f"),
-            ]
-            rows.append((arm["name"] + setting_text(results, arm, index), cells))
-    return Table("Arms, with counts and accuracies", COLUMNS, rows)
+    rows = [(name.shown, cells) for name, *cells in columns.rows(results)]
+    return Table("Arms, with counts and accuracies", tuple(columns.COLUMNS), rows)
 
 
-def lane_table(results: dict[str, Any]) -> Table:
+def lane_table(results: RunResults) -> Table:
     """Return a table with one row per lane, for readers who cannot see the points of the lanes in the plots."""
     rows = [
         (
-            arm["name"] + setting_text(results, arm, index),
+            arm.name + setting_text(arm, setting),
             [
-                number_cell(lane["seed"], "d"),
-                *(number_cell(lane.get(f"{part}_accuracy"), ".2f", 100) for part in ("train", "validation", "test")),
-                Cell(str(lane["status"]), lane["status"]),
+                number_cell(lane.seed, "d"),
+                *(
+                    number_cell(share, ".2f", 100)
+                    for share in (lane.train_accuracy, lane.validation_accuracy, lane.test_accuracy)
+                ),
+                Cell(lane.status, lane.status),
             ],
         )
-        for arm in results["arms"]
-        for index, setting in enumerate(arm["settings"])
-        for lane in charts.lanes_of(arm, setting)
+        for arm, setting in columns.settings(results)
+        for lane in arm.lanes_of(setting)
     ]
-    columns = ("arm", "seed", "training %", "validation %", "test %", "status")
-    return Table("Lanes", columns, rows)
+    names = ("arm", "seed", "train accuracy %", "validation accuracy %", "test accuracy %", "status")
+    return Table("Lanes", names, rows)
 
 
-def cost_plots(name: str, results: dict[str, Any]) -> list[Plot]:
+def cost_plots(name: str, results: RunResults) -> list[Plot]:
     """Plot accuracy against parameters, multiply-adds and seconds."""
     found = []
     for cost, words in charts.COSTS.items():
-        if all(arm[cost] > 0 for arm in results["arms"]):
+        if all(getattr(arm, cost) > 0 for arm in results.arms):
             label = f"Test accuracy against {words}, on a log axis; the numbers are in the table of arms"
             caption = f"Against {words}: small points are lanes, large ones means with 95 % intervals."
             found.append(Plot(f"{name}-{cost}", charts.accuracy_chart(results, cost), label, caption))
@@ -284,7 +227,7 @@ class Curves(NamedTuple):
 
 def curves(name: str, run: Run, detail: Detail) -> Curves:
     """Plot training and validation accuracy against the epoch. Each mean curve has a band."""
-    arms = [arm["name"] for arm in run.results["arms"]]
+    arms = [arm.name for arm in run.results.arms]
     if len(arms) > MOST_ARMS:
         return Curves([], [], f"Left out: {len(arms)} arms are more than a plot can tell apart.")
     plots, tables = [], []
@@ -318,23 +261,23 @@ class Provenance(NamedTuple):
     fields: str
 
 
-def provenance(results: dict[str, Any]) -> Provenance:
+def provenance(results: RunResults) -> Provenance:
     """Return the command, the machine and versions, and the whole configuration."""
     try:
-        command = command_to_repeat(results) or "not a registered experiment"
-        fields = "\n".join(assignments(from_dict(results["config"], Experiment)))
+        command = command_to_repeat(results.experiment, results.config) or "not a registered experiment"
+        fields = "\n".join(assignments(from_dict(results.config, Experiment)))
     except UserError as error:  # the results come from another version of cnnlib
         command = f"not known to this version of cnnlib: {error}"
-        fields = json.dumps(results["config"], indent=2)
-    device, machine = results["device"], results.get("machine", {})
+        fields = json.dumps(results.config, indent=2)
+    device, machine, data = results.device, results.machine, results.data
     where = {
-        "finished": results.get("finished", "unknown"),
-        "commit": results["commit"] or "unknown",
-        "device": f"{device['count']} x {device['kind']}, {device['kernels']} kernels",
-        "machine": f"{machine.get('cores', '?')} cores, {machine.get('processor', 'unknown')}",
-        "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        "data": ", ".join(f"{key} {value}" for key, value in results["data"].items() if key != "class_names"),
-        "seconds": f"{results['wall_seconds']:.0f}",
-        "resumed": f"{len(results.get('resumed', []))} times",
+        "finished": results.finished,
+        "commit": results.commit or "unknown",
+        "device": f"{device.count} x {device.kind}, {device.kernels} kernels",
+        "machine": f"{machine.cores or '?'} cores, {machine.processor}",
+        "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
+        "data": f"name {data.name}, train {data.train}, validation {data.validation}, test {data.test}",
+        "seconds": f"{results.wall_seconds:.0f}",
+        "resumed": f"{len(results.resumed)} times",
     }
     return Provenance(command, list(where.items()), fields)

@@ -11,60 +11,58 @@ import numpy as np
 
 from cnnlib.config.command import command_to_repeat
 from cnnlib.errors import UserError
+from cnnlib.report import columns
 from cnnlib.report.comparisons import accuracies, differences, spread_sentence, spreads
-from cnnlib.report.overview import is_results
 from cnnlib.report.style import STYLE
-from cnnlib.report.summary import accuracy_figure, accuracy_text, match_text, setting_text
-from cnnlib.runs.folder import read_json
+from cnnlib.report.summary import accuracy_figure, matched_text
+from cnnlib.runs.results import RunResults, has_results, read_results
 from cnnlib.stats import fits
 from cnnlib.stats.intervals import mean_interval
-from cnnlib.system.files import write_whole
+from cnnlib.system.files import read_json, write_whole
 from cnnlib.system.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = ("arm", "reading", "parameters", "multiply-adds", "train %", "test %, 95 % interval", "published %", "n")
+COLUMNS = (
+    "arm",
+    "connectivity",
+    "parameters",
+    "multiply-adds",
+    "train accuracy %",
+    "test accuracy %, 95 % interval",
+    "n",
+)
+"""Columns of the table of a run. `train accuracy %` is the accuracy of the final models on training examples."""
 MOST_ROWS = 40
 """Largest number of arms in a table. If a sweep has more, the page shows only the curves fitted to the results."""
-Analysis = Callable[[dict[str, Any]], str]
+Analysis = Callable[[RunResults], str]
 
 
-def rows(results: dict[str, Any], published: dict[str, str]) -> list[tuple[str, ...]]:
-    """Return one row per setting of each arm. `train %` is the accuracy of the final models on training examples."""
-    table: list[tuple[str, ...]] = []
-    for arm in results["arms"]:
-        for index, setting in enumerate(arm["settings"]):
-            accuracy, train = setting["test_accuracy"], setting.get("train_accuracy")
-            diverged = f" ({setting['diverged']} diverged)" if setting["diverged"] else ""
-            table.append(
-                (
-                    arm["name"] + setting_text(results, arm, index),
-                    arm["connectivity"],
-                    f"{arm['parameters']:,}",
-                    f"{arm['macs']:,}",
-                    "-" if train is None else f"{100 * train:.2f}",
-                    accuracy_text(accuracy),
-                    published.get(arm["name"], "") if index == (arm["chosen_setting"] or 0) else "",
-                    f"{accuracy['n']}{diverged}",
-                )
-            )
-    return table
+def table(results: RunResults, published: dict[str, str]) -> str:
+    """Return the table of a run in Markdown. `published` has published accuracies by arm; empty: no such column."""
+    rows = [[cell.shown for cell in row] for row in columns.rows(results, COLUMNS)]
+    names = list(COLUMNS)
+    if published:
+        names.append("published %")
+        for row, (arm, setting) in zip(rows, columns.settings(results), strict=True):
+            is_headline = setting is arm.settings[arm.chosen_setting or 0]
+            row.append(published.get(arm.name, "") if is_headline else "")
+    return markdown_table(names, rows, left=2).rstrip()
 
 
-def facts(results: dict[str, Any], command: str | None) -> str:
+def facts(results: RunResults, command: str | None) -> str:
     """Say in one line where the numbers come from: command, machine, versions, commit, date, data and time."""
-    device, versions, data = results["device"], results["versions"], results["data"]
-    machine = results.get("machine", {})
-    where = f"{machine.get('cores', '?')} cores of {machine.get('processor', 'an unknown processor')}"
-    if device["platform"] != "cpu":
-        where = f"{device['count']} x {device['kind']}"
-    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax", "cnnlib"))
+    device, versions, data, machine = results.device, results.versions, results.data, results.machine
+    where = f"{machine.cores or '?'} cores of {machine.processor}"
+    if device.platform != "cpu":
+        where = f"{device.count} x {device.kind}"
+    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax", "cnnlib") if name in versions)
     return (
-        f"`{command or 'not a registered experiment'}` on {where}, {device['kernels']} kernels; {used}; commit "
-        f"{(results['commit'] or 'unknown')[:12]}; {results.get('finished', 'date unknown')[:10]}; {data['name']}, "
-        f"{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test examples; "
-        f"{results['wall_seconds']:.0f} s."
+        f"`{command or 'not a registered experiment'}` on {where}, {device.kernels} kernels; {used}; commit "
+        f"{(results.commit or 'unknown')[:12]}; {results.finished[:10]}; {data.name}, "
+        f"{data.train:,} training, {data.validation:,} validation and {data.test:,} test examples; "
+        f"{results.wall_seconds:.0f} s."
     )
 
 
@@ -81,23 +79,22 @@ def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str,
 
     Raises UserError if the folder has no note.
     """
-    results, note = read_json(folder / "results.json"), folder / "note.md"
+    note = folder / "note.md"
     if not note.is_file():
         raise UserError(f"there is no {note}: what the results mean is for people to say")
-    if not is_results(results):
+    if not has_results(folder):
         return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
-    name = results["experiment"]
-    command = command_to_repeat(results)
+    results = read_results(folder)
+    name = results.experiment
+    command = command_to_repeat(name, results.config)
     words = note.read_text(encoding="utf-8").strip()
     parts = [f"## {folder.name}", f"*{asked_of(name).question}*", words, facts(results, command)]
-    if len(results["arms"]) <= MOST_ROWS:
-        parts.append(markdown_table(COLUMNS, rows(results, published), left=2).rstrip())
-        matched = [f"{arm['name']} {match_text(arm)}" for arm in results["arms"] if arm["match"]]
-        parts += [f"Matched: {'; '.join(matched)}."] if matched else []
+    if len(results.arms) <= MOST_ROWS:
+        parts += filter(None, (table(results, published), matched_text(results)))
     parts += [ANALYSES[name](results)] if name in ANALYSES else []
     parts += [f"Spread of {spread_sentence(arm, found)}." for arm, found in spreads(results).items()]
     told = [f"- {difference.sentence()}" for difference in differences(results, asked_of(name).comparisons)]
-    if told and len(results["arms"]) <= MOST_ROWS:
+    if told and len(results.arms) <= MOST_ROWS:
         parts.append("\n".join(told))
     picture = "curves.png" if name in ANALYSES else "accuracy.png"
     parts.append(f"![{folder.name}]({folder.name}/{picture})")
@@ -127,7 +124,7 @@ def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: d
 
 def stored(folder: Path) -> list[Path]:
     """Return the folders that get a section, sorted by name: those with results of trained models or with a note."""
-    with_results = {path.parent for path in folder.glob("*/results.json") if is_results(read_json(path))}
+    with_results = {path.parent for path in folder.glob("*/results.json") if has_results(path.parent)}
     return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
 
 
@@ -138,10 +135,10 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
         raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
     runs = stored(folder)
     for run in runs:
-        results = read_json(run / "results.json")
-        if not is_results(results):
+        if not has_results(run):
             continue
-        if results["experiment"] in ANALYSES:
+        results = read_results(run)
+        if results.experiment in ANALYSES:
             write_whole(run / "curves.png", curves_figure(results).savefig)
         else:
             write_whole(run / "accuracy.png", accuracy_figure(results).savefig)
@@ -150,10 +147,10 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
     return folder / "RESULTS.md"
 
 
-def sample_sizes(results: dict[str, Any]) -> str:
+def sample_sizes(results: RunResults) -> str:
     """Return a table of the training-set sizes that each connectivity needs for each accuracy, as means over seeds."""
     levels = (0.85, 0.9, 0.94)
-    smallest = min(arm["data"]["train"] for arm in results["arms"])
+    smallest = min(arm.data.train for arm in results.arms)
     curves = by_seed(results)
     lines = []
     for reading, seeds in curves.items():
@@ -166,7 +163,7 @@ def sample_sizes(results: dict[str, Any]) -> str:
     )
 
 
-def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
+def dsd_exponents(results: RunResults, level: float = 0.75) -> str:
     """Return how the training-set size grows that is needed for an accuracy of `level`.
 
     The size grows as a power of k (the number of patches) and of d (the length of a patch). The text has both exponents
@@ -175,7 +172,7 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
     """
     lines, needed_lines = [], []
     tasks: dict[str, list[tuple[int, int, float | None]]] = {}
-    smallest = min(arm["data"]["train"] for arm in results["arms"])
+    smallest = min(arm.data.train for arm in results.arms)
     for name, seeds in by_seed(results).items():
         reading, k, d = name.split("_")
         for sizes, values in seeds:
@@ -200,7 +197,7 @@ def dsd_exponents(results: dict[str, Any], level: float = 0.75) -> str:
     )
 
 
-def curves_figure(results: dict[str, Any]) -> Figure:
+def curves_figure(results: RunResults) -> Figure:
     """Draw test accuracy against the size of the training set, in one panel per task. Each connectivity is a line."""
     from matplotlib import ticker
     from matplotlib.figure import Figure
@@ -217,16 +214,21 @@ def curves_figure(results: dict[str, Any]) -> Figure:
     for task, panel in zip(tasks, panels.flat, strict=False):
         for arms in (name for name in names if name.partition("_")[2] == task):
             reading = arms.partition("_")[0]
-            own = [arm for arm in results["arms"] if arm["name"].rpartition("_")[0] == arms]
-            shown = [(arm["data"]["train"], arm["test_accuracy"]) for arm in own if arm["test_accuracy"]["n"]]
-            x, mean = [size for size, _ in shown], [100 * accuracy["mean"] for _, accuracy in shown]
-            ends = [
-                accuracy["ci95"] if accuracy["ci95"][0] is not None else [accuracy["mean"]] * 2 for _, accuracy in shown
-            ]
-            spread = [[m - 100 * low for m, (low, _) in zip(mean, ends, strict=True)]]
-            spread.append([100 * high - m for m, (_, high) in zip(mean, ends, strict=True)])
+            own = [arm for arm in results.arms if arm.name.rpartition("_")[0] == arms and arm.test_accuracy.n]
+            sizes = [arm.data.train for arm in own]
+            found = [arm.test_accuracy.percent() for arm in own]
+            spread = [[mean - low for mean, low, _ in found], [high - mean for mean, _, high in found]]
             color, marker = STYLE[reading]
-            panel.errorbar(x, mean, spread, color=color, marker=marker, markersize=4, capsize=3, label=reading)
+            panel.errorbar(
+                sizes,
+                [mean for mean, *_ in found],
+                spread,
+                color=color,
+                marker=marker,
+                markersize=4,
+                capsize=3,
+                label=reading,
+            )
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panel.set_title(task.replace("_", ", ").replace("k", "k = ").replace("d", "d = "), fontsize=10)
@@ -237,14 +239,14 @@ def curves_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def by_seed(results: dict[str, Any]) -> dict[str, list[tuple[list[float], list[float]]]]:
+def by_seed(results: RunResults) -> dict[str, list[tuple[list[float], list[float]]]]:
     """Join arms named CONNECTIVITY_..._SIZE into curves `(sizes, accuracies)`, one curve per seed.
 
     The keys of the returned dictionary are the names of the arms without the size.
     """
     values = accuracies(results)
     found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
-    sizes = {arm["name"]: float(arm["data"]["train"]) for arm in results["arms"]}
+    sizes = {arm.name: float(arm.data.train) for arm in results.arms}
     for arm, seeds in values.items():
         for seed, value in seeds.items():
             curve = found.setdefault(arm.rpartition("_")[0], {}).setdefault(seed, ([], []))

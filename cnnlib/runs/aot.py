@@ -193,9 +193,7 @@ def print_reports(found: Sequence[ArmReport], target: Target, console: Console) 
             )
         )
     if rows:
-        print_table(
-            console, columns, rows, headers={"lanes at a time": "lanes at\na time", "cycles": "cycles per\nlane-step"}
-        )
+        print_table(console, columns, rows)
     for arm in found:
         values = arm.plain()
         if values["compiles"]:

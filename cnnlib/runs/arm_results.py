@@ -1,10 +1,11 @@
-"""Build an arm's part of `results.json`. A lane is one model of the arm."""
+"""Compute the results of an arm from what its trained models answered. A lane is one model of the arm."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import SETTING_FIELDS, LaneNumbers
+from cnnlib.runs.results import Accuracy, ArmResult, DataResult, DescribedArm, LaneResult, MatchResult, Setting
 from cnnlib.stats.intervals import mean_interval
+from cnnlib.system import files
 from cnnlib.train.checkpoint import sha256
 from cnnlib.train.feeds import Tested
 from cnnlib.train.multihost import Hosts
@@ -27,7 +30,7 @@ class SoFar:
 
     epoch: int = 0
     lines: list[dict[str, Any]] = field(default_factory=list)
-    best: list[float] | None = None
+    best: tuple[float, float] | None = None
     train_seconds: float = 0.0
     waited_seconds: float = 0.0
     """Upper bound of the part of `train_seconds` in which training waited for examples."""
@@ -68,28 +71,26 @@ def result_of(
     distances: np.ndarray | None,
     sums: dict[str, Sums | None],
     so_far: SoFar,
-) -> dict[str, Any]:
-    """Return the arm's part of `results.json`. `distances` is a host array: each lane's distance from a convolution."""
-    lanes = arm.lanes
-    lane_results = lane_results_of(lanes, sums, models)
-    if distances is not None:
-        for result, distance in zip(lane_results, distances, strict=True):
-            result["distance_from_conv"] = float(distance)
-    settings = settings_of(lane_results)
-    return {
-        **described_arm(arm),
-        "compile_seconds": programs.compile_seconds,
-        "lanes_at_a_time": programs.at_a_time,
-        "devices": len(programs.spread.devices),
-        "mesh": [programs.spread.groups, programs.spread.shards],
-        "memory_bytes": programs.memory_bytes,
-        "epochs": arm.experiment.epochs,
-        "train_seconds_per_lane": so_far.train_seconds / len(lanes),
-        **({} if so_far.stream is None else {"waited_seconds": so_far.waited_seconds}),
-        **headline_of(settings),
-        "settings": settings,
-        "lanes": lane_results,
-    }
+) -> ArmResult:
+    """Return the results of an arm. `distances` is a host array: each lane's distance from a convolution."""
+    lanes = lane_results_of(arm.lanes, sums, models, distances)
+    settings = settings_of(lanes)
+    chosen = chosen_setting(settings)
+    return ArmResult(
+        **vars(described_arm(arm)),
+        compile_seconds=programs.compile_seconds,
+        lanes_at_a_time=programs.at_a_time,
+        devices=len(programs.spread.devices),
+        mesh=(programs.spread.groups, programs.spread.shards),
+        memory_bytes=programs.memory_bytes,
+        epochs=arm.experiment.epochs,
+        train_seconds_per_lane=so_far.train_seconds / len(lanes),
+        waited_seconds=None if so_far.stream is None else so_far.waited_seconds,
+        chosen_setting=chosen,
+        test_accuracy=Accuracy() if chosen is None else settings[chosen].test_accuracy,
+        settings=settings,
+        lanes=lanes,
+    )
 
 
 def sums_of(tested: Tested) -> Sums:
@@ -112,77 +113,77 @@ def metrics_of_lane(sums: dict[str, Sums | None], lane: int, diverged: bool) -> 
 
 
 def lane_results_of(
-    lanes: tuple[LaneNumbers, ...], sums: dict[str, Sums | None], models: list[TrainedModel]
-) -> list[dict[str, Any]]:
+    lanes: tuple[LaneNumbers, ...],
+    sums: dict[str, Sums | None],
+    models: list[TrainedModel],
+    distances: np.ndarray | None,
+) -> tuple[LaneResult, ...]:
     """Return the results of each lane."""
-    results = []
-    for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True)):
-        means = metrics_of_lane(sums, lane, model.diverged)
-        known = {"epochs": model.epochs, "parameters_sha256": model.fingerprint}
-        results.append({**numbers._asdict(), **means, **known})
-        if model.sparsity is not None:
-            results[-1]["sparsity"] = model.sparsity
-    return results
+    return tuple(
+        LaneResult(
+            **numbers._asdict(),
+            **files.plain(metrics_of_lane(sums, lane, model.diverged)),
+            epochs=model.epochs,
+            parameters_sha256=model.fingerprint,
+            distance_from_conv=None if distances is None else files.plain(float(distances[lane])),
+            sparsity=model.sparsity,
+        )
+        for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True))
+    )
 
 
-def settings_of(lanes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group the lanes that differ only in their seeds. Each group is a setting: one choice of hyperparameters.
-
-    Return the accuracies of each setting, over the lanes whose status is `ok`.
-    """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+def settings_of(lanes: Sequence[LaneResult]) -> tuple[Setting, ...]:
+    """Group the lanes that differ only in their seeds. Each group is a setting: one choice of hyperparameters."""
+    groups: dict[tuple[float, ...], list[LaneResult]] = defaultdict(list)
     for lane in lanes:
-        groups[tuple(lane[name] for name in SETTING_FIELDS)].append(lane)
+        groups[lane.setting].append(lane)
     settings = []
     for values, members in groups.items():
-        fine = [lane for lane in members if lane["status"] == "ok"]
-        test = mean_interval([lane["test_accuracy"] for lane in fine])
-        train = mean_interval([lane["train_accuracy"] for lane in fine])
-        validation = mean_interval([lane["validation_accuracy"] for lane in fine if "validation_accuracy" in lane])
-        settings.append(
-            {
-                **dict(zip(SETTING_FIELDS, values, strict=True)),
-                "test_accuracy": {"mean": test.mean, "ci95": [test.low, test.high], "n": test.n},
-                "train_accuracy": train.mean,
-                "validation_accuracy": validation.mean,
-                "diverged": len(members) - len(fine),
-            }
+        fine = [lane for lane in members if lane.status == "ok"]
+        test, train, validation = (
+            mean_interval([value for lane in fine if (value := getattr(lane, f"{part}_accuracy")) is not None])
+            for part in ("test", "train", "validation")
         )
-    return settings
+        settings.append(
+            Setting(
+                **dict(zip(SETTING_FIELDS, values, strict=True)),
+                test_accuracy=Accuracy(test.mean, (test.low, test.high), test.n),
+                train_accuracy=train.mean,
+                validation_accuracy=validation.mean,
+                diverged=len(members) - len(fine),
+            )
+        )
+    return tuple(settings)
 
 
-def headline_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arm's test accuracy: the accuracy of its only setting, or of the setting chosen on validation data.
+def chosen_setting(settings: Sequence[Setting]) -> int | None:
+    """Return the index of the only setting, or of the setting chosen on validation data.
 
     The setting with the fewest diverged lanes is chosen. Among equals, the highest mean validation accuracy decides. If
-    there are no validation examples, no setting is chosen and the accuracy is null: a choice by test accuracy would
-    make the test accuracy invalid.
+    there are no validation examples, return None: a choice by test accuracy would make the test accuracy invalid.
     """
-    chosen: int | None = 0
-    if len(settings) > 1:
-        ranks = [
-            (s["diverged"], -s["validation_accuracy"]) if s["validation_accuracy"] is not None else None
-            for s in settings
-        ]
-        rated = [(rank, index) for index, rank in enumerate(ranks) if rank is not None]
-        chosen = min(rated)[1] if rated else None
-    nothing = {"mean": None, "ci95": [None, None], "n": 0}
-    return {"chosen_setting": chosen, "test_accuracy": nothing if chosen is None else settings[chosen]["test_accuracy"]}
+    if len(settings) == 1:
+        return 0
+    rated = [
+        (setting.diverged, -setting.validation_accuracy, index)
+        for index, setting in enumerate(settings)
+        if setting.validation_accuracy is not None
+    ]
+    return min(rated)[-1] if rated else None
 
 
-def described_arm(arm: TrainedArm) -> dict[str, Any]:
+def described_arm(arm: TrainedArm) -> DescribedArm:
     """Return what is known about an arm before it trains."""
-    names = list(arm.description.class_names)
-    return {
-        "name": arm.name,
-        "connectivity": arm.model.connectivity,
-        "model": str(arm.model),
-        "parameters": arm.count.parameters,
-        "connections": arm.count.connections,
-        "macs": arm.count.macs,
-        "match": arm.match and arm.match.plain(),
-        "start": arm.start,
-        "data": {"name": arm.description.name, **arm.description.counts, **({"class_names": names} if names else {})},
-        "batch_size": arm.experiment.batch_size,
-        "steps": arm.steps,
-    }
+    return DescribedArm(
+        name=arm.name,
+        connectivity=arm.model.connectivity,
+        model=str(arm.model),
+        parameters=arm.count.parameters,
+        connections=arm.count.connections,
+        macs=arm.count.macs,
+        match=None if arm.match is None else MatchResult(**arm.match.plain()),
+        start=arm.start,
+        data=DataResult(arm.description.name, **arm.description.counts, class_names=arm.description.class_names),
+        batch_size=arm.experiment.batch_size,
+        steps=arm.steps,
+    )

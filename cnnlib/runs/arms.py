@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cnnlib.config.fields import to_dict
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import Experiment
 from cnnlib.data.declaration import Data
 from cnnlib.errors import Stopped, UserError
 from cnnlib.runs.arm_results import SoFar, metrics_of_lane, result_of, sums_of, trained_models
 from cnnlib.runs.callbacks import EpochReport, Watcher
-from cnnlib.runs.folder import FORMAT, RunFolder
+from cnnlib.runs.folder import RunFolder
 from cnnlib.runs.predictions import answers_of, write_answers
+from cnnlib.runs.results import FORMAT
 from cnnlib.runs.resume import FinishedArm, Left, Progress, checkpoints_folder, write_arm
 from cnnlib.system import files
 from cnnlib.train.checkpoint import Checkpoints, Snapshot
@@ -227,7 +229,7 @@ def finish_arm(
     diverged = np.array([model.diverged for model in models])
     predicted, loss = map(np.asarray, tested.answers)
     write_answers(training.folder, arm.name, answers_of(tested.labels, feed.test_examples, predicted, loss, diverged))
-    return FinishedArm(files.plain(result), files.plain(so_far.lines), training.seconds())
+    return FinishedArm(result, tuple(files.plain(so_far.lines)), training.seconds())
 
 
 @contextlib.contextmanager
@@ -268,23 +270,24 @@ def save(
 ) -> None:
     """Begin to write a checkpoint of the arm. Mark it as the best if `accuracy` is the highest so far."""
     if accuracy is not None and (so_far.best is None or accuracy > so_far.best[1]):
-        so_far.best = [float(so_far.epoch), accuracy]
+        so_far.best = (float(so_far.epoch), accuracy)
     checkpoints.best = None if so_far.best is None else int(so_far.best[0])
+    assert training.folder.record is not None, "the session has begun"
     progress = Progress(
         format=FORMAT,
-        run=training.folder.record["id"],
+        run=training.folder.record.id,
         arm=arm.name,
         epoch=so_far.epoch,
-        lanes=[[float(number) for number in numbers] for numbers in arm.lanes],
+        lanes=tuple(tuple(float(number) for number in numbers) for numbers in arm.lanes),
         lanes_at_a_time=programs.at_a_time,
-        lines=so_far.lines,
+        lines=tuple(so_far.lines),
         best=so_far.best,
         train_seconds=so_far.train_seconds,
         waited_seconds=so_far.waited_seconds,
         stream=so_far.stream,
         wall_seconds=training.seconds(),
     )
-    checkpoints.save(so_far.epoch, taken, files.plain(progress._asdict()))
+    checkpoints.save(so_far.epoch, taken, files.plain(to_dict(progress)))
     training.pace.begins(checkpoints)
     if training.experiment.checkpoint.share == 1.0:
         checkpoints.wait()

@@ -7,24 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cnnlib.runs.record import RunRecord
+from cnnlib.runs.results import ArmResult, RunResults
+
 
 class Beginning(NamedTuple):
     """The facts about a run that is about to train: all checks have passed, and the run's folder is open."""
 
-    identity: str
-    """The run's ID, which stays the same when the run is resumed."""
-    experiment: str
     folder: Path
-    config: dict[str, Any]
-    data: str
-    platform: str
-    arms: dict[str, dict[str, Any]]
-    """For each arm name, the arm's connectivity, its counts, and its configuration. The configuration includes its
-    overrides."""
-    lanes: dict[str, list[dict[str, Any]]]
-    """For each arm name: one entry per lane with its seed, learning rate and other hyperparameters."""
+    record: RunRecord
     is_resumed: bool
-    command: str | None
 
 
 class EpochReport(NamedTuple):
@@ -60,14 +52,14 @@ class Watcher:
     def epoch_ends(self, report: EpochReport) -> None:
         """Called when an epoch of an arm has ended. The device already computes the next epoch."""
 
-    def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
-        """Called when an arm is finished. `result` is the arm's part of `results.json`.
+    def arm_ends(self, name: str, result: ArmResult, epoch: int) -> None:
+        """Called when an arm is finished.
 
         `epoch` is the number of epochs that earlier sessions have trained.
         """
 
-    def run_ends(self, results: dict[str, Any]) -> None:
-        """Called after `results.json` is written. `results` is its content."""
+    def run_ends(self, results: RunResults) -> None:
+        """Called after `results.json` is written."""
 
 
 class Notice(Watcher):

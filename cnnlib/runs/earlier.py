@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from cnnlib.config.fields import from_dict, to_dict
 from cnnlib.config.resolve import Part, TrainedArm
 from cnnlib.data.declaration import Data
 from cnnlib.data.sets import DataSet, StreamedSet
@@ -17,88 +18,78 @@ from cnnlib.errors import UserError
 from cnnlib.runs import folder
 from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.compiled import kernels_for
-from cnnlib.runs.folder import JOBS, RunFolder, require_format
+from cnnlib.runs.folder import JOBS, RunFolder
+from cnnlib.runs.identity import identity_changes, of_part, refusal
 from cnnlib.runs.merged import Merged
 from cnnlib.runs.predictions import write_answers
-from cnnlib.runs.resume import FinishedArm, Left, fingerprint, identity_changes, latest, read_arm, refusal, write_arm
+from cnnlib.runs.record import RECORD, Identity, RunRecord, read_record
+from cnnlib.runs.results import RunResults, read_results
+from cnnlib.runs.resume import FinishedArm, Left, latest, read_arm, write_arm
 from cnnlib.system import files
-from cnnlib.train import feeds
 from cnnlib.train.multihost import Hosts
 from cnnlib.train.programs import spread_of, state_shapes
 
 
-def identity_with_data(known: dict[str, Any], data_sets: Iterable[DataSet | StreamedSet]) -> dict[str, Any]:
-    """Extend the identity `known` (what the results depend on) with the data sets of the run."""
-    sets = list(data_sets)
-    streamed = [one.description.name for one in sets if feeds.is_streamed(one)]
-    return {**known, "settings": {**known["settings"], "streamed": streamed}, "data_sha256": fingerprint(sets)}
-
-
 def identities_of_parts(
-    this: dict[str, Any],
+    this: Identity,
     arms: tuple[TrainedArm, ...],
     data_sets: Mapping[Data, DataSet | StreamedSet],
     device: jax.Device,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Identity]:
     """For each arm name, return the identity that a run of only this arm would have.
 
     `this` is the identity of the whole run.
     """
-    of_data = {data: identity_with_data(this, [data_set]) for data, data_set in data_sets.items()}
-    own_kernels = {arm.name: kernels_for((arm,), device, Watcher()) for arm in arms}
-    return {
-        arm.name: {**of_data[arm.data], "device": {**this["device"], "kernels": own_kernels[arm.name]}} for arm in arms
-    }
+    return {arm.name: of_part(this, data_sets[arm.data], kernels_for((arm,), device, Watcher())) for arm in arms}
 
 
 def earlier_run(out: Path, watcher: Watcher) -> RunFolder | None:
     """Return the run to resume, locked by this process. If there is no run, tell the user and return None."""
-    if not os.path.lexists(out / folder.RECORD):
+    if not os.path.lexists(out / RECORD):
         if (out / JOBS).is_dir():
             raise UserError(f"{out} has jobs: --resume with --executor, as before, goes on with them")
         watcher.says(f"there is no run in {out} to resume: a new one begins")
         return None
-    held = RunFolder(out)
-    if not held.read_record():
-        held.__exit__(None, None, None)
-        raise UserError(f"{out / folder.RECORD} cannot be read; without --resume what is there is moved aside")
-    try:
-        require_format(f"the run in {out}", held.record)
-    except UserError:
-        held.__exit__(None, None, None)
-        raise
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(RunFolder(out))
+        try:
+            held.record = read_record(out)
+        except UserError as error:
+            raise UserError(f"{error}; without --resume what is there is moved aside") from error
+        stack.pop_all()
     return held
 
 
 def changes_since(
-    held: RunFolder, this: dict[str, Any], arms: tuple[TrainedArm, ...], force: bool, watcher: Watcher
-) -> tuple[list[str], dict[str, Any] | None]:
+    held: RunFolder, record: RunRecord, this: Identity, arms: tuple[TrainedArm, ...], force: bool, watcher: Watcher
+) -> tuple[list[str], RunResults | None]:
     """Return the changes since the run began. If the run is finished, return its results too.
 
     Print the changes to the user, and whether the run is finished.
 
     Raise UserError if a change makes the results incomparable and `force` is false.
     """
-    found = identity_changes(held.record["identity"], this)
+    found = identity_changes(record.identity, this)
     if found.refused and not force:
         raise refusal(held.path, found)
     changes = [*found.refused, *found.told]
     for text in changes:
         watcher.says(f"since the run began: {text}")
-    results = None if found.refused else finished_results(held, arms)
+    results = None if found.refused else finished_results(held, record, arms)
     if results is not None:
         watcher.says(f"the run in {held.path} is finished: there is nothing left to do")
     return changes, results
 
 
-def finished_results(held: RunFolder, arms: tuple[TrainedArm, ...]) -> dict[str, Any] | None:
+def finished_results(held: RunFolder, record: RunRecord, arms: tuple[TrainedArm, ...]) -> RunResults | None:
     """Return the results of a finished run; None if the run is not finished or has other arms."""
-    results = folder.read_json(held / "results.json")
-    if not isinstance(results, dict) or held.record["sessions"][-1]["state"] != "finished":
+    if record.state != "finished":
         return None
-    found = results.get("arms")
-    names = [arm.get("name") for arm in found if isinstance(arm, dict)] if isinstance(found, list) else []
-    return results if names == [arm.name for arm in arms] else None
+    try:
+        results = read_results(held.path)
+    except UserError:  # the arms are read again from their own files
+        return None
+    return results if [arm.name for arm in results.arms] == [arm.name for arm in arms] else None
 
 
 def what_is_left(
@@ -125,12 +116,12 @@ def what_is_left(
         if (held / folder.CHECKPOINTS / arm.name).exists():
             begun.append(arm.name)
     known = [
-        {name: list(before) for name, before in finished.items()},
+        to_dict(finished),
         begun,
-        "" if held is None else held.record["id"],
+        "" if held is None or held.record is None else held.record.id,
     ]
     known, begun, run = json.loads(hosts.from_first(json.dumps(files.plain(known)).encode()))
-    left = Left({name: FinishedArm(*before) for name, before in known.items()}, {})
+    left = Left(from_dict(known, dict[str, FinishedArm], "arms"), {})
     for arm in arms:
         if arm.name not in begun:
             continue
@@ -146,7 +137,7 @@ def what_is_left(
     return left
 
 
-def changes_in_jobs(merged: Merged, expected: Mapping[str, dict[str, Any]], force: bool, watcher: Watcher) -> list[str]:
+def changes_in_jobs(merged: Merged, expected: Mapping[str, Identity], force: bool, watcher: Watcher) -> list[str]:
     """Describe how the results of the jobs differ from what this process would compute. Print the differences.
 
     `expected` maps the name of an arm to the identity that its jobs must have. Raise UserError if a difference makes
@@ -170,4 +161,3 @@ def keep_merged(held: RunFolder, merged: Merged) -> None:
     for arm, finished in merged.finished.items():
         write_answers(held, arm, merged.answers[arm])
         write_arm(held, finished)
-    held.record[JOBS] = merged.sessions

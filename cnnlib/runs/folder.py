@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import platform
-import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from cnnlib.config.fields import to_dict
 from cnnlib.errors import UserError
+from cnnlib.runs.record import RECORD, RunRecord, State, read_record
 from cnnlib.system import files, provenance
 
 RUN_FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl", "results.json", "table.md", "accuracy.png")
 GROWTH_FILES = ("config.json", "results.json", "table.md", "growth.png")
-RECORD = "run.json"
 ARMS, CHECKPOINTS, PREDICTIONS, UNREADABLE = "arms", "checkpoints", "predictions", "unreadable"
 PROFILES, TENSORBOARD = "profile", "tensorboard"
 JOBS = "jobs"
@@ -31,9 +29,6 @@ FOLDERS = (ARMS, CHECKPOINTS, PREDICTIONS, PROFILES, TENSORBOARD, UNREADABLE, JO
 OURS = dict.fromkeys((*RUN_FILES, *GROWTH_FILES, RECORD, "git.diff", *FOLDERS))
 """All names that a run may leave in its folder, except its lock and `earlier`."""
 LOCK = ".lock"
-FORMAT = 2
-"""Format of runs and their checkpoints. cnnlib 0.1 wrote format 1."""
-STATES = ("running", "finished", "interrupted", "failed")
 
 
 def check(folder: Path) -> None:
@@ -85,28 +80,12 @@ def locked(path: Path, patience: float, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _last_session(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / RECORD)
-    sessions = record.get("sessions") if isinstance(record, dict) else None
-    return sessions[-1] if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict) else {}
-
-
 def _in_use(folder: Path) -> str:
-    last = _last_session(folder)
-    who = f" (process {last['pid']} on {last.get('host')})" if "pid" in last else ""
+    who = ""
+    with contextlib.suppress(UserError):
+        last = read_record(folder).sessions[-1]
+        who = f" (process {last.pid} on {last.host})"
     return f"a run is going on in {folder}{who}; wait for its end, or give another folder with --out"
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if the file does not exist or is not valid JSON."""
-    try:
-        text = files.read_regular(path)
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which is no text
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -122,7 +101,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Create and lock the folder. Raise UserError if it is locked or cannot be written."""
         self.path = path
-        self.record: dict[str, Any] = {}
+        self.record: RunRecord | None = None
+        """The record of the run; None before the first session."""
         with contextlib.ExitStack() as stack:
             with files.cannot_write(path):
                 path.mkdir(parents=True, exist_ok=True)
@@ -165,66 +145,27 @@ class RunFolder:
                 path.rename(place / path.name)
             return str(place)
 
-    def begin_session(self, record: dict[str, Any]) -> None:
-        """Record that this process trains the run. `record` holds what to store in `run.json`."""
-        began = {"began": provenance.now(), "host": platform.node(), "pid": os.getpid(), "state": "running"}
-        sessions = [*self.record.get("sessions", []), began]
-        self.record = {"id": secrets.token_hex(4), **self.record, **record, "sessions": sessions}
-        self.write()
+    def write(self, record: RunRecord) -> None:
+        """Write the record to `run.json`."""
+        files.write_whole(self / RECORD, lambda path: path.write_text(files.to_json(to_dict(record))))
+        self.record = record
 
-    def end_session(self, state: str, message: str | None = None) -> None:
-        """Record how the session ended: `state` is finished, interrupted or failed."""
-        if self.record:
-            self.record["sessions"][-1] |= {"ended": provenance.now(), "state": state, "message": message}
+    def end_session(self, state: State, message: str | None = None) -> None:
+        """Record how the session ended."""
+        if self.record is not None:
+            *others, last = self.record.sessions
+            last = replace(last, ended=provenance.now(), state=state, message=message)
             # The session may have failed because the disk is full. Then the record on the disk still says `running`.
             with contextlib.suppress(UserError) if state != "finished" else contextlib.nullcontext():
-                self.write()
-
-    def write(self) -> None:
-        """Write the record to `run.json`."""
-        files.write_whole(self / RECORD, lambda path: path.write_text(files.to_json(self.record)))
-
-    def read_record(self) -> bool:
-        """Read the record of earlier sessions. Return False if there is no readable record."""
-        found = read_json(self / RECORD)
-        if not isinstance(found, dict) or not is_record(found):
-            return False
-        self.record = found
-        return True
+                self.write(replace(self.record, sessions=(*others, last)))
 
 
-def is_record(found: dict[str, Any]) -> bool:
-    """Return whether `found` has the form that `begin_session` writes."""
-    sessions = found.get("sessions")
-    return (
-        isinstance(found.get("id"), str)
-        and 1 <= len(found["id"]) <= 32
-        and found["id"].isalnum()
-        and isinstance(found.get("identity"), dict)
-        and isinstance(found.get("experiment"), str)
-        and isinstance(found.get("resumed", []), list)
-        and isinstance(sessions, list)
-        and len(sessions) > 0
-        and all(isinstance(session, dict) and session.get("state") in STATES for session in sessions)
-    )
-
-
-def require_format(what: Path | str, found: Any) -> None:
-    """Raise UserError if `found` is not a run's record or has another format. The message names the right version."""
-    if not isinstance(found, dict):
-        raise UserError(f"{what} is no folder of a run that can be read")
-    version = found.get("format", 1)
-    if version != FORMAT:
-        who = "a newer cnnlib" if isinstance(version, int) and version > FORMAT else "cnnlib 0.1"
-        raise UserError(f"{what} has format {version}, and this version reads format {FORMAT}: {who} reads it")
-
-
-def state(folder: Path) -> str:
+def state(folder: Path) -> State:
     """Return the state of the run in a folder: running, finished, interrupted or failed."""
     if is_locked(folder):
         return "running"
-    record = read_json(folder / RECORD)
-    if not isinstance(record, dict) or not is_record(record):
+    try:
+        last = read_record(folder).state
+    except UserError:
         return "finished" if (folder / "results.json").exists() else "interrupted"
-    last: str = record["sessions"][-1]["state"]
     return "interrupted" if last == "running" else last

@@ -31,8 +31,8 @@ class Log(Watcher):
         with cannot_write(path):
             # Do not follow links: the folder may come from a stranger, and its links may lead anywhere.
             self._file = open(path, "a", encoding="utf-8", opener=_not_through_links)  # noqa: SIM115  # closed by close()
-        if beginning.command:
-            self._lines.insert(0, f"{now()} {beginning.command}\n")
+        if beginning.record.command:
+            self._lines.insert(0, f"{now()} {beginning.record.command}\n")
         self.says("resumed" if beginning.is_resumed else "begun")
 
     def training_begins(self, name: str, epoch: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cnnlib.config.schema import Experiment
 from cnnlib.runs.predictions import Predictions
+from cnnlib.runs.record import Identity, Job
 from cnnlib.runs.resume import FinishedArm
 
 
@@ -17,13 +18,13 @@ class Merged(NamedTuple):
     experiment: Experiment
     finished: dict[str, FinishedArm]
     answers: dict[str, Predictions]
-    identities: dict[str, dict[str, Any]]
-    """For each job name: what the job's results depend on (`resume.identity`)."""
-    sessions: dict[str, Any]
-    """For each job name: when and where the job began."""
+    identities: dict[str, Identity]
+    """For each job name: what the job's results depend on."""
+    jobs: dict[str, Job]
+    """For each job name: when and where it was trained."""
 
     @property
     def streamed(self) -> list[str]:
         """Return the names of the data sets that the jobs have streamed."""
-        found = (identity["settings"]["streamed"] for identity in self.identities.values())
+        found = (identity.streamed for identity in self.identities.values())
         return list(dict.fromkeys(name for names in found for name in names))

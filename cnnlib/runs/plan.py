@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.runs.callbacks import Watcher
+from cnnlib.runs.results import RunResults
 from cnnlib.system.cache import cache_folder, is_writable, keep_file
 from cnnlib.system.files import is_number, read_json_lines
 from cnnlib.system.tables import print_table
@@ -64,12 +65,12 @@ def known_rates() -> list[Rate]:
 class RateKeeper(Watcher):
     """A callback that saves the measured speed of a run's arms."""
 
-    def run_ends(self, results: dict[str, Any]) -> None:
+    def run_ends(self, results: RunResults) -> None:
         """Add one rate per arm to the saved rates."""
         rates = [
-            Rate(arm["connectivity"], arm["macs"] * arm["batch_size"], arm["train_seconds_per_lane"] / arm["steps"])
-            for arm in results["arms"]
-            if arm["steps"] and arm["train_seconds_per_lane"]
+            Rate(arm.connectivity, arm.macs * arm.batch_size, arm.train_seconds_per_lane / arm.steps)
+            for arm in results.arms
+            if arm.steps and arm.train_seconds_per_lane
         ]
         lines = [json.dumps(rate._asdict()) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
         if is_writable(rates_path().parent):
@@ -110,13 +111,7 @@ def print_plan(arms: Sequence[TrainedArm], programs: int, console: Console) -> N
         counts = (f"{number:,}" for number in (arm.count.parameters, arm.count.connections, arm.count.macs))
         times = (str(cost.lanes), f"{cost.steps:,}", duration(cost.seconds) if cost.steps else "-")
         rows.append((arm.name, arm.model.connectivity, *counts, *times))
-    headers = {
-        "connectivity": "connec-\ntivity",
-        "parameters": "para-\nmeters",
-        "connections": "connec-\ntions",
-        "multiply-adds": "multiply-\nadds",
-    }
-    print_table(console, columns, rows, left=2, headers=headers)
+    print_table(console, columns, rows, left=2)
     measured = sum(cost.is_measured for cost in costs)
     by = "runs on this machine" if measured == len(costs) else "the usual rate of 2 CPU cores"
     if 0 < measured < len(costs):

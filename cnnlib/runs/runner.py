@@ -20,9 +20,12 @@ from cnnlib.data.sets import DataSet, StreamedSet, describe
 from cnnlib.runs.arms import Pace, Training, train_arm, write_finished
 from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.compiled import MOST_AHEAD, Compiled, kernels_for
-from cnnlib.runs.earlier import changes_in_jobs, changes_since, identities_of_parts, identity_with_data, what_is_left
+from cnnlib.runs.earlier import changes_in_jobs, changes_since, identities_of_parts, what_is_left
 from cnnlib.runs.folder import PROFILES
-from cnnlib.runs.resume import FinishedArm, Left, check_alike, identity, streamed_in
+from cnnlib.runs.identity import check_alike, identity
+from cnnlib.runs.record import Identity
+from cnnlib.runs.results import FORMAT, DeviceResult, Machine, RunResults, read_results
+from cnnlib.runs.resume import FinishedArm, Left
 from cnnlib.runs.session import Options, RunSession
 from cnnlib.spec.window import shape_text
 from cnnlib.system import files, provenance
@@ -39,7 +42,7 @@ def run(
     options: Options = Options(),
     stop: Callable[[], bool] = lambda: False,
     hosts: Hosts = ALONE,
-) -> dict[str, Any]:
+) -> RunResults:
     """Train every lane of every arm. Write `folder.RUN_FILES` to `out`, except the report.
 
     Args:
@@ -51,7 +54,7 @@ def run(
         stop: Called after every epoch. If it returns True, the run saves its progress and ends.
         hosts: The processes of a run on several hosts. All of them call this function together.
 
-    Returns the content of `results.json`.
+    Returns the results, as stored in `results.json`.
 
     Raises:
         Stopped: If `stop` returned True.
@@ -63,7 +66,7 @@ def run(
         prepared = prepare(session)
         changes, results = compared(session, prepared)
         if hosts.agreed(results is not None):
-            return results or {}
+            return results or read_results(out)
         left = left_behind(session, prepared)
         programs = compile_first_arms(session, prepared, left)
         session.begin(prepared.arms, prepared.identity, left, changes)
@@ -83,8 +86,7 @@ class PreparedRun:
     """The first device of this process."""
     kernels: str
     """The kernels for convolution and pooling, from `kernels_for`."""
-    identity: dict[str, Any]
-    """What the results depend on, as stored in the run's record."""
+    identity: Identity
 
 
 def prepare(session: RunSession) -> PreparedRun:
@@ -94,7 +96,8 @@ def prepare(session: RunSession) -> PreparedRun:
     asked = chosen(resolve(experiment))
     devices = most_devices(asked, sharding.devices(experiment.devices), hosts)
     device = next(device for device in devices if device.process_index == hosts.process)
-    streamed = None if session.earlier is None else streamed_in(session.earlier.record)
+    earlier = None if session.earlier is None else session.earlier.record
+    streamed = None if earlier is None else list(earlier.identity.streamed)
     if options.merged is not None:
         streamed = options.merged.streamed
     # Free memory decides which data sets are streamed, and streaming changes the order of examples. All hosts and
@@ -114,12 +117,12 @@ def prepare(session: RunSession) -> PreparedRun:
         feeds.check_streamable(arm, data_sets[arm.data])
         check_parameters_fit(arm, devices, hosts)
     kernels = kernels_for(arms, device, session.watcher)
-    this = identity(session.name, experiment, device, len(devices), kernels)
+    this = identity(session.name, experiment, device, len(devices), kernels, data_sets.values())
     fed = {data: feeds.feed_of(data_set, devices) for data, data_set in data_sets.items()}
-    return PreparedRun(arms, data_sets, fed, devices, device, kernels, identity_with_data(this, data_sets.values()))
+    return PreparedRun(arms, data_sets, fed, devices, device, kernels, this)
 
 
-def compared(session: RunSession, prepared: PreparedRun) -> tuple[list[str], dict[str, Any] | None]:
+def compared(session: RunSession, prepared: PreparedRun) -> tuple[list[str], RunResults | None]:
     """Return how this session differs from earlier sessions and jobs. If the run is finished, return its results too.
 
     Raise UserError if a difference makes the results incomparable, unless `--force` is set.
@@ -130,9 +133,10 @@ def compared(session: RunSession, prepared: PreparedRun) -> tuple[list[str], dic
         expected = identities_of_parts(prepared.identity, prepared.arms, prepared.data_sets, prepared.device)
         changes += changes_in_jobs(merged, expected, force, session.watcher)
     check_alike(session.hosts, prepared.identity)
-    if session.earlier is None:
+    if session.earlier is None or session.earlier.record is None:
         return changes, None
-    return changes_since(session.earlier, prepared.identity, prepared.arms, force, session.watcher)
+    held, record = session.earlier, session.earlier.record
+    return changes_since(held, record, prepared.identity, prepared.arms, force, session.watcher)
 
 
 def left_behind(session: RunSession, prepared: PreparedRun) -> Left:
@@ -188,31 +192,32 @@ def train(
     return finished
 
 
-def results_of(session: RunSession, prepared: PreparedRun, finished: list[FinishedArm]) -> dict[str, Any]:
-    """Return the content of `results.json`."""
-    device, record = prepared.device, session.folder.record
-    return {
-        "experiment": session.name,
-        "config": to_dict(session.experiment),
-        "data": finished[0].result["data"],
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": len(prepared.devices),
-            "hosts": session.hosts.count,
-            "kernels": prepared.kernels,
-            "precision": session.experiment.precision,
-            "flags": os.environ.get("XLA_FLAGS", ""),
-            "checked": record["checked"],
-        },
-        "machine": provenance.machine(),
-        "finished": provenance.now(),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "wall_seconds": session.seconds(),
-        "resumed": record["resumed"],
-        "arms": [arm.result for arm in finished],
-    }
+def results_of(session: RunSession, prepared: PreparedRun, finished: list[FinishedArm]) -> RunResults:
+    """Return the results of the run."""
+    device, record = prepared.device, session.record
+    return RunResults(
+        format=FORMAT,
+        experiment=session.name,
+        config=to_dict(session.experiment),
+        data=finished[0].result.data,
+        device=DeviceResult(
+            platform=device.platform,
+            kind=device.device_kind,
+            count=len(prepared.devices),
+            hosts=session.hosts.count,
+            kernels=prepared.kernels,
+            precision=session.experiment.precision,
+            flags=os.environ.get("XLA_FLAGS", ""),
+            checked=record.checked,
+        ),
+        machine=Machine(**provenance.machine()),
+        finished=provenance.now(),
+        versions=provenance.versions(),
+        commit=provenance.commit(),
+        wall_seconds=session.seconds(),
+        resumed=record.resumed,
+        arms=tuple(arm.result for arm in finished),
+    )
 
 
 def most_devices(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import tempfile
 import time
@@ -22,9 +23,11 @@ from cnnlib.runs import folder
 from cnnlib.runs.arm_results import described_arm
 from cnnlib.runs.callbacks import Beginning, Watcher, Watchers
 from cnnlib.runs.earlier import earlier_run, keep_merged
-from cnnlib.runs.folder import FORMAT, JOBS, RunFolder, inside
+from cnnlib.runs.folder import JOBS, RunFolder, inside
 from cnnlib.runs.log import Log
 from cnnlib.runs.merged import Merged
+from cnnlib.runs.record import Identity, RecordedArm, RunRecord, Session, State
+from cnnlib.runs.results import FORMAT, Resumption, RunResults
 from cnnlib.runs.resume import Left
 from cnnlib.system import files, provenance
 from cnnlib.train.multihost import Hosts
@@ -90,7 +93,7 @@ class RunSession:
     ) -> None:
         with self._stack:
             if self._is_begun and isinstance(error, Exception):
-                state = "interrupted" if isinstance(error, Stopped) else "failed"
+                state: State = "interrupted" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(UserError):  # a full disk has no space for this line either
                     self.watcher.says(f"{state}: {error}")
                 self.folder.end_session(state, " ".join(str(error).split())[:500])
@@ -101,11 +104,17 @@ class RunSession:
         assert self._folder is not None
         return self._folder
 
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run. It exists after `begin`, or if a run is resumed."""
+        assert self.folder.record is not None
+        return self.folder.record
+
     def seconds(self) -> float:
         """Return the seconds that the run has taken so far, over all sessions."""
         return time.perf_counter() - self._zero
 
-    def begin(self, arms: Sequence[TrainedArm], identity: dict[str, Any], left: Left, changes: list[str]) -> None:
+    def begin(self, arms: Sequence[TrainedArm], identity: Identity, left: Left, changes: list[str]) -> None:
         """Write the configuration, the environment and the record of the session, before training begins.
 
         Args:
@@ -129,35 +138,40 @@ class RunSession:
         self.watcher.run_begins(beginning)
 
     def _write_beginning(
-        self, arms: Sequence[TrainedArm], identity: dict[str, Any], left: Left, changes: list[str]
+        self, arms: Sequence[TrainedArm], identity: Identity, left: Left, changes: list[str]
     ) -> Beginning:
         held, config, command = self.folder, to_dict(self.experiment), command_for(self.name, self.experiment)
-        is_resumed = "sessions" in held.record
-        resumed = list(held.record.get("resumed", []))
-        if is_resumed:
+        before, merged, platform = held.record, self.options.merged, identity.device["platform"]
+        resumed: tuple[Resumption, ...] = () if before is None else before.resumed
+        if before is not None:
             in_flight = {arm: found.epoch for arm, found in left.in_flight.items()}
-            kept = {"finished": list(left.finished), "in_flight": in_flight}
-            resumed.append({"time": provenance.now(), **kept, "changes": changes, "forced": self.options.force})
-        checked = self.options.check and bool(held.record.get("checked", True))  # True only if all sessions checked
-        described = {arm.name: {**described_arm(arm), "config": to_dict(arm.experiment)} for arm in arms}
-        data, platform = "+".join(dict.fromkeys(arm.description.name for arm in arms)), identity["device"]["platform"]
-        known = {"format": FORMAT, "experiment": self.name, "identity": identity, "command": command}
-        known |= {"resumed": resumed, "checked": checked, "arms": described, "tags": [data[:64], platform]}
-        held.begin_session(known)
+            kept = (tuple(left.finished), in_flight, tuple(changes))
+            resumed = (*resumed, Resumption(provenance.now(), *kept, self.options.force))
+        record = RunRecord(
+            format=FORMAT,
+            id=secrets.token_hex(4) if before is None else before.id,
+            experiment=self.name,
+            identity=identity,
+            command=command,
+            resumed=resumed,
+            checked=self.options.check and (before is None or before.checked),
+            arms={arm.name: RecordedArm(**vars(described_arm(arm)), config=to_dict(arm.experiment)) for arm in arms},
+            tags=("+".join(dict.fromkeys(arm.description.name for arm in arms))[:64], platform),
+            sessions=(*(() if before is None else before.sessions), Session.of_this_process()),
+            jobs=merged.jobs if merged is not None else {} if before is None else before.jobs,
+        )
+        held.write(record)
         where = provenance.environment(command)
         texts = {"config.json": {"experiment": self.name, **config}, "environment.json": where}
         for file, values in texts.items():
             files.write_whole(held / file, partial(_write_json, values))
         if where["diff"]:
             files.write_whole(held / where["diff"], lambda path: path.write_text(provenance.diff(), encoding="utf-8"))
-        lanes = {arm.name: [numbers._asdict() for numbers in arm.lanes] for arm in arms}
-        start = (held.record["id"], self.name, held.path, config, data, platform)
-        return Beginning(*start, described, lanes, is_resumed, command)
+        return Beginning(held.path, record, is_resumed=before is not None)
 
-    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Write the results of the run and call the callback. Return the results as stored in the file."""
-        results = dict(files.plain(results))  # numbers that are not finite become None
-        files.write_whole(self.folder / "results.json", partial(_write_json, results))
+    def finish(self, results: RunResults) -> RunResults:
+        """Write the results of the run and call the callback. Return the results."""
+        files.write_whole(self.folder / "results.json", partial(_write_json, to_dict(results)))
         if self.options.merged is not None:
             shutil.rmtree(inside(self.folder.path, self.folder / JOBS))
         self.watcher.run_ends(results)

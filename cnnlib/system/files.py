@@ -78,6 +78,18 @@ def read_regular(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None if the file does not exist or is not valid JSON."""
+    try:
+        text = read_regular(path)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which is no text
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value
+
+
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a number between -1e300 and 1e300, which a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -11,6 +11,7 @@ from cnnlib.errors import UserError
 from cnnlib.runs.callbacks import Beginning, EpochReport, Watcher
 from cnnlib.runs.folder import TENSORBOARD, inside
 from cnnlib.runs.metrics import lane_name, means_of
+from cnnlib.runs.results import ArmResult
 from cnnlib.system.files import finite
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -54,12 +55,15 @@ class TensorBoard(Watcher):
             writer.add_scalar(key, value, epoch)
         writer.flush()
 
-    def arm_ends(self, name: str, result: dict[str, Any], epoch: int) -> None:
+    def arm_ends(self, name: str, result: ArmResult, epoch: int) -> None:
         """Close the arm's files."""
-        for writer in self._writers.pop(name, ()):
-            writer.close()
+        self._close(name)
 
     def close(self) -> None:
         """Close the files of arms that did not reach their end."""
         for name in list(self._writers):
-            self.arm_ends(name, {}, 0)
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        for writer in self._writers.pop(name, ()):
+            writer.close()

@@ -25,13 +25,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cnnlib.config.fields import from_dict
-from cnnlib.config.schema import SETTING_FIELDS, Experiment, LaneNumbers
+from cnnlib.config.schema import Experiment, LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.report.summary import COLUMNS, rows
 from cnnlib.runs.callbacks import Beginning, Watcher
-from cnnlib.runs.folder import ARMS, RECORD, inside, read_json
+from cnnlib.runs.folder import ARMS, inside
 from cnnlib.runs.metrics import lane_name, means_of
-from cnnlib.system.files import finite, follow_json_lines, plain
+from cnnlib.runs.record import read_record
+from cnnlib.runs.results import ArmResult, has_results, read_results
+from cnnlib.system.files import finite, follow_json_lines, plain, read_json
 
 RESULTS = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv", "sparsity")
 """Results of a lane that are copied to W&B."""
@@ -152,11 +154,11 @@ class _Copy:
         import wandb
 
         self._library, self._folder, self._mode = wandb, folder, mode
-        self._record, config = read_json(folder / RECORD), read_json(folder / "config.json")
+        self._record, config = read_record(folder), read_json(folder / "config.json")
         experiment = from_dict({key: value for key, value in config.items() if key != "experiment"}, Experiment)
         self._fields, self._runs = experiment.wandb, dict[str, list[Any]]()
         self._group = self._open(
-            "group", f"{self._record['experiment']} group", "group", plain({**config, "arms": len(config["arms"])})
+            "group", f"{self._record.experiment} group", "group", plain({**config, "arms": len(config["arms"])})
         )
 
     def log(self, lines: list[dict[str, Any]]) -> None:
@@ -173,10 +175,10 @@ class _Copy:
         self._group.log(finite({f"{arm}/{key}": value for key, value in means.items()}))
 
     def _open_lanes(self, arm: str, lines: list[dict[str, Any]]) -> Iterator[Any]:
-        known = self._record["arms"][arm]
-        counts = {key: known[key] for key in ("parameters", "connections", "macs")}
-        shared = {"experiment": self._record["experiment"], "arm": arm, "connectivity": known["connectivity"]}
-        config = {**known["config"], **shared, "model": known["model"], **counts}
+        known = self._record.arms[arm]
+        counts = {"parameters": known.parameters, "connections": known.connections, "macs": known.macs}
+        shared = {"experiment": self._record.experiment, "arm": arm, "connectivity": known.connectivity}
+        config = {**known.config, **shared, "model": known.model, **counts}
         lanes = [{key: line[key] for key in LaneNumbers._fields} for line in lines]
         for number, lane in enumerate(lanes):
             run = self._open(f"{arm}-{number}", lane_name(arm, lane, lanes), arm, {**config, **lane})
@@ -191,14 +193,13 @@ class _Copy:
         for arm in list(self._runs):
             if not isinstance(found := read_json(self._folder / ARMS / f"{arm}.json"), dict):
                 continue
-            result, chosen = found["result"], found["result"]["chosen_setting"]
-            means = means_of(result["lanes"], ("test_accuracy", "test_loss"))
+            result: ArmResult = from_dict(found["result"], ArmResult, arm)
+            means = means_of([vars(lane) for lane in result.lanes], ("test_accuracy", "test_loss"))
             self._group.summary.update(finite({f"{arm}/{key}": value for key, value in means.items()}))
-            for run, lane in zip(self._runs.pop(arm), result["lanes"], strict=False):
-                if chosen is not None:
-                    setting = {key: result["settings"][chosen][key] for key in SETTING_FIELDS}
-                    run.config.update({"chosen": setting.items() <= lane.items()})
-                run.summary.update(finite({key: lane.get(key) for key in RESULTS}))
+            for run, lane in zip(self._runs.pop(arm), result.lanes, strict=False):
+                if result.chosen_setting is not None:
+                    run.config.update({"chosen": lane.setting == result.settings[result.chosen_setting].setting})
+                run.summary.update(finite({key: getattr(lane, key) for key in RESULTS}))
                 run.finish()
 
     def end(self, status: int) -> None:
@@ -206,8 +207,8 @@ class _Copy:
         self.finish_arms()
         for run in itertools.chain(*self._runs.values()):
             run.finish(exit_code=status)
-        if status == 0 and isinstance(results := read_json(self._folder / "results.json"), dict):
-            table = self._library.Table(columns=[*COLUMNS], data=[[*row] for row in rows(results)])
+        if status == 0 and has_results(self._folder):
+            table = self._library.Table(columns=[*COLUMNS], data=rows(read_results(self._folder)))
             figure = self._folder / "accuracy.png"
             figures = {"accuracy": self._library.Image(str(figure))} if figure.exists() else {}
             self._group.log({"results": table, **figures})
@@ -217,14 +218,14 @@ class _Copy:
             sys.stdout.write(f"W&B: the copy is on the disk; to upload it: wandb sync {where}\n")
 
     def _open(self, part: str, name: str, job_type: str, config: dict[str, Any]) -> Any:
-        wandb, identity = self._fields, self._record["id"]
+        wandb, identity = self._fields, self._record.id
         known = {name: value for name, value in SETTINGS.items() if name in self._library.Settings.model_fields}
         return self._library.init(
             entity=wandb.entity,
             project=wandb.project,
             notes=wandb.notes or None,
-            tags=[*self._record["tags"], *wandb.tags],
-            group=f"{self._record['experiment']} {self._folder.name} {identity}",
+            tags=[*self._record.tags, *wandb.tags],
+            group=f"{self._record.experiment} {self._folder.name} {identity}",
             job_type=job_type,
             id=f"{identity}-{part}",
             name=name,

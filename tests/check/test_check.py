@@ -136,7 +136,7 @@ def test_a_wrong_backend_is_refused_before_anything_is_written(wrong_max_pool, t
 
 def test_a_run_without_the_check_says_so_in_its_results(wrong_max_pool, tmp_path):
     results = run(TINY, "tiny", tmp_path / "run", Watcher(), Options(check=False))
-    assert results["device"]["checked"] is False
+    assert results.device.checked is False
     assert json.loads((tmp_path / "run" / "results.json").read_text())["device"]["checked"] is False
 
 
@@ -156,7 +156,7 @@ def test_a_backend_that_has_passed_is_not_checked_again(monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "PASSED", set())  # as in another process
         watcher = Told()
         results = run(TINY, "tiny", tmp_path / name, watcher)
-        assert results["device"]["checked"] is True
+        assert results.device.checked is True
         assert len([line for line in watcher.lines if line.startswith("checking cpu")]) == expected
         told += watcher.lines
     monkeypatch.setattr(backend, "PASSED", set())

@@ -43,9 +43,9 @@ def models():
 def test_accuracies_are_those_of_a_run(models, tmp_path):
     nets, _ = models
     results = run(EXPERIMENT, "tiny", tmp_path, Watcher())
-    for arm in results["arms"]:
-        of_run = [lane["test_accuracy"] for lane in arm["lanes"]]
-        assert [net.test_accuracy for net in nets[arm["name"]]] == pytest.approx(of_run, abs=2.1e-3)
+    for arm in results.arms:
+        of_run = [lane.test_accuracy for lane in arm.lanes]
+        assert [net.test_accuracy for net in nets[arm.name]] == pytest.approx(of_run, abs=2.1e-3)
         assert len(set(of_run)) > 1 and min(of_run) > 0.34  # something has been learned, by each lane its own
 
 

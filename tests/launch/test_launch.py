@@ -13,12 +13,13 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import made_results
 import numpy as np
 import pytest
 
 from cnnlib.cli.main import main
 from cnnlib.config.resolve import Part, resolve
-from cnnlib.config.schema import Arm, Checkpoint, Experiment, LaneNumbers, Lanes, Optim
+from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes, Optim
 from cnnlib.data.declaration import Data
 from cnnlib.errors import Stopped, UserError
 from cnnlib.launch import jobs, merge, ray_core
@@ -127,7 +128,7 @@ def test_blocks_of_seeds_are_merged_to_what_one_process_comes_to(tmp_path):
         read_jobs(out)
     record.write_text(right)
     results = run(EXPERIMENT, "tiny", out, Watcher(), Options(merged=read_jobs(out)))
-    assert comparable(out) == comparable(tmp_path / "whole") and results["resumed"] == []
+    assert comparable(out) == comparable(tmp_path / "whole") and results.resumed == ()
     assert set(json.loads((out / "run.json").read_text())["jobs"]) == set(names)
     # And it is a run like others.
     assert run(EXPERIMENT, "tiny", out, Watcher(), Options(resume=True)) == results
@@ -136,33 +137,15 @@ def test_blocks_of_seeds_are_merged_to_what_one_process_comes_to(tmp_path):
 # Merging.
 
 
-def lane(seed, rate, accuracy, status="ok"):
-    numbers = LaneNumbers(seed, seed, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
-    fine = status == "ok"
-    known = {"test_accuracy": accuracy if fine else None, "train_accuracy": 1.0 if fine else None, "status": status}
-    return {**numbers, **known, "validation_accuracy": accuracy if fine else None, "parameters_sha256": str(seed)}
+def lane(seed, rate, accuracy):
+    return made_results.lane(seed, accuracy, learning_rate=rate)
 
 
 def part_of(lanes, seconds, **change):
-    result = {
-        "name": "full",
-        "model": "dense:3",
-        "compile_seconds": seconds,
-        "lanes_at_a_time": len(lanes),
-        "devices": 1,
-        "mesh": [1, 1],
-        "memory_bytes": int(seconds),
-        "train_seconds_per_lane": seconds,
-        "test_accuracy": "its own",
-        "chosen_setting": 7,
-        "settings": "its own",
-        "lanes": lanes,
-        **change,
-    }
-    lines = [
-        {"epoch": epoch, "lane": number, "seed": one["seed"]} for epoch in (1, 2) for number, one in enumerate(lanes)
-    ]
-    return FinishedArm(result, lines, 1.0)
+    known = {"compile_seconds": seconds, "memory_bytes": int(seconds), "train_seconds_per_lane": seconds}
+    result = made_results.arm("full", lanes, lanes_at_a_time=len(lanes), **{**known, **change})
+    lines = [{"epoch": epoch, "lane": number, "seed": one.seed} for epoch in (1, 2) for number, one in enumerate(lanes)]
+    return FinishedArm(result, tuple(lines), 1.0)
 
 
 def two_parts():
@@ -170,7 +153,7 @@ def two_parts():
     experiment = replace(EXPERIMENT, lanes=Lanes(seed=(3, 1, 4)), arms=EXPERIMENT.arms[:1])
     (arm,) = resolve(experiment)
     first = part_of([lane(3, 0.01, 0.5), lane(1, 0.01, 0.75), lane(3, 0.03, 1.0), lane(1, 0.03, 0.5)], 2.0)
-    second = part_of([lane(4, 0.01, 0.25), lane(4, 0.03, 0.0, "diverged")], 5.0)
+    second = part_of([lane(4, 0.01, 0.25), lane(4, 0.03, None)], 5.0)
     return arm, first, second
 
 
@@ -179,16 +162,15 @@ def test_lanes_of_parts_go_where_the_whole_experiment_has_them():
     for parts in ([first, second], [second, first]):
         found = merged(arm, parts, 42.0)
         result = found.result
-        assert [one["seed"] for one in result["lanes"]] == [3, 1, 4, 3, 1, 4] and found.wall_seconds == 42.0
-        assert [one["learning_rate"] for one in result["lanes"]] == [0.01] * 3 + [0.03] * 3
-        assert [setting["test_accuracy"]["n"] for setting in result["settings"]] == [3, 2]
-        assert [setting["diverged"] for setting in result["settings"]] == [0, 1]
-        assert result["chosen_setting"] == 0 and result["test_accuracy"]["mean"] == 0.5
-        assert result["train_seconds_per_lane"] == pytest.approx((4 * 2.0 + 2 * 5.0) / 6)
-        assert (result["compile_seconds"], result["lanes_at_a_time"], result["memory_bytes"]) == (7.0, 4, 5)
+        assert [one.seed for one in result.lanes] == [3, 1, 4, 3, 1, 4] and found.wall_seconds == 42.0
+        assert [one.learning_rate for one in result.lanes] == [0.01] * 3 + [0.03] * 3
+        assert [setting.test_accuracy.n for setting in result.settings] == [3, 2]
+        assert [setting.diverged for setting in result.settings] == [0, 1]
+        assert result.chosen_setting == 0 and result.test_accuracy.mean == 0.5
+        assert result.train_seconds_per_lane == pytest.approx((4 * 2.0 + 2 * 5.0) / 6)
+        assert (result.compile_seconds, result.lanes_at_a_time, result.memory_bytes) == (7.0, 4, 5)
         assert [(line["epoch"], line["lane"]) for line in found.lines] == [(e, n) for e in (1, 2) for n in range(6)]
         assert [line["seed"] for line in found.lines] == [3, 1, 4, 3, 1, 4] * 2
-    assert set(result) == set(first.result)
 
 
 def test_parts_that_are_not_those_of_the_arm_are_refused():
@@ -197,7 +179,7 @@ def test_parts_that_are_not_those_of_the_arm_are_refused():
         with pytest.raises(UserError, match="other lanes than it has"):
             merged(arm, parts, 1.0)
     with pytest.raises(UserError, match="disagree about model"):
-        merged(arm, [first, part_of(second.result["lanes"], 5.0, model="dense:4")], 1.0)
+        merged(arm, [first, part_of(second.result.lanes, 5.0, model="dense:4")], 1.0)
 
 
 def test_answers_of_parts_are_those_of_all_lanes_with_the_worst_of_all(monkeypatch):

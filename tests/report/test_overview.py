@@ -5,38 +5,33 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 
 import pytest
+from made_results import arm, lane, record, results
 
 from cnnlib.cli.main import main
+from cnnlib.config.fields import to_dict
 from cnnlib.errors import UserError
 from cnnlib.report import overview
 from cnnlib.runs.folder import RunFolder
 
-RESULTS = {
-    "experiment": "tiny",
-    "commit": None,
-    "config": {"epochs": 4, "arms": [{"name": "a", "model": "dense:3"}], "optim": {"learning_rate": [0.1]}},
-    "versions": {"jax": "0.10.2"},
-    "data": {"name": "lines"},
-    "device": {"platform": "cpu"},
-    "arms": [
-        {
-            "name": name,
-            "parameters": 1234,
-            "macs": 1200,
-            "train_seconds_per_lane": 1.5,
-            "test_accuracy": {"mean": mean, "ci95": [mean - 0.01, mean + 0.01], "n": 2},
-            "lanes": [{"parameters_sha256": "0" * 64}, {"parameters_sha256": name * 64}],
-        }
-        for name, mean in (("a", 0.9), ("b", 0.8))
-    ],
-}
+CONFIG = {"epochs": 4, "arms": [{"name": "a", "model": "dense:3"}], "optim": {"learning_rate": [0.1]}}
+RESULTS = to_dict(
+    results(
+        *(
+            arm(name, [lane(0, low), lane(1, high, parameters_sha256=name * 64)], parameters=1234)
+            for name, low, high in (("a", 0.89, 0.91), ("b", 0.79, 0.81))
+        ),
+        experiment="tiny",
+        config=CONFIG,
+    )
+)
 
 
 def made(folder, state, results=None, epochs=0):
     with RunFolder(folder) as held:
-        held.begin_session({"experiment": "tiny", "identity": {}})
+        held.write(record())
         (folder / "config.json").write_text(
             json.dumps({"experiment": "tiny", "epochs": 4, "arms": [{"name": "a"}] * 2})
         )
@@ -66,7 +61,7 @@ def test_runs_are_listed_with_state_progress_and_result(tmp_path, capsys, monkey
     (tmp_path / "tiny_done" / "earlier" / "x").mkdir(parents=True)
     (tmp_path / "tiny_done" / "earlier" / "x" / "results.json").write_text("{}")
     assert table(tmp_path) == {
-        "tiny_done": ("finished", "50 %", "a 90.00 [89.00, 91.00]"),
+        "tiny_done": ("finished", "50 %", "a 90.00 [77.29, 102.71]"),
         "deep/cut (tiny)": ("interrupted", "37 %", "a 3/4, validation 55.00 %"),
         "tiny_failed": ("failed", "12 %", "the disk is full"),
     }
@@ -108,17 +103,16 @@ def test_runs_side_by_side_show_accuracies_and_what_differs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("part", "field", "value", "told"),
+    ("field", "value", "told"),
     [
-        ("device", "kind", "TPU v5e", "x on cpu, precision default, y on TPU v5e, precision default"),
-        ("config", "precision", "highest", "x on cpu, precision default, y on cpu, precision highest"),
+        ("kind", "TPU v5e", "x on cpu, precision default, y on TPU v5e, precision default"),
+        ("precision", "highest", "x on cpu, precision default, y on cpu, precision highest"),
     ],
 )
-def test_devices_and_precisions_are_not_mixed_unless_asked_for(part, field, value, told, tmp_path, capsys):
-    first = {**RESULTS, "device": {"kind": "cpu"}}
-    other = copy.deepcopy(first)
-    other[part][field] = value
-    made(tmp_path / "x", "finished", first)
+def test_devices_and_precisions_are_not_mixed_unless_asked_for(field, value, told, tmp_path, capsys):
+    other = copy.deepcopy(RESULTS)
+    other["device"][field] = value
+    made(tmp_path / "x", "finished", RESULTS)
     made(tmp_path / "y", "finished", other)
     folders = [str(tmp_path / "x"), str(tmp_path / "y")]
     assert main(["compare", *folders]) == 2
@@ -129,9 +123,8 @@ def test_devices_and_precisions_are_not_mixed_unless_asked_for(part, field, valu
 
 
 def test_runs_of_other_arms_have_no_parameters_in_common(tmp_path):
-    other = copy.deepcopy(RESULTS)
-    del other["arms"][0]
-    assert overview.fingerprints([RESULTS, other]) == []
+    one = results(*(arm(name, [lane(0, 0.5)]) for name in "ab"))
+    assert overview.fingerprints([one, replace(one, arms=one.arms[1:])]) == []
     with pytest.raises(UserError, match="different runs"):
         overview.labels([tmp_path, tmp_path])
 
@@ -150,21 +143,19 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
         {"mean": 10**400, "ci95": [0.1, 0.2], "n": 2},
         {"mean": 0.9, "ci95": [0.1, "high"], "n": 2},
         {"mean": True, "ci95": [None, None], "n": 2},
-        {"ci95": [None, None], "n": 2},
+        {"ci95": [None], "n": 2},
     ],
 )
 def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):
-    results = copy.deepcopy(RESULTS)
-    results["arms"][0]["test_accuracy"] = change
+    damaged = copy.deepcopy(RESULTS)
+    damaged["arms"][0]["test_accuracy"] = change
     for name in ("one", "two"):
-        made(tmp_path / name, "finished", results)
+        made(tmp_path / name, "finished", damaged)
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
-    assert "there are no results in" in capsys.readouterr().err
+    assert "results.json.arms[0].test_accuracy" in capsys.readouterr().err
     assert main(["runs", str(tmp_path)]) == 0
 
 
 def test_text_that_cannot_be_shown_is_no_error(tmp_path, capsys):
-    results = copy.deepcopy(RESULTS)
-    results["experiment"] = "\ud800 half a pair"
-    made(tmp_path / "one", "finished", results)
+    made(tmp_path / "one", "finished", {**RESULTS, "experiment": "\ud800 half a pair"})
     assert main(["runs", str(tmp_path)]) == 0

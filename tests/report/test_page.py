@@ -23,6 +23,7 @@ from cnnlib.config.schema import Arm, Checkpoint, Experiment, Lanes, Optim
 from cnnlib.data.declaration import Data
 from cnnlib.errors import UserError
 from cnnlib.report import charts, page
+from cnnlib.report.labels import raised
 from cnnlib.report.mistakes import lines, png
 from cnnlib.report.page import write_report
 from cnnlib.runs.callbacks import Watcher
@@ -89,16 +90,16 @@ def report(tmp_path_factory):
 def test_the_table_has_the_numbers_of_the_lanes(report):
     results, _, text = report
     rows = {row[0]: row[1:] for row in rows_of(text, "Arms, with counts and accuracies")}
-    for arm in results["arms"]:
-        accuracies = [100 * lane["test_accuracy"] for lane in arm["lanes"]]
-        known = [100 * lane["train_accuracy"] for lane in arm["lanes"]]
-        row = rows[arm["name"]]
-        assert row[0] == arm["connectivity"] and row[1] == f"{arm['parameters']:,}"
-        assert row[4:6] == [f"{np.mean(known):.2f}", f"{np.mean(accuracies):.2f}"]
-        assert row[7] == "3"
-    best = max(results["arms"], key=lambda arm: arm["test_accuracy"]["mean"])
-    mean = f"{100 * best['test_accuracy']['mean']:.2f}"
-    assert f"Of 2 arms on lines, {best['name']} has the highest mean test accuracy: {mean}" in text
+    for arm in results.arms:
+        accuracies = [100 * lane.test_accuracy for lane in arm.lanes]
+        known = [100 * lane.train_accuracy for lane in arm.lanes]
+        row = rows[arm.name]
+        assert row[0] == arm.connectivity and row[1] == f"{arm.parameters:,}"
+        assert row[4] == f"{np.mean(known):.2f}" and row[5].startswith(f"{np.mean(accuracies):.2f} [")
+        assert row[6] == "3"
+    best = max(results.arms, key=lambda arm: arm.test_accuracy.mean)
+    mean = f"{100 * best.test_accuracy.mean:.2f}"
+    assert f"Of 2 arms on lines, {best.name} has the highest mean test accuracy: {mean}" in text
 
 
 def test_the_plots_have_every_lane_and_every_epoch(report):
@@ -116,9 +117,7 @@ def test_the_plots_have_every_lane_and_every_epoch(report):
 
     lanes = {(p["arm"], p["seed"], round(p["accuracy"], 6)) for p in points(specs["run-0-parameters"]) if "seed" in p}
     assert lanes == {
-        (arm["name"], lane["seed"], round(100 * lane["test_accuracy"], 6))
-        for arm in results["arms"]
-        for lane in arm["lanes"]
+        (arm.name, lane.seed, round(100 * lane.test_accuracy, 6)) for arm in results.arms for lane in arm.lanes
     }
     curve = [p for p in points(specs["run-0-validation_accuracy"]) if "seed" in p]
     assert {(p["arm"], p["epoch"], p["seed"]) for p in curve} == {
@@ -146,7 +145,7 @@ def test_nothing_of_a_run_is_markup_and_nothing_is_loaded(report):
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
     assert len(text.encode()) < 5e6
     results = json.loads((folder / "one" / "results.json").read_text())
-    results["arms"][0]["name"] = "</script><script>alert(1)</script>"
+    results["experiment"] = "</script><script>alert(1)</script>"
     results["config"]["arms"][0]["name"] = "fine"
     (folder / "three").mkdir(exist_ok=True)
     (folder / "three" / "results.json").write_text(json.dumps(results))
@@ -166,11 +165,11 @@ def test_headings_sort_and_plots_have_words(report):
 def test_every_lane_and_every_mean_of_a_curve_is_in_a_table_too(report):
     results, folder, text = report
     wanted = [
-        [arm["name"], str(lane["seed"])]
-        + [f"{100 * lane[f'{part}_accuracy']:.2f}" for part in ("train", "validation", "test")]
-        + [lane["status"]]
-        for arm in results["arms"]
-        for lane in arm["lanes"]
+        [arm.name, str(lane.seed)]
+        + [f"{100 * getattr(lane, f'{part}_accuracy'):.2f}" for part in ("train", "validation", "test")]
+        + [lane.status]
+        for arm in results.arms
+        for lane in arm.lanes
     ]
     assert rows_of(text, "Lanes")[1 : 1 + len(wanted)] == wanted
     lines = [json.loads(line) for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
@@ -288,9 +287,12 @@ def test_names_of_means_that_lie_together_are_raised():
             ("x", 120.0, 90.0),
         )
     ]
-    raised = charts.raises(means)
-    assert raised[0] == 0 and sorted(raised[1:]) == [0, 13, 26]
-    assert charts.raises([]) == [] and charts.raises(means[:1]) == [0]
+    labels = charts.labels_of(means)
+    rises = raised(labels)
+    assert rises[0] == 0 and min(rises[1:]) == 0
+    bottoms = sorted(label.bottom + rise for label, rise in zip(labels[1:], rises[1:], strict=True))
+    assert min(np.diff(bottoms)) >= labels[0].height
+    assert raised([]) == [] and raised(labels[:1]) == [0]
 
 
 def test_the_missing_extra_is_named(monkeypatch, tmp_path):

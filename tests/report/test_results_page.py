@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_results import DATA, arm, lane, results
 
 from cnnlib.cli.finished import asked
 from cnnlib.cli.main import main
@@ -14,7 +16,7 @@ from cnnlib.config.fields import from_dict
 from cnnlib.config.schema import EXPERIMENTS, Experiment, Growth, kept_like
 from cnnlib.report import results_page
 from cnnlib.report.results_page import by_seed, dsd_exponents, sample_sizes
-from cnnlib.runs.folder import read_json
+from cnnlib.system.files import read_json
 
 pytestmark = pytest.mark.once
 
@@ -68,19 +70,14 @@ def sweep(exponents):
         for k, d in ((2, 4), (4, 4), (8, 4), (4, 8), (4, 16)):
             for size in (2.0**e for e in range(1, 16)):
                 accuracy = min(1.0, max(0.5, 0.9 + 0.1 * np.log2(size / (4 * k**p * d**q))))
-                setting = {
-                    "learning_rate": 0.1,
-                    "test_accuracy": {"n": 2, "mean": accuracy, "ci95": [accuracy, accuracy]},
-                }
-                lanes = [
-                    {"seed": s, "order_seed": s, "learning_rate": 0.1, "status": "ok", "test_accuracy": accuracy}
-                    for s in (0, 1)
-                ]
-                name = f"{reading}_k{k}_d{d}_{int(size)}"
-                arms.append(
-                    {"name": name, "data": {"train": size}, "chosen_setting": 0, "settings": [setting], "lanes": lanes}
-                )
-    return {"arms": arms}
+                lanes = [lane(seed, accuracy) for seed in (0, 1)]
+                arms.append(arm(f"{reading}_k{k}_d{d}_{int(size)}", lanes, data=replace(DATA, train=int(size))))
+    return results(*arms)
+
+
+def some_of(found, is_wanted):
+    """The results of the arms that are wanted."""
+    return replace(found, arms=tuple(filter(is_wanted, found.arms)))
 
 
 def test_exponents_are_found_again():
@@ -91,25 +88,24 @@ def test_exponents_are_found_again():
 
 
 def test_sizes_outside_those_that_were_tried_are_counted_and_not_fitted():
-    results = sweep({"conv": (1.0, 1.0)})
-    results["arms"] = [arm for arm in results["arms"] if 32 <= arm["data"]["train"] <= 128]  # 32 to 256 are needed
-    text = dsd_exponents(results, level=0.9)
+    found = sweep({"conv": (1.0, 1.0)})
+    found = some_of(found, lambda arm: 32 <= arm.data.train <= 128)  # 32 to 256 are needed
+    text = dsd_exponents(found, level=0.9)
     assert "| conv | k + d | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 6 of 10 |" in text
     assert "| conv | 2 | 4 | 2 of 2 seeds with 32 or fewer |" in text and "| conv | 4 | 4 | 64 [64, 64] |" in text
     assert "| conv | 4 | 16 | not reached by 2 of 2 seeds |" in text
-    results["arms"] = [arm for arm in results["arms"] if arm["data"]["train"] <= 64]
-    assert "| conv | k + d | not to be told | not to be told | 2 of 10 |" in dsd_exponents(results, level=0.9)
+    found = some_of(found, lambda arm: arm.data.train <= 64)
+    assert "| conv | k + d | not to be told | not to be told | 2 of 10 |" in dsd_exponents(found, level=0.9)
 
 
 def test_sizes_that_reach_a_level_are_told_and_those_that_do_not():
-    results = sweep({"conv": (1.0, 0.0)})
-    for arm in results["arms"]:
-        arm["name"] = arm["name"].replace("conv_k2_d4", "conv")
-    few = {"arms": [arm for arm in results["arms"] if arm["name"].startswith("conv_") and "_k" not in arm["name"]]}
+    found = some_of(sweep({"conv": (1.0, 0.0)}), lambda arm: "_k2_d4_" in arm.name)
+    few = replace(found, arms=tuple(replace(arm, name=arm.name.replace("_k2_d4", "")) for arm in found.arms))
     assert [len(curves) for curves in by_seed(few).values()] == [2]
     assert "| conv | 6 [6, 6] | 8 [8, 8] |" in sample_sizes(few)  # log2(n / 8) is -1/2 at 85 %
-    low = {"arms": [arm for arm in few["arms"] if arm["data"]["train"] <= 8]}
-    low["arms"][0]["lanes"][0]["test_accuracy"] = 0.5
+    first, *others = some_of(few, lambda arm: arm.data.train <= 8).arms
+    worse = (replace(first.lanes[0], test_accuracy=0.5), *first.lanes[1:])
+    low = replace(few, arms=(replace(first, lanes=worse), *others))
     assert "not reached by" in sample_sizes(low)
 
 

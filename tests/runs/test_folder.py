@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import made_results
 import pytest
+from made_results import record
 
 from cnnlib.errors import UserError
 from cnnlib.runs import folder
 from cnnlib.runs.folder import RunFolder, inside, is_locked, state
+from cnnlib.runs.record import read_record
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from made_results import record
 from cnnlib.runs.folder import RunFolder
 with RunFolder(Path(sys.argv[1])) as held:
-    held.begin_session({"experiment": "tiny", "identity": {}})
+    held.write(record())
     print("held", flush=True)
     time.sleep(600)
 """
@@ -28,7 +33,10 @@ with RunFolder(Path(sys.argv[1])) as held:
 def holder(tmp_path):
     """A process that has the folder `run`."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(made_results.__file__).parent)},
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         yield process
@@ -46,20 +54,19 @@ def test_a_second_run_is_refused_while_the_first_lives_and_takes_over_when_it_is
     assert not is_locked(run) and state(run) == "interrupted"
     folder.check(run)
     with RunFolder(run) as held:
-        assert held.read_record() and held.record["sessions"][0]["pid"] == holder.pid
+        assert held.record is None and read_record(run).sessions[0].pid == holder.pid
 
 
 def test_sessions_say_how_they_ended(tmp_path):
     for ending in ("interrupted", "failed", "finished"):
         with RunFolder(tmp_path) as held:
-            held.read_record()
-            held.begin_session({"experiment": "tiny", "identity": {"a": 1}})
+            held.write(record(read_record(tmp_path).sessions if ending != "interrupted" else ()))
             assert state(tmp_path) == "running"
             held.end_session(ending, "why")
         assert state(tmp_path) == ending
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert [session["state"] for session in record["sessions"]] == ["interrupted", "failed", "finished"]
-    assert len({session["pid"] for session in record["sessions"]}) == 1 and record["identity"] == {"a": 1}
+    sessions = read_record(tmp_path).sessions
+    assert [session.state for session in sessions] == ["interrupted", "failed", "finished"]
+    assert {session.pid for session in sessions} == {os.getpid()}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +79,8 @@ def test_sessions_say_how_they_ended(tmp_path):
 )
 def test_a_record_that_is_none_is_not_believed(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
-    with RunFolder(tmp_path) as held:
-        assert not held.read_record() and held.record == {}
+    with pytest.raises(UserError):
+        read_record(tmp_path)
     assert state(tmp_path) == "interrupted"
 
 

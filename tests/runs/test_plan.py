@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+from made_results import arm, lane, results
 from rich.console import Console
 
 from cnnlib.config.resolve import resolve
@@ -32,9 +34,10 @@ def test_time_is_that_of_the_nearest_known_step_of_the_same_connectivity():
 
 def test_rates_of_a_run_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arm = {"connectivity": "full", "macs": 1000, "batch_size": 4, "steps": 50, "train_seconds_per_lane": 2.0}
-    RateKeeper().run_ends({"arms": [arm, {**arm, "steps": 0}]})
-    RateKeeper().run_ends({"arms": [{**arm, "connectivity": "conv"}]})
+    known = {"macs": 1000, "batch_size": 4, "train_seconds_per_lane": 2.0}
+    one, none = (arm("a", [lane(0, 0.5)], connectivity="full", steps=steps, **known) for steps in (50, 0))
+    RateKeeper().run_ends(results(one, none))
+    RateKeeper().run_ends(results(replace(one, connectivity="conv")))
     assert known_rates() == [Rate("full", 4000, 0.04), Rate("conv", 4000, 0.04)]
     with plan.rates_path().open("a") as file:
         file.write('{"connectivity": 3}\n{"connectivity": "conv", "macs": -1, "seconds": 1}\nno json')
@@ -43,9 +46,10 @@ def test_rates_of_a_run_are_kept(tmp_path, monkeypatch):
 
 def test_runs_that_end_at_once_do_not_get_into_each_others_way(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arm = {"connectivity": "full", "macs": 1000, "batch_size": 4, "steps": 50, "train_seconds_per_lane": 2.0}
+    known = {"macs": 1000, "batch_size": 4, "steps": 50, "train_seconds_per_lane": 2.0}
+    ended = results(arm("a", [lane(0, 0.5)], connectivity="full", **known))
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda _: RateKeeper().run_ends({"arms": [arm]}), range(60)):
+        for _ in pool.map(lambda _: RateKeeper().run_ends(ended), range(60)):
             pass  # raises what was raised
     kept = known_rates()
     assert kept and set(kept) == {Rate("full", 4000, 0.04)}

@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_results import IDENTITY
 from resuming import EXPERIMENT, Listener, comparable, interrupted, stop_after
 
 import cnnlib
 from cnnlib import experiments
+from cnnlib.config.fields import to_dict
 from cnnlib.config.schema import Arm, Lanes, Optim
 from cnnlib.errors import Stopped, UserError
-from cnnlib.runs import resume
+from cnnlib.runs.identity import check_alike, identity_changes
+from cnnlib.runs.results import Machine, read_results
 from cnnlib.runs.runner import run
 from cnnlib.runs.session import Options
 from cnnlib.spec.notation import parse_model
@@ -62,8 +65,8 @@ def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(whole, tmp_path):
     results = run(EXPERIMENT, "tiny", tmp_path, watcher, Options(resume=True))
     assert "finished before: full" in watcher.said
     assert comparable(tmp_path) == comparable(whole)
-    assert [len(entry["finished"]) for entry in results["resumed"]] == [0, 1]
-    assert results["resumed"][0]["in_flight"] == {"full": 1} and results["resumed"][0]["changes"] == []
+    assert [len(entry.finished) for entry in results.resumed] == [0, 1]
+    assert results.resumed[0].in_flight == {"full": 1} and results.resumed[0].changes == ()
 
 
 @pytest.mark.once
@@ -72,7 +75,7 @@ def test_a_finished_run_is_left_alone(whole):
     watcher = Listener()
     results = run(EXPERIMENT, "tiny", whole, watcher, Options(resume=True))
     assert watcher.said[-1].endswith("is finished: there is nothing left to do") and watcher.epochs == []
-    assert results == json.loads((whole / "results.json").read_text())
+    assert results == read_results(whole)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
@@ -154,7 +157,7 @@ def test_arms_of_other_seeds_are_no_results_of_this_configuration(whole, tmp_pat
     with pytest.raises(UserError, match=r"lanes.seed was 3,4, is 7,8"):
         run(other, "tiny", tmp_path / "run", Listener(), Options(resume=True))
     results = run(other, "tiny", tmp_path / "run", Listener(), Options(resume=True, force=True))
-    assert [[lane["seed"] for lane in arm["lanes"]] for arm in results["arms"]] == [[7, 8, 7, 8]] * 2
+    assert [[lane.seed for lane in arm.lanes] for arm in results.arms] == [[7, 8, 7, 8]] * 2
 
 
 @pytest.mark.slow
@@ -179,24 +182,16 @@ def test_what_has_changed_is_said_and_refused_unless_forced(stopped, tmp_path):
     watcher = Listener()
     results = run(changed, "tiny", out, watcher, Options(resume=True, force=True))
     assert "since the run began: batch_size was 200, is 100" in watcher.said and watcher.epochs[0] == ("full", 2)
-    (entry,) = results["resumed"]
-    assert entry["changes"] == ["batch_size was 200, is 100"] and entry["forced"]
+    (entry,) = results.resumed
+    assert entry.changes == ("batch_size was 200, is 100",) and entry.forced
 
 
 def test_other_code_libraries_data_and_devices_are_refused_and_another_processor_is_said():
-    before = {
-        "experiment": "tiny",
-        "config": {"epochs": 3, "lanes.at_a_time": None, "checkpoint.every": 1, "data.data_dir": None},
-        "code_sha256": "a" * 64,
-        "data_sha256": "b" * 64,
-        "versions": {"jax": "0.10.2", "python": "3.11.7"},
-        "device": {"platform": "cpu", "kind": "cpu", "kernels": "native"},
-        "machine": {"processor": "one", "cores": 2},
-    }
-    assert resume.identity_changes(before, before) == ([], [])
+    before = IDENTITY
+    assert identity_changes(before, before) == ([], [])
 
     def found(**change):
-        return resume.identity_changes(before, {**before, **change})
+        return identity_changes(before, replace(before, **change))
 
     for change in (
         {"experiment": "other"},
@@ -206,22 +201,23 @@ def test_other_code_libraries_data_and_devices_are_refused_and_another_processor
         {"device": {"platform": "gpu", "kind": "cpu", "kernels": "native"}},
         {"device": {"platform": "cpu", "kind": "cpu", "kernels": "xla"}},
         {"settings": {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}},
-        {"config": {**before["config"], "epochs": 4}},
+        {"config": {**before.config, "epochs": 4}},
     ):
         assert len(found(**change).refused) == 1 and not found(**change).told
     for change in (
-        {"machine": {"processor": "two", "cores": 2}},
+        {"machine": Machine("two", 2)},
+        {"devices": 2},
         {"versions": {"jax": "0.10.2", "python": "3.11.8"}},
-        {"config": {**before["config"], "lanes.at_a_time": 2}},
+        {"config": {**before.config, "lanes.at_a_time": 2}},
     ):
         assert not found(**change).refused and len(found(**change).told) == 1
-    assert found(config={**before["config"], "checkpoint.every": 2, "data.data_dir": "/data"}) == ([], [])
+    assert found(config={**before.config, "checkpoint.every": 2, "data.data_dir": "/data"}) == ([], [])
 
 
 def test_fields_that_an_arm_has_of_its_own_are_told_apart_as_those_of_all():
     def found(*own):
-        sides = [{"config": {"arms.full.own": [*texts]}} for texts in (("epochs=3",), own)]
-        return resume.identity_changes(*sides)
+        sides = (replace(IDENTITY, config={"arms.full.own": [*texts]}) for texts in (("epochs=3",), own))
+        return identity_changes(*sides)
 
     assert found("epochs=4") == (["arms.full.epochs was 3, is 4"], [])
     assert found() == (["arms.full.epochs was 3, is None"], [])
@@ -230,8 +226,8 @@ def test_fields_that_an_arm_has_of_its_own_are_told_apart_as_those_of_all():
 
 
 def test_of_data_that_are_streamed_only_on_one_side_no_sums_are_compared():
-    sides = [{"data_sha256": name, "settings": {"streamed": streamed}} for name, streamed in (("a", []), ("b", ["x"]))]
-    assert resume.identity_changes(*sides).refused == ["streamed was nothing, is x"]
+    other = replace(IDENTITY, data_sha256="c" * 64, streamed=("x",))
+    assert identity_changes(IDENTITY, other).refused == ["streamed was nothing, is x"]
 
 
 @pytest.mark.parametrize(
@@ -248,12 +244,12 @@ def test_hosts_train_together_only_where_what_they_do_is_one_thing(change, told)
 
     class Other(Hosts):
         def from_first(self, value):
-            return json.dumps({"config": config}).encode()
+            return json.dumps(to_dict(replace(IDENTITY, config=config))).encode()
 
         def same(self, what, value):
             assert value == ("none" if told is None else told)
 
-    resume.check_alike(Other(), {"config": {**config, **change}})
+    check_alike(Other(), replace(IDENTITY, config={**config, **change}))
 
 
 @pytest.mark.slow
@@ -277,14 +273,14 @@ def test_a_lane_that_diverges_harms_no_other_and_stays_gone_after_a_resume(tmp_p
     deep = (Arm("deep", parse_model("avg:4 conv:4@3 dense:8 dense:classes")),)
     sane = replace(EXPERIMENT, arms=deep, optim=Optim("sgd", learning_rate=(0.01,)))
     both = replace(sane, optim=Optim("sgd", learning_rate=(0.01, 1e8)))
-    alone = run(sane, "tiny", tmp_path / "alone", Listener())["arms"][0]["lanes"]
+    alone = run(sane, "tiny", tmp_path / "alone", Listener()).arms[0].lanes
     run(both, "tiny", tmp_path / "whole", Listener())
     interrupted(tmp_path / "resumed", 2, both)
-    (arm,) = run(both, "tiny", tmp_path / "resumed", Listener(), Options(resume=True))["arms"]
+    (arm,) = run(both, "tiny", tmp_path / "resumed", Listener(), Options(resume=True)).arms
     assert comparable(tmp_path / "resumed") == comparable(tmp_path / "whole")
-    assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
-    assert [lane["parameters_sha256"] for lane in arm["lanes"][:2]] == [lane["parameters_sha256"] for lane in alone]
-    assert [setting["test_accuracy"]["n"] for setting in arm["settings"]] == [2, 0]
+    assert [lane.status for lane in arm.lanes] == ["ok", "ok", "diverged", "diverged"]
+    assert [lane.parameters_sha256 for lane in arm.lanes[:2]] == [lane.parameters_sha256 for lane in alone]
+    assert [setting.test_accuracy.n for setting in arm.settings] == [2, 0]
 
 
 def test_nothing_is_read_or_written_through_a_link_that_leads_out(stopped, tmp_path):

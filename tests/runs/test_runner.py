@@ -8,20 +8,22 @@ import math
 from dataclasses import replace
 
 import jax
+import made_results
 import numpy as np
 import pytest
 from tiny_run import EXPERIMENT, Silent
 
 from cnnlib.config.fields import from_dict
 from cnnlib.config.resolve import resolve
-from cnnlib.config.schema import Arm, Experiment, LaneNumbers, Lanes, Optim
+from cnnlib.config.schema import Arm, Experiment, Lanes, Optim
 from cnnlib.data.declaration import Data
 from cnnlib.data.sets import load
 from cnnlib.errors import UserError
 from cnnlib.ops import kernels
 from cnnlib.report import summary
-from cnnlib.runs.arm_results import headline_of, settings_of
+from cnnlib.runs.arm_results import chosen_setting, settings_of
 from cnnlib.runs.folder import RunFolder
+from cnnlib.runs.results import FORMAT, Accuracy, DataResult, read_results
 from cnnlib.runs.runner import kernels_for, run
 from cnnlib.runs.session import Options
 from cnnlib.spec.notation import parse_model
@@ -45,51 +47,51 @@ def finished(tmp_path_factory):
 
 def test_results_hold_what_is_promised(finished):
     results, folder, _, _ = finished
-    assert json.loads((folder / "results.json").read_text()) == results
-    assert results["experiment"] == "tiny"
-    names = ["vertical", "horizontal", "diagonal"]
-    assert results["data"] == {"name": "lines", "train": 3800, "validation": 200, "test": 1000, "class_names": names}
-    assert results["device"]["platform"] == "cpu" and results["device"]["count"] >= 1 and results["device"]["kind"]
-    assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "cnnlib"}
-    assert results["wall_seconds"] > 0 and "commit" in results
-    assert [arm["name"] for arm in results["arms"]] == ["full", "conv"]
-    assert [arm["connectivity"] for arm in results["arms"]] == ["full", "conv"]
-    for arm, resolved in zip(results["arms"], resolve(EXPERIMENT), strict=True):
+    assert read_results(folder) == results and json.loads((folder / "results.json").read_text())["format"] == FORMAT
+    assert results.experiment == "tiny"
+    names = ("vertical", "horizontal", "diagonal")
+    assert results.data == DataResult("lines", 3800, 200, 1000, names)
+    assert results.device.platform == "cpu" and results.device.count >= 1 and results.device.kind
+    assert set(results.versions) == {"python", "jax", "jaxlib", "flax", "optax", "cnnlib"}
+    assert results.wall_seconds > 0
+    assert [arm.name for arm in results.arms] == ["full", "conv"]
+    assert [arm.connectivity for arm in results.arms] == ["full", "conv"]
+    for arm, resolved in zip(results.arms, resolve(EXPERIMENT), strict=True):
         counts = resolved.count
-        assert (arm["parameters"], arm["connections"], arm["macs"]) == (
+        assert (arm.parameters, arm.connections, arm.macs) == (
             counts.parameters,
             counts.connections,
             counts.macs,
         )
-        assert arm["compile_seconds"] > 0 and arm["train_seconds_per_lane"] > 0
-        assert [(lane["seed"], lane["learning_rate"]) for lane in arm["lanes"]] == [
+        assert arm.compile_seconds > 0 and arm.train_seconds_per_lane > 0
+        assert [(lane.seed, lane.learning_rate) for lane in arm.lanes] == [
             (3, 0.01),
             (4, 0.01),
             (3, 0.03),
             (4, 0.03),
         ]
-        for lane in arm["lanes"]:
-            assert lane["status"] == "ok" and lane["epochs"] == 2
-            assert 0 <= lane["test_accuracy"] <= 1 and lane["test_loss"] > 0
-            assert lane["test_accuracy"] * 1000 == pytest.approx(round(lane["test_accuracy"] * 1000))  # every example
+        for lane in arm.lanes:
+            assert lane.status == "ok" and lane.epochs == 2
+            assert 0 <= lane.test_accuracy <= 1 and lane.test_loss > 0
+            assert lane.test_accuracy * 1000 == pytest.approx(round(lane.test_accuracy * 1000))  # every example
 
 
 def test_the_config_of_a_run_is_the_experiment(finished):
     results, folder, _, _ = finished
-    assert from_dict(results["config"], Experiment) == EXPERIMENT
+    assert from_dict(results.config, Experiment) == EXPERIMENT
     stored = json.loads((folder / "config.json").read_text())
     assert stored.pop("experiment") == "tiny" and from_dict(stored, Experiment) == EXPERIMENT
 
 
 def test_settings_group_the_seeds_and_validation_chooses_among_them(finished):
-    for arm in finished[0]["arms"]:
-        assert [setting["learning_rate"] for setting in arm["settings"]] == [0.01, 0.03]
-        for number, setting in enumerate(arm["settings"]):
-            lanes = arm["lanes"][2 * number : 2 * number + 2]
-            assert setting["test_accuracy"]["n"] == 2
-            assert setting["test_accuracy"]["mean"] == pytest.approx(np.mean([lane["test_accuracy"] for lane in lanes]))
-        best = max(arm["settings"], key=lambda setting: setting["validation_accuracy"])
-        assert arm["settings"][arm["chosen_setting"]] == best and arm["test_accuracy"] == best["test_accuracy"]
+    for arm in finished[0].arms:
+        assert [setting.learning_rate for setting in arm.settings] == [0.01, 0.03]
+        for number, setting in enumerate(arm.settings):
+            lanes = arm.lanes[2 * number : 2 * number + 2]
+            assert setting.test_accuracy.n == 2
+            assert setting.test_accuracy.mean == pytest.approx(np.mean([lane.test_accuracy for lane in lanes]))
+        best = max(arm.settings, key=lambda setting: setting.validation_accuracy)
+        assert arm.settings[arm.chosen_setting] == best and arm.test_accuracy == best.test_accuracy
 
 
 def test_metrics_have_a_line_an_epoch_and_lane(finished):
@@ -99,8 +101,8 @@ def test_metrics_have_a_line_an_epoch_and_lane(finished):
         (arm, epoch, lane) for arm in ("full", "conv") for epoch in (1, 2) for lane in range(4)
     ]
     last = [m for m in lines if m["epoch"] == 2]
-    for metric, lane in zip(last, [lane for arm in results["arms"] for lane in arm["lanes"]], strict=True):
-        assert metric["validation_accuracy"] == lane["validation_accuracy"]
+    for metric, lane in zip(last, [lane for arm in results.arms for lane in arm.lanes], strict=True):
+        assert metric["validation_accuracy"] == lane.validation_accuracy
         assert {"train_loss", "train_accuracy", "validation_loss", "seed", "learning_rate", "status"} <= set(metric)
 
 
@@ -120,9 +122,9 @@ def test_the_watcher_is_told_in_order(finished):
 @pytest.mark.slow
 def test_without_validation_there_is_none_and_nothing_is_chosen(tmp_path):
     experiment = Experiment(**{**vars(EXPERIMENT), "data": Data("lines"), "epochs": 1, "arms": EXPERIMENT.arms[:1]})
-    (arm,) = run(experiment, "tiny", tmp_path, Silent())["arms"]
-    assert arm["chosen_setting"] is None and arm["test_accuracy"] == {"mean": None, "ci95": [None, None], "n": 0}
-    assert arm["settings"][0]["test_accuracy"]["n"] == 2
+    (arm,) = run(experiment, "tiny", tmp_path, Silent()).arms
+    assert arm.chosen_setting is None and arm.test_accuracy == Accuracy(None, (None, None), 0)
+    assert arm.settings[0].test_accuracy.n == 2
     assert "validation_accuracy" not in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -131,25 +133,20 @@ def test_a_diverged_lane_is_told_and_left_out_of_the_mean(tmp_path):
     deep = Arm("deep", parse_model("avg:4 dense:8 dense:8 dense:classes"))  # without ReLU nothing can die in peace
     changes = {"arms": (deep,), "optim": Optim("sgd", learning_rate=(0.01, 1e8))}
     experiment = Experiment(**{**vars(EXPERIMENT), **changes})
-    (arm,) = run(experiment, "tiny", tmp_path, Silent())["arms"]
-    assert [lane["status"] for lane in arm["lanes"]] == ["ok", "ok", "diverged", "diverged"]
-    gone = arm["lanes"][2]
-    assert gone["test_accuracy"] is None and gone["test_loss"] is None and gone["epochs"] < 2
-    assert arm["settings"][1]["diverged"] == 2 and arm["settings"][1]["test_accuracy"]["n"] == 0
-    assert arm["chosen_setting"] == 0
+    (arm,) = run(experiment, "tiny", tmp_path, Silent()).arms
+    assert [lane.status for lane in arm.lanes] == ["ok", "ok", "diverged", "diverged"]
+    gone = arm.lanes[2]
+    assert gone.test_accuracy is None and gone.test_loss is None and gone.epochs < 2
+    assert arm.settings[1].diverged == 2 and arm.settings[1].test_accuracy.n == 0
+    assert arm.chosen_setting == 0
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "results.json").read_text()
 
 
 def test_a_setting_is_rated_by_its_lanes_that_are_ok_and_by_those_that_are_not():
-    def lane(rate, accuracy):
-        numbers = LaneNumbers(0, 0, rate, 0.9, 0.0, 0.0, 0.0, 0.0)._asdict()
-        status = "diverged" if math.isnan(accuracy) else "ok"
-        accuracies = {f"{split}_accuracy": accuracy for split in ("test", "train", "validation")}
-        return {**numbers, **accuracies, "status": status}
-
-    settings = settings_of([lane(0.1, 0.7), lane(0.1, 0.8), lane(0.3, 0.9), lane(0.3, math.nan)])
-    assert settings[1]["validation_accuracy"] == 0.9 and settings[1]["test_accuracy"]["n"] == 1
-    assert headline_of(settings)["chosen_setting"] == 0  # the other is better on average, but lost a lane
+    rates = ((0.1, 0.7), (0.1, 0.8), (0.3, 0.9), (0.3, None))
+    settings = settings_of([made_results.lane(0, accuracy, learning_rate=rate) for rate, accuracy in rates])
+    assert settings[1].validation_accuracy == 0.9 and settings[1].test_accuracy.n == 1
+    assert chosen_setting(settings) == 0  # the other is better on average, but lost a lane
 
 
 @pytest.mark.parametrize(
@@ -226,21 +223,21 @@ def test_arms_of_equal_shapes_share_their_programs(tmp_path, monkeypatch):
     )
     model = EXPERIMENT.arms[0].model
     arms = (Arm("one", model), EXPERIMENT.arms[1], Arm("two", model))
-    one, _, two = run(replace(EXPERIMENT, arms=arms, epochs=1), "tiny", tmp_path, Silent())["arms"]
+    one, _, two = run(replace(EXPERIMENT, arms=arms, epochs=1), "tiny", tmp_path, Silent()).arms
     assert made == ["one", "conv"]
-    assert one["lanes"] == two["lanes"]  # and nothing of the first is left in the second
+    assert one.lanes == two.lanes  # and nothing of the first is left in the second
 
 
 @pytest.mark.slow
 def test_a_profile_has_a_trace_of_each_arm_and_changes_no_result(finished, tmp_path):
     watcher = Silent()
     results = run(EXPERIMENT, "tiny", tmp_path / "out", watcher, Options(check=False, profile=True))
-    for arm, plain in zip(results["arms"], finished[0]["arms"], strict=True):
-        (trace,) = (tmp_path / "out" / "profile" / arm["name"]).rglob("perfetto_trace.json.gz")
+    for arm, plain in zip(results.arms, finished[0].arms, strict=True):
+        (trace,) = (tmp_path / "out" / "profile" / arm.name).rglob("perfetto_trace.json.gz")
         assert len(gzip.decompress(trace.read_bytes())) > 1000
         said = [text for kind, *texts in watcher.told if kind == "says" for text in texts]
-        assert f"profile of {arm['name']}: open {trace} at https://ui.perfetto.dev" in said
-        assert [lane["test_loss"] for lane in arm["lanes"]] == [lane["test_loss"] for lane in plain["lanes"]]
+        assert f"profile of {arm.name}: open {trace} at https://ui.perfetto.dev" in said
+        assert [lane.test_loss for lane in arm.lanes] == [lane.test_loss for lane in plain.lanes]
 
 
 def test_the_user_is_told_where_convolutions_are_slow(monkeypatch):
@@ -304,9 +301,9 @@ def test_metrics_say_what_results_say_of_a_lane_that_blows_up_in_its_last_step(t
     deep = Arm("deep", parse_model("dense:50 dense:50 dense:50 dense:50 dense:50 dense:classes"))
     optim = Optim("sgd", learning_rate=(9e8,), momentum=(0.0,))
     changes = {"arms": (deep,), "optim": optim, "epochs": 1, "batch_size": 3800}
-    (arm,) = run(Experiment(**{**vars(EXPERIMENT), **changes}), "tiny", tmp_path, Silent())["arms"]
+    (arm,) = run(Experiment(**{**vars(EXPERIMENT), **changes}), "tiny", tmp_path, Silent()).arms
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["status"] for line in lines] == [lane["status"] for lane in arm["lanes"]] == ["diverged"] * 2
+    assert [line["status"] for line in lines] == [lane.status for lane in arm.lanes] == ["diverged"] * 2
     assert all(line["validation_accuracy"] is None for line in lines)
 
 
@@ -337,16 +334,16 @@ def test_what_is_not_finite_is_null_in_json():
 def test_results_say_how_sparse_lanes_with_an_l1_term_are(tmp_path):
     optim = Optim("sgd", learning_rate=(0.05,), l1=(0.0, 1e-3), l1_threshold=(50.0,))
     experiment = replace(EXPERIMENT, arms=EXPERIMENT.arms[1:], optim=optim, lanes=Lanes(seed=(3,)), epochs=1)
-    (arm,) = run(experiment, "tiny", tmp_path / "out", Silent())["arms"]
-    free, sparse = arm["lanes"]
-    assert (free["l1"], sparse["l1"], sparse["l1_threshold"]) == (0.0, 1e-3, 50.0)
-    assert free["sparsity"] == 0 and 0.05 < sparse["sparsity"] < 1
+    (arm,) = run(experiment, "tiny", tmp_path / "out", Silent()).arms
+    free, sparse = arm.lanes
+    assert (free.l1, sparse.l1, sparse.l1_threshold) == (0.0, 1e-3, 50.0)
+    assert free.sparsity == 0 and 0.05 < sparse.sparsity < 1
     # A share of the 36 + 588 kernel weights, biases left out.
-    assert sparse["sparsity"] * 624 == pytest.approx(round(sparse["sparsity"] * 624))
+    assert sparse.sparsity * 624 == pytest.approx(round(sparse.sparsity * 624))
 
 
 def test_results_of_lanes_without_an_l1_term_say_nothing_of_it(finished):
-    assert not any("sparsity" in lane for arm in finished[0]["arms"] for lane in arm["lanes"])
+    assert {lane.sparsity for arm in finished[0].arms for lane in arm.lanes} == {None}
 
 
 @pytest.mark.slow
@@ -359,21 +356,21 @@ def test_the_three_readings_run_matched_and_freed(tmp_path):
         Arm("wide", net, match="parameters:local"),
     )
     results = run(replace(EXPERIMENT, arms=arms, epochs=1), "readings", tmp_path / "out", Silent())
-    found = {arm["name"]: arm for arm in results["arms"]}
-    assert [arm["connectivity"] for arm in found.values()] == ["conv", "local", "full", "conv"]
-    assert found["local"]["connections"] == found["conv"]["connections"] < found["full"]["connections"]
-    assert [arm["start"] for arm in found.values()] == [None, None, "conv", None]
-    match = found["wide"]["match"]
-    assert match["by"] == "parameters" and match["target"] == found["local"]["parameters"]
-    assert match["value"] == found["wide"]["parameters"] and found["conv"]["match"] is None
+    found = {arm.name: arm for arm in results.arms}
+    assert [arm.connectivity for arm in found.values()] == ["conv", "local", "full", "conv"]
+    assert found["local"].connections == found["conv"].connections < found["full"].connections
+    assert [arm.start for arm in found.values()] == [None, None, "conv", None]
+    match = found["wide"].match
+    assert match.by == "parameters" and match.target == found["local"].parameters
+    assert match.value == found["wide"].parameters and found["conv"].match is None
     for name, arm in found.items():
-        for lane in arm["lanes"]:
-            assert lane["status"] == "ok"
+        for lane in arm.lanes:
+            assert lane.status == "ok"
             if name in ("conv", "wide"):
-                assert "distance_from_conv" not in lane
+                assert lane.distance_from_conv is None
             else:
-                assert 0 < lane["distance_from_conv"] < 1
+                assert 0 < lane.distance_from_conv < 1
     # One epoch does not take a net that began as a convolution as far as one that never was.
-    far, near = (min(lane["distance_from_conv"] for lane in found[name]["lanes"]) for name in ("local", "full"))
+    far, near = (min(lane.distance_from_conv for lane in found[name].lanes) for name in ("local", "full"))
     assert near < far
-    assert f"wide has widths x {match['width']:.3g} for {match['target']:,} parameters" in summary.caption(results)
+    assert f"wide has widths x {match.width:.3g} for {match.target:,} parameters" in summary.caption(results)

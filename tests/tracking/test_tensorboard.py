@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+from made_results import arm, lane, record
 
 from cnnlib.errors import UserError
 from cnnlib.runs.callbacks import Beginning, EpochReport
@@ -36,11 +37,11 @@ def scalars(folder):
 
 def test_scalars_are_those_of_the_lines(tmp_path):
     board = TensorBoard()
-    board.run_begins(Beginning("id", "e", tmp_path, {}, "lines", "cpu", {}, {}, False, None))
+    board.run_begins(Beginning(tmp_path, record(), False))
     for epoch, (first, second) in enumerate([(1.0, 3.0), (0.5, None)], 1):
         lines = [line(0, first), line(1, second, "ok" if second else "diverged")]
         board.epoch_ends(EpochReport("net", epoch, 2, 2, 0, {}, 1.0, lines))
-    board.arm_ends("net", {}, 0)
+    board.arm_ends("net", arm("net", [lane(0, 0.5)]), 0)
     board.close()
     folder = tmp_path / "tensorboard" / "net"
     assert {path.name for path in folder.iterdir()} == {"net seed 0", "net seed 1", "mean"}

@@ -13,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import made_results
 import numpy as np
 import pytest
 
@@ -326,7 +327,7 @@ def test_a_copy_is_not_written_through_a_link_that_leads_out(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").symlink_to(tmp_path)
     copy = WandbCopy("offline", print)
-    beginning = Beginning("id", "fc_vs_conv", tmp_path / "run", {}, "lines", "cpu", {}, {}, False, None)
+    beginning = Beginning(tmp_path / "run", made_results.record(), False)
     try:
         with pytest.raises(UserError, match="leads out of"):
             copy.run_begins(beginning)

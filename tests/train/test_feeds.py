@@ -45,7 +45,7 @@ def streamed(experiment, **change):
 
 
 def lanes_of(results):
-    return {arm["name"]: arm["lanes"] for arm in results["arms"]}
+    return {arm.name: arm.lanes for arm in results.arms}
 
 
 @pytest.mark.slow
@@ -55,10 +55,11 @@ def test_a_stream_in_the_stored_order_trains_the_models_that_examples_on_the_dev
     chunked = run(streamed(experiment), "tiny", tmp_path / "streamed", Watcher())
     for name, lanes in lanes_of(resident).items():
         for own, other in zip(lanes_of(chunked)[name], lanes, strict=True):
-            assert own["epochs"] == other["epochs"] == 2
+            assert own.epochs == other.epochs == 2
             for key in ("test", "train", "validation"):
-                assert own[f"{key}_loss"] == pytest.approx(other[f"{key}_loss"], rel=1e-5)
-                assert own[f"{key}_accuracy"] == pytest.approx(other[f"{key}_accuracy"], abs=1e-3)
+                for what, tolerance in (("loss", {"rel": 1e-5}), ("accuracy", {"abs": 1e-3})):
+                    values = (getattr(one, f"{key}_{what}") for one in (own, other))
+                    assert next(values) == pytest.approx(next(values), **tolerance)
     told = [
         [json.loads(line) for line in (tmp_path / place / "metrics.jsonl").read_text().splitlines()]
         for place in ("resident", "streamed")
@@ -68,8 +69,8 @@ def test_a_stream_in_the_stored_order_trains_the_models_that_examples_on_the_dev
     found = [read_answers(tmp_path / place, "conv") for place in ("resident", "streamed")]
     np.testing.assert_array_equal(found[0].labels, found[1].labels)
     assert (found[0].predicted == found[1].predicted).mean() > 0.999
-    assert [arm.get("waited_seconds", -1) >= 0 for arm in chunked["arms"]] == [True]
-    assert "waited_seconds" not in resident["arms"][0]
+    assert [arm.waited_seconds >= 0 for arm in chunked.arms] == [True]
+    assert resident.arms[0].waited_seconds is None
 
 
 @pytest.mark.slow
@@ -86,8 +87,8 @@ def test_each_lane_sees_each_example_once_a_pass_in_an_order_of_its_own(tmp_path
     # Lanes of one seed for the weights and two for the order differ by the order alone.
     lanes = Lanes(seed=(3,), order_seed=(5, 6))
     ordered = run(streamed(replace(still, lanes=lanes, optim=Optim("adam"))), "tiny", tmp_path / "order", Watcher())
-    one, two = ordered["arms"][0]["lanes"]
-    assert one["parameters_sha256"] != two["parameters_sha256"]
+    one, two = ordered.arms[0].lanes
+    assert one.parameters_sha256 != two.parameters_sha256
 
 
 class EndsAfter(Watcher):
@@ -117,12 +118,12 @@ def test_a_stream_goes_on_exactly_with_another_number_of_workers(tmp_path):
 def test_a_lane_that_diverges_in_a_stream_keeps_what_it_had_and_the_other_goes_on(tmp_path):
     experiment = replace(EXPERIMENT, optim=Optim(learning_rate=(0.01, 9e8)))
     alone = replace(experiment, optim=Optim(learning_rate=(0.01,)))
-    lanes = run(streamed(experiment), "tiny", tmp_path / "both", Watcher())["arms"][0]["lanes"]
-    fine = run(streamed(alone), "tiny", tmp_path / "alone", Watcher())["arms"][0]["lanes"]
-    assert [lane["status"] for lane in lanes] == ["ok", "ok", "diverged", "diverged"]
-    assert [lane["epochs"] for lane in lanes] == [2, 2, 0, 0]
+    lanes = run(streamed(experiment), "tiny", tmp_path / "both", Watcher()).arms[0].lanes
+    fine = run(streamed(alone), "tiny", tmp_path / "alone", Watcher()).arms[0].lanes
+    assert [lane.status for lane in lanes] == ["ok", "ok", "diverged", "diverged"]
+    assert [lane.epochs for lane in lanes] == [2, 2, 0, 0]
     for own, other in zip(lanes[:2], fine, strict=True):
-        assert own["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+        assert own.test_loss == pytest.approx(other.test_loss, rel=1e-5)
 
 
 class Told(Watcher):
@@ -146,9 +147,9 @@ def test_what_takes_too_much_of_the_memory_is_streamed_and_the_figure_told(tmp_p
         "lines takes 3.7 MiB, more than 50% of the 6.0 MiB that are free: it is streamed "
         "(data.stream=false keeps it on the device)"
     ) in watcher.texts
-    assert "waited_seconds" in results["arms"][0]
+    assert results.arms[0].waited_seconds is not None
     kept = run(replace(experiment, data=replace(experiment.data, stream=False)), "tiny", tmp_path / "kept", watcher)
-    assert "waited_seconds" not in kept["arms"][0]
+    assert kept.arms[0].waited_seconds is None
 
 
 @pytest.mark.slow
@@ -158,7 +159,7 @@ def test_what_takes_too_much_of_one_host_is_streamed_on_all(tmp_path, monkeypatc
     monkeypatch.setattr(Hosts, "lowest", lambda hosts, number: min(number, next(told, number)))
     watcher = Told()
     results = run(replace(EXPERIMENT, epochs=1), "tiny", tmp_path, watcher)
-    assert "waited_seconds" in results["arms"][0]
+    assert results.arms[0].waited_seconds is not None
     assert any("more than 50% of the 6.0 MiB that are free: it is streamed" in text for text in watcher.texts)
 
 
@@ -196,7 +197,7 @@ def test_a_stream_that_memory_has_asked_for_goes_on_where_there_is_more(tmp_path
         run(experiment, "tiny", tmp_path / "cut", watcher, stop=lambda: watcher.reached)
     machine.free = 2**40
     resumed = run(experiment, "tiny", tmp_path / "cut", Watcher(), Options(resume=True))
-    assert "waited_seconds" in resumed["arms"][0] and lanes_of(resumed) == lanes_of(whole)
+    assert resumed.arms[0].waited_seconds is not None and lanes_of(resumed) == lanes_of(whole)
 
 
 @pytest.mark.slow
@@ -209,8 +210,8 @@ def test_by_force_a_run_goes_on_with_a_stream_or_without(tmp_path, is_first_stre
     with pytest.raises(Stopped):
         run(first, "tiny", tmp_path, watcher, stop=lambda: watcher.reached)
     results = run(then, "tiny", tmp_path, Watcher(), Options(resume=True, force=True))
-    assert [lane["epochs"] for lane in results["arms"][0]["lanes"]] == [2, 2]
-    assert results["resumed"][0]["forced"] and any("streamed was" in text for text in results["resumed"][0]["changes"])
+    assert [lane.epochs for lane in results.arms[0].lanes] == [2, 2]
+    assert results.resumed[0].forced and any("streamed was" in text for text in results.resumed[0].changes)
 
 
 @pytest.mark.slow
@@ -225,5 +226,5 @@ def test_seconds_of_training_are_without_those_of_validating(tmp_path, monkeypat
     clock = time.perf_counter
     monkeypatch.setattr(feeds.StreamedFeed, "validate", long)
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + later)
-    (arm,) = run(streamed(EXPERIMENT), "tiny", tmp_path, Watcher())["arms"]
-    assert later == 2000.0 and 0 < arm["waited_seconds"] < 2 * arm["train_seconds_per_lane"] < 1000  # two lanes
+    (arm,) = run(streamed(EXPERIMENT), "tiny", tmp_path, Watcher()).arms
+    assert later == 2000.0 and 0 < arm.waited_seconds < 2 * arm.train_seconds_per_lane < 1000  # two lanes

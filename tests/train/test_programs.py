@@ -36,7 +36,7 @@ def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
         jax.clear_caches()
         hits.clear()
         experiment = replace(EXPERIMENT, epochs=1, arms=EXPERIMENT.arms[:1], **change)
-        return run(experiment, "tiny", tmp_path / "out", Silent())["arms"][0]["lanes"]
+        return run(experiment, "tiny", tmp_path / "out", Silent()).arms[0].lanes
 
     without = trained()
     assert not kept() and not hits

@@ -29,6 +29,7 @@ from cnnlib.config.resolve import resolve
 from cnnlib.runs.runner import run
 from cnnlib.runs.session import Options
 from cnnlib.spec.notation import parse_model
+from cnnlib.config.fields import to_dict
 from cnnlib.runs.callbacks import Watcher
 
 mesh.use_cores(8)
@@ -49,7 +50,7 @@ experiment = Experiment(
 
 def results_of(name, **fields):
     results = run(replace(experiment, **fields), "tiny", out / name, Watcher())
-    return {arm["name"]: [arm["mesh"], arm["lanes"]] for arm in results["arms"]}
+    return {arm["name"]: [arm["mesh"], arm["lanes"]] for arm in to_dict(results)["arms"]}
 
 told = {
     "one": results_of("one", devices=1),
@@ -67,7 +68,7 @@ class StopAfterFirst(Watcher):
         self.ended = True
 
 longer = replace(experiment, arms=arms[:1], epochs=4)
-told["unmoved"] = run(replace(longer, devices=1), "tiny", out / "unmoved", Watcher())["arms"][0]["lanes"]
+told["unmoved"] = run(replace(longer, devices=1), "tiny", out / "unmoved", Watcher()).arms[0].lanes
 told["stops"] = []
 for how in ({"mesh": (1, 8)}, {"devices": 1}, {"mesh": (2, 2), "devices": 4}):  # 8, 1, 4 devices
     watcher = StopAfterFirst()
@@ -76,8 +77,8 @@ for how in ({"mesh": (1, 8)}, {"devices": 1}, {"mesh": (2, 2), "devices": 4}):  
     except Stopped as stopped:
         told["stops"].append(str(stopped))
 results = run(replace(longer, devices=3), "tiny", out / "moved", Watcher(), Options(resume=True))
-told["moved"] = results["arms"][0]["lanes"]
-told["resumed"] = [change for session in results["resumed"] for change in session["changes"]]
+told["moved"] = results.arms[0].lanes
+told["resumed"] = [change for session in results.resumed for change in session.changes]
 
 def collectives(arm, devices, **fields):
     arm = replace(arm, experiment=replace(arm.experiment, **fields))
@@ -107,7 +108,7 @@ for fields in ({"devices": 9}, {"mesh": (2, 5)}, {"mesh": (4, 2)}, {"mesh": (2, 
         run(replace(experiment, **fields), "tiny", out / "wrong", Watcher())
     except Exception as error:
         told["errors"].append(str(error))
-print(json.dumps(told))
+print(json.dumps(to_dict(told)))
 """
 
 
