@@ -256,9 +256,9 @@ def _quiet_orbax() -> Any:
     hook = sys.unraisablehook
 
     def report(unraisable: Any) -> None:
-        text = str(unraisable.exc_value)
-        is_of_a_callback = unraisable.object is None and text == "Event loop is closed"
-        if not (is_of_a_callback or text.startswith("Encountered error while reading array index")):
+        is_of_a_callback = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that is freed before it has ended
+        if not is_of_a_callback and (code is None or "orbax" not in code.co_filename):
             hook(unraisable)
 
     sys.unraisablehook = report
