@@ -127,13 +127,12 @@ for difference in differences(results):
 # faint lines are the seeds.
 
 # %%
-import json
-
 import altair
 
 from cnnlib.report.charts import curve_points, curves_chart
+from cnnlib.runs.metrics import read_metrics
 
-lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+lines = read_metrics(Path(out) / "metrics.jsonl")
 names = [arm.name for arm in results.arms]
 curves = curve_points(lines, names, "validation_accuracy", most_epochs=100)
 altair.Chart.from_dict(curves_chart(curves, "validation accuracy")).properties(width=600)

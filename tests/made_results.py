@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cnnlib.config.schema import SETTING_FIELDS
 from cnnlib.runs.arm_results import chosen_setting, settings_of
+from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.record import Identity, RunRecord, Session
 from cnnlib.runs.results import FORMAT, Accuracy, ArmResult, DataResult, DeviceResult, LaneResult, Machine, RunResults
 
@@ -103,3 +105,10 @@ def record(sessions=(), **change):
         "sessions": (*sessions, Session.of_this_process()),
     }
     return RunRecord(**{**known, **change})
+
+
+def line(lane, epoch, **change):
+    """A line of metrics of a lane, whose seed is its number."""
+    known = {**{name: getattr(LANE, name) for name in SETTING_FIELDS}, "seed": lane, "order_seed": lane}
+    known |= {"arm": "a", "lane": lane, "epoch": epoch, "status": "ok", "seconds": 1.0}
+    return MetricsLine(**{**known, **change})

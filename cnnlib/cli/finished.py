@@ -96,8 +96,8 @@ def add_wandb(parser: argparse.ArgumentParser) -> None:
 def command_wandb(options: argparse.Namespace) -> int:
     """Send a run to Weights & Biases."""
     from cnnlib.runs.folder import inside, state
+    from cnnlib.runs.metrics import read_metrics
     from cnnlib.runs.record import read_record
-    from cnnlib.system.files import read_json_lines
     from cnnlib.tracking.wandb_copy import chosen_mode, send
 
     folder = Path(options.folder)
@@ -106,5 +106,5 @@ def command_wandb(options: argparse.Namespace) -> int:
     mode, hint = chosen_mode(options.wandb)
     if mode is None:
         raise UserError(hint or "W&B is off: WANDB_MODE is disabled")
-    send(folder, mode, iter([read_json_lines(folder / "metrics.jsonl")]), lambda: int(state(folder) != "finished"))
+    send(folder, mode, iter([read_metrics(folder / "metrics.jsonl")]), lambda: int(state(folder) != "finished"))
     return 0

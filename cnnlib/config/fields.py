@@ -115,42 +115,63 @@ def flat(config: Any, path: str = "") -> dict[str, Any]:
 
 def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
     """Undo `to_dict`. Raise UserError for an unknown field, a wrong type, or a missing field without a default."""
+    if hint in (int, float, bool, str):
+        return _scalar_of(values, hint, path)
+    if hint is Any:
+        return values
     if hint is Model:
         require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
         return parse_model(values)
     if dataclasses.is_dataclass(hint):
-        build: Any = hint
-        fields = types_of_fields(build)
-        require(isinstance(values, dict), f"{path}: expected an object with {', '.join(fields)}")
-        for name in values:
-            require(name in fields, f"no field {path}.{name}; there are: {', '.join(fields)}")
-        for field in dataclasses.fields(hint):  # a field newer than the file gets its default
-            has_default = field.default is not dataclasses.MISSING
-            require(field.name in values or has_default, f"{path}.{field.name} is missing")
-        return build(**{name: from_dict(values[name], fields[name], f"{path}.{name}") for name in values})
+        return _dataclass_of(values, hint, path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    shown = repr(values)[:60]
-    if hint is Any:
-        return values
-    if origin is tuple:
-        require(isinstance(values, list), f"{path}: expected a list, not {shown}")
-        hints = arguments[:1] * len(values) if arguments[1:] == (...,) else arguments
-        require(len(values) == len(hints), f"{path}: expected {len(hints)} values, not {shown}")
-        return tuple(from_dict(value, hints[i], f"{path}[{i}]") for i, value in enumerate(values))
-    if origin is dict:
-        require(isinstance(values, dict), f"{path}: expected an object, not {shown}")
-        return {name: from_dict(value, arguments[1], f"{path}.{name}") for name, value in values.items()}
     if origin in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return None if values is None else from_dict(values, inner, path)
     if origin is Literal:
-        require(values in arguments, f"{path}: expected one of {', '.join(arguments)}, not {shown}")
+        if values not in arguments:
+            raise UserError(f"{path}: expected one of {', '.join(arguments)}, not {_shown(values)}")
         return values
+    if origin is dict:
+        require(isinstance(values, dict), f"{path}: expected an object, not {_shown(values)}")
+        return {name: from_dict(value, arguments[1], f"{path}.{name}") for name, value in values.items()}
+    assert origin is tuple, f"{path} has a type that no file can hold: {hint}"
+    require(isinstance(values, list), f"{path}: expected a list, not {_shown(values)}")
+    hints = arguments[:1] * len(values) if arguments[1:] == (...,) else arguments
+    require(len(values) == len(hints), f"{path}: expected {len(hints)} values, not {_shown(values)}")
+    return tuple(from_dict(value, hints[i], f"{path}[{i}]") for i, value in enumerate(values))
+
+
+def _dataclass_of(values: Any, build: Any, path: str) -> Any:
+    fields, required = types_of_fields(build), _required_fields(build)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object with {', '.join(fields)}")
+    if unknown := values.keys() - fields.keys():
+        raise UserError(f"no field {path}.{min(unknown)}; there are: {', '.join(fields)}")
+    if missing := required - values.keys():  # a field newer than the file gets its default
+        raise UserError(f"{path}.{min(missing)} is missing")
+    return build(**{name: from_dict(value, fields[name], f"{path}.{name}") for name, value in values.items()})
+
+
+@functools.cache
+def _required_fields(declared: type) -> frozenset[str]:
+    """Return the fields of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(declared)
+    return frozenset(field.name for field in fields if field.default is missing and field.default_factory is missing)
+
+
+def _scalar_of(values: Any, hint: Any, path: str) -> Any:
     accepted = (int, float) if hint is float else hint
-    is_right = isinstance(values, accepted) and (hint is bool or not isinstance(values, bool))
-    require(is_right, f"{path}: expected {hint.__name__}, not {shown}")
-    require(hint not in (int, float) or -1e300 < values < 1e300, f"{path}: expected a finite number, not {shown}")
+    if not isinstance(values, accepted) or (isinstance(values, bool) and hint is not bool):
+        raise UserError(f"{path}: expected {hint.__name__}, not {_shown(values)}")
+    if hint in (int, float) and not -1e300 < values < 1e300:
+        raise UserError(f"{path}: expected a finite number, not {_shown(values)}")
     return hint(values)
+
+
+def _shown(values: Any) -> str:
+    return repr(values)[:60]
 
 
 def path_and_text(assignment: str) -> tuple[str, str]:

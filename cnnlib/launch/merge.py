@@ -101,9 +101,9 @@ def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -
         if any(getattr(result, key) != getattr(first, key) for result in results):
             raise UserError(f"arm {arm.name}: its jobs disagree about {key}")
     lines = [
-        {**line, "lane": where[line["lane"]]} for part, where in zip(parts, own, strict=True) for line in part.lines
+        replace(line, lane=where[line.lane]) for part, where in zip(parts, own, strict=True) for line in part.lines
     ]
-    lines.sort(key=lambda line: (line["epoch"], line["lane"]))
+    lines.sort(key=lambda line: (line.epoch, line.lane))
     return FinishedArm(whole, tuple(lines), wall_seconds)
 
 

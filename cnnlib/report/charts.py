@@ -13,12 +13,12 @@ from cnnlib.errors import UserError
 from cnnlib.report.columns import setting_text, settings
 from cnnlib.report.labels import Label, raised
 from cnnlib.report.style import STYLE
+from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.results import RunResults
 from cnnlib.spec.counts import count
 from cnnlib.spec.layers import READINGS, Conv
 from cnnlib.spec.model import Model
 from cnnlib.stats.intervals import mean_interval
-from cnnlib.system.files import is_number
 
 COSTS = {
     "parameters": "parameters",
@@ -122,30 +122,28 @@ class Curves(NamedTuple):
     means: list[dict[str, Any]]
 
 
-def curve_points(lines: Sequence[dict[str, Any]], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
-    """Read the learning curves of `metric` for `arms` from lines of `metrics.jsonl`.
+def curve_points(lines: Sequence[MetricsLine], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
+    """Return the learning curves of `metric`, such as `validation_accuracy`, for `arms`.
 
-    Keep at most `most_epochs` evenly spaced epochs per arm, the last epoch included. Skip malformed lines. The result
-    may be empty.
+    Keep at most `most_epochs` evenly spaced epochs per arm, the last epoch included. The result may be empty.
     """
-    values: dict[tuple[str, int], list[tuple[int, int, float]]] = defaultdict(list)
+    values: dict[tuple[str, int], list[tuple[MetricsLine, float]]] = defaultdict(list)
     for line in lines:
-        if line.get("arm") in arms and isinstance(line.get("epoch"), int) and is_number(line.get(metric)):
-            lane, seed = (line.get(name) for name in ("lane", "seed"))
-            if isinstance(lane, int) and isinstance(seed, int):
-                values[str(line["arm"]), line["epoch"]].append((lane, seed, 100 * float(line[metric])))
+        if line.arm in arms and (value := getattr(line, metric)) is not None:
+            values[line.arm, line.epoch].append((line, 100 * value))
     found = Curves([], [])
     for arm in arms:
         epochs = sorted(epoch for name, epoch in values if name == arm)
         chosen = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), most_epochs)).round().astype(int))
         for epoch in (epochs[index] for index in chosen):
             at = values[arm, epoch]
-            mean, low, high, n = mean_interval([value for *_, value in at])
+            mean, low, high, n = mean_interval([value for _, value in at])
             band = {"value": mean, "low": mean if low is None else low, "high": mean if high is None else high}
             numbers = {name: round(float(value or 0.0), 3) for name, value in band.items()}
             found.means.append({"arm": arm, "epoch": epoch, "n": n, **numbers})
             found.lanes.extend(
-                {"arm": arm, "epoch": epoch, "lane": a, "seed": b, "value": round(c, 3)} for a, b, c in at
+                {"arm": arm, "epoch": epoch, "lane": line.lane, "seed": line.seed, "value": round(value, 3)}
+                for line, value in at
             )
     return found
 

@@ -17,9 +17,10 @@ from cnnlib.config.fields import flat, to_dict
 from cnnlib.errors import UserError
 from cnnlib.report.columns import COLUMNS, Cell, accuracy_text
 from cnnlib.runs import folder
+from cnnlib.runs.metrics import MetricsLine, read_metrics
 from cnnlib.runs.record import RECORD, read_record
 from cnnlib.runs.results import ArmResult, RunResults, has_results, read_results
-from cnnlib.system.files import is_number, read_json, read_json_lines
+from cnnlib.system.files import read_json
 from cnnlib.system.tables import print_table
 
 RUN_COLUMNS = ("run", "state", "began", "done", "result")
@@ -57,7 +58,7 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
     name = str(run.relative_to(place)) if run != place else str(run)
     experiment = _text(config.get("experiment")) or ("" if record is None else record.experiment)
     began = "" if record is None else record.sessions[0].began[5:16].replace("T", " ")
-    lines = [line for line in read_json_lines(run / "metrics.jsonl") if _is_line(line)]
+    lines = read_metrics(run / "metrics.jsonl")
     state = folder.state(run)
     result = record.sessions[-1].message if state == "failed" and record is not None else headline(run)
     result = so_far(lines, config) if result is None else result
@@ -71,22 +72,22 @@ def folder_config(run: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def progress(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+def progress(lines: Sequence[MetricsLine], config: dict[str, Any]) -> str:
     """Return which share of the epochs of all arms is done, such as `58 %`."""
     arms, epochs = _list(config.get("arms")), config.get("epochs")
     if not isinstance(epochs, int) or epochs < 1 or not arms:
         return "-"
-    done = {(line["arm"], line["epoch"]) for line in lines}
+    done = {(line.arm, line.epoch) for line in lines}
     return f"{100 * len(done) // (len(arms) * epochs)} %"
 
 
-def so_far(lines: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+def so_far(lines: Sequence[MetricsLine], config: dict[str, Any]) -> str:
     """Return the latest arm with its epoch and mean accuracy, such as `lenet5 9/12, validation 96.96 %`."""
     if not lines:
         return ""
-    arm, epoch = (lines[-1][key] for key in ("arm", "epoch"))
-    last = [line for line in lines if (line["arm"], line["epoch"]) == (arm, epoch)]
-    values = [line["validation_accuracy"] for line in last if is_number(line.get("validation_accuracy"))]
+    arm, epoch = lines[-1].arm, lines[-1].epoch
+    last = [line for line in lines if (line.arm, line.epoch) == (arm, epoch)]
+    values = [line.validation_accuracy for line in last if line.validation_accuracy is not None]
     mean = f", validation {100 * sum(values) / len(values):.2f} %" if values else ""
     return f"{arm} {epoch}/{config.get('epochs')}{mean}"
 
@@ -187,15 +188,6 @@ def fingerprints(found: Sequence[RunResults]) -> list[str]:
     if len(equal) == len(sums[0]):
         return ["the parameters of every lane are the same, bit for bit"]
     return [f"the same parameters, bit for bit: {', '.join(equal)}"] if equal else ["no arm has the same parameters"]
-
-
-def _is_line(line: dict[str, Any]) -> bool:
-    arm = line.get("arm")
-    return isinstance(arm, str) and arm.isprintable() and isinstance(line.get("epoch"), int)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

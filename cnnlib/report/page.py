@@ -22,9 +22,10 @@ from cnnlib.report.columns import Cell, accuracy_text, number_cell, setting_text
 from cnnlib.report.comparisons import differences, spread_sentence, spreads
 from cnnlib.report.mistakes import confusions, mistakes
 from cnnlib.report.overview import best_arm, labels
+from cnnlib.runs.metrics import MetricsLine, read_metrics
 from cnnlib.runs.predictions import Predictions, read_answers
 from cnnlib.runs.results import RunResults, read_results
-from cnnlib.system.files import read_json_lines, write_whole
+from cnnlib.system.files import write_whole
 
 MOST_ARMS = 24
 """The page shows curves, confusions and mistakes for at most this many arms of a run."""
@@ -55,7 +56,7 @@ class Run(NamedTuple):
     label: str
     folder: Path
     results: RunResults
-    lines: list[dict[str, Any]]
+    lines: tuple[MetricsLine, ...]
     answers: dict[str, Predictions]
 
 
@@ -96,7 +97,7 @@ def write_report(folders: Sequence[Path], out: Path, note_of: Callable[[str], st
 def read_run(folder: Path, label: str) -> Run:
     """Read a run from its folder; raise UserError if the folder has no results."""
     results = read_results(folder)
-    lines = read_json_lines(folder / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl")
     found = {}
     if len(results.arms) <= MOST_ARMS:
         for arm in results.arms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ import numpy as np
 
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import SETTING_FIELDS, LaneNumbers
-from cnnlib.runs.results import Accuracy, ArmResult, DataResult, DescribedArm, LaneResult, MatchResult, Setting
+from cnnlib.runs.metrics import MetricsLine
+from cnnlib.runs.results import Accuracy, ArmResult, DataResult, DescribedArm, LaneResult, MatchResult, Setting, Status
 from cnnlib.stats.intervals import mean_interval
 from cnnlib.system import files
 from cnnlib.train.checkpoint import sha256
@@ -29,7 +29,7 @@ class SoFar:
     """The progress of an arm, without its model state."""
 
     epoch: int = 0
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[MetricsLine] = field(default_factory=list)
     best: tuple[float, float] | None = None
     train_seconds: float = 0.0
     waited_seconds: float = 0.0
@@ -100,16 +100,24 @@ def sums_of(tested: Tested) -> Sums:
     return Sums(loss.sum(axis=1, dtype=np.float64), correct, np.full(len(correct), loss.shape[1]))  # type: ignore[arg-type]
 
 
-def metrics_of_lane(sums: dict[str, Sums | None], lane: int, diverged: bool) -> dict[str, Any]:
-    """Return one lane's mean metrics and status. All means are NaN if the lane diverged or a loss is not finite."""
+class LaneMeans(NamedTuple):
+    """The mean metrics of one lane, by part of the data: `train`, `validation` and `test`. None if it diverged."""
+
+    status: Status
+    loss: dict[str, float | None]
+    accuracy: dict[str, float | None]
+
+
+def means_of_lane(sums: dict[str, Sums | None], lane: int, diverged: bool) -> LaneMeans:
+    """Return one lane's status and mean metrics. The lane counts as diverged if it diverged or a loss is not finite."""
     given = {part: part_sums for part, part_sums in sums.items() if part_sums is not None}
     gone = diverged or not all(np.isfinite(part_sums.loss[lane]) for part_sums in given.values())
-    means: dict[str, Any] = {}
+    found = LaneMeans("diverged" if gone else "ok", {}, {})
     for part, part_sums in given.items():
         count = part_sums.examples[lane]
-        means[f"{part}_loss"] = math.nan if gone else float(part_sums.loss[lane] / count)
-        means[f"{part}_accuracy"] = math.nan if gone else float(part_sums.correct[lane] / count)
-    return {**means, "status": "diverged" if gone else "ok"}
+        found.loss[part] = None if gone else float(part_sums.loss[lane] / count)
+        found.accuracy[part] = None if gone else float(part_sums.correct[lane] / count)
+    return found
 
 
 def lane_results_of(
@@ -119,17 +127,25 @@ def lane_results_of(
     distances: np.ndarray | None,
 ) -> tuple[LaneResult, ...]:
     """Return the results of each lane."""
-    return tuple(
-        LaneResult(
+    results = []
+    for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True)):
+        means = means_of_lane(sums, lane, model.diverged)
+        result = LaneResult(
             **numbers._asdict(),
-            **files.plain(metrics_of_lane(sums, lane, model.diverged)),
+            status=means.status,
             epochs=model.epochs,
             parameters_sha256=model.fingerprint,
+            test_loss=means.loss["test"],
+            test_accuracy=means.accuracy["test"],
+            train_loss=means.loss["train"],
+            train_accuracy=means.accuracy["train"],
+            validation_loss=means.loss.get("validation"),
+            validation_accuracy=means.accuracy.get("validation"),
             distance_from_conv=None if distances is None else files.plain(float(distances[lane])),
             sparsity=model.sparsity,
         )
-        for lane, (numbers, model) in enumerate(zip(lanes, models, strict=True))
-    )
+        results.append(result)
+    return tuple(results)
 
 
 def settings_of(lanes: Sequence[LaneResult]) -> tuple[Setting, ...]:

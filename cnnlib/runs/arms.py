@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import Experiment
 from cnnlib.data.declaration import Data
 from cnnlib.errors import Stopped, UserError
-from cnnlib.runs.arm_results import SoFar, metrics_of_lane, result_of, sums_of, trained_models
+from cnnlib.runs.arm_results import LaneMeans, SoFar, means_of_lane, result_of, sums_of, trained_models
 from cnnlib.runs.callbacks import EpochReport, Watcher
 from cnnlib.runs.folder import RunFolder
+from cnnlib.runs.metrics import METRICS, MetricsLine, means_of
 from cnnlib.runs.predictions import answers_of, write_answers
 from cnnlib.runs.results import FORMAT
 from cnnlib.runs.resume import FinishedArm, Left, Progress, checkpoints_folder, write_arm
@@ -197,9 +198,9 @@ def run_arm(
 def tell(training: Training, arm: TrainedArm, epoch: Epoch, so_far: SoFar, metrics: files.JsonLines) -> float | None:
     """Write the metrics of an epoch and call the callback. Return the mean validation accuracy, or None."""
     sums = {"train": epoch.train, "validation": epoch.validation}
-    told = [metrics_of_lane(sums, lane, bool(epoch.diverged[lane])) for lane in range(len(arm.lanes))]
+    told = [means_of_lane(sums, lane, bool(epoch.diverged[lane])) for lane in range(len(arm.lanes))]
     report = report_of(arm, epoch, told)
-    metrics.write(report.lines)
+    metrics.write([vars(line) for line in report.lines])
     so_far.epoch, so_far.train_seconds = epoch.number, so_far.train_seconds + epoch.seconds
     so_far.lines += report.lines
     so_far.stream, so_far.waited_seconds = epoch.position, epoch.waited
@@ -229,7 +230,7 @@ def finish_arm(
     diverged = np.array([model.diverged for model in models])
     predicted, loss = map(np.asarray, tested.answers)
     write_answers(training.folder, arm.name, answers_of(tested.labels, feed.test_examples, predicted, loss, diverged))
-    return FinishedArm(result, tuple(files.plain(so_far.lines)), training.seconds())
+    return FinishedArm(result, tuple(so_far.lines), training.seconds())
 
 
 @contextlib.contextmanager
@@ -245,17 +246,28 @@ def profiled(training: Training, arm: TrainedArm, epoch: int) -> Iterator[bool]:
     training.watcher.says(f"profile of {arm.name}: open {trace} at https://ui.perfetto.dev")
 
 
-def report_of(arm: TrainedArm, epoch: Epoch, told: list[dict[str, Any]]) -> EpochReport:
+def report_of(arm: TrainedArm, epoch: Epoch, told: list[LaneMeans]) -> EpochReport:
     """Return the report of an epoch for callbacks. `told` holds the metrics of each lane."""
     epochs, seconds = arm.experiment.epochs, epoch.seconds
     lines = [
-        {"arm": arm.name, "lane": lane, **numbers._asdict(), "epoch": epoch.number, **means, "seconds": seconds}
+        MetricsLine(
+            **numbers._asdict(),
+            arm=arm.name,
+            lane=lane,
+            epoch=epoch.number,
+            status=means.status,
+            train_loss=means.loss["train"],
+            train_accuracy=means.accuracy["train"],
+            validation_loss=means.loss.get("validation"),
+            validation_accuracy=means.accuracy.get("validation"),
+            seconds=seconds,
+        )
         for lane, (numbers, means) in enumerate(zip(arm.lanes, told, strict=True))
     ]
-    fine = [means for means in told if means["status"] == "ok"]
-    over_lanes = {key: float(np.mean([means[key] for means in fine])) for key in told[0] if key != "status" and fine}
+    found = means_of(lines, METRICS)
+    over_lanes = {metric: mean for metric in METRICS if (mean := found[metric]) is not None}
     steps = len(told) * arm.steps // epochs
-    gone = len(told) - len(fine)
+    gone = sum(means.status == "diverged" for means in told)
     return EpochReport(arm.name, epoch.number, epochs, len(told), gone, over_lanes, steps / seconds, lines)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.record import RunRecord
 from cnnlib.runs.results import ArmResult, RunResults
 
@@ -30,7 +31,7 @@ class EpochReport(NamedTuple):
     means: dict[str, float]
     """Means of `train_loss`, `validation_accuracy` and so on, over the lanes that have not diverged."""
     lane_steps_per_second: float
-    lines: list[dict[str, Any]]
+    lines: list[MetricsLine]
     """The lines of `metrics.jsonl`, one per lane."""
 
 

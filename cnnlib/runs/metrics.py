@@ -1,29 +1,90 @@
-"""Average the lines of `metrics.jsonl` over lanes (the models of an arm), and make names for lanes."""
+"""The lines of `metrics.jsonl`: read them, average them over lanes (the models of an arm), and make names for lanes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from cnnlib.config.fields import from_dict
+from cnnlib.config.schema import LaneNumbers
+from cnnlib.errors import UserError
+from cnnlib.runs.results import Hyperparameters, Status
+from cnnlib.system.files import read_json_lines
 
-def means_of(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsLine(Hyperparameters):
+    """One line of `metrics.jsonl`: the metrics of one lane in one epoch. The metrics of a diverged lane are None."""
+
+    arm: str
+    lane: int
+    seed: int
+    order_seed: int
+    epoch: int
+    status: Status
+    train_loss: float | None = None
+    """Mean over the batches of the epoch, while the parameters change."""
+    train_accuracy: float | None = None
+    validation_loss: float | None = None
+    """None without validation examples."""
+    validation_accuracy: float | None = None
+    seconds: float
+    """Training time of the epoch, for all lanes of the arm together."""
+
+    @property
+    def numbers(self) -> LaneNumbers:
+        """Return the seeds and hyperparameters."""
+        return LaneNumbers(self.seed, self.order_seed, *self.setting)
+
+
+METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+"""The metrics in a line."""
+
+
+class HasStatus(Protocol):
+    """A line of metrics, or the result of a lane."""
+
+    @property
+    def status(self) -> Status:
+        """Whether the lane has diverged."""
+
+
+def parse_lines(objects: Iterable[Mapping[str, Any]]) -> tuple[MetricsLine, ...]:
+    """Convert the objects of a `metrics.jsonl` up to the first damaged one."""
+    found = []
+    for values in objects:
+        try:
+            found.append(from_dict(values, MetricsLine, "metrics"))
+        except UserError:
+            break
+    return tuple(found)
+
+
+def read_metrics(path: Path) -> tuple[MetricsLine, ...]:
+    """Read a `metrics.jsonl` up to the first damaged line. If no file exists, return no lines."""
+    return parse_lines(read_json_lines(path))
+
+
+def means_of(lines: Sequence[HasStatus], metrics: Sequence[str]) -> dict[str, float | None]:
     """Return the mean and sample standard deviation of each metric over the lanes that have not diverged."""
-    fine = [line for line in lines if line["status"] == "ok"]
-    found: dict[str, Any] = {"lanes_ok": len(fine)}
+    fine = [line for line in lines if line.status == "ok"]
+    found: dict[str, float | None] = {"lanes_ok": len(fine)}
     for metric in metrics:
-        values = [line[metric] for line in fine if line.get(metric) is not None]
+        values = [value for line in fine if (value := getattr(line, metric)) is not None]
         found[metric] = float(np.mean(values)) if values else None
         found[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return found
 
 
-def lane_name(arm: str, lane: dict[str, Any], lanes: Sequence[dict[str, Any]]) -> str:
+def lane_name(arm: str, lane: LaneNumbers, lanes: Sequence[LaneNumbers]) -> str:
     """Return a lane's name, such as `lenet5 seed 3 learning_rate 0.01`.
 
     It contains the arm, the seed, and every other field that varies over the lanes.
     """
-    same = {"seed"} | ({"order_seed"} if all(other["order_seed"] == other["seed"] for other in lanes) else set())
-    varied = [key for key in lane if len({other[key] for other in lanes}) > 1 and key not in same]
-    return " ".join([arm, f"seed {lane['seed']}", *(f"{key} {lane[key]:g}" for key in varied)])
+    same = {"seed"} | ({"order_seed"} if all(other.order_seed == other.seed for other in lanes) else set())
+    varied = [key for key in lane._fields if len({getattr(other, key) for other in lanes}) > 1 and key not in same]
+    return " ".join([arm, f"seed {lane.seed}", *(f"{key} {getattr(lane, key):g}" for key in varied)])

@@ -14,6 +14,7 @@ from cnnlib.config.fields import from_dict, to_dict
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.errors import UserError
 from cnnlib.runs.folder import ARMS, CHECKPOINTS, UNREADABLE, RunFolder, inside
+from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.results import ArmResult, require_format
 from cnnlib.system import files, provenance
 from cnnlib.train.checkpoint import Checkpoints, Unreadable
@@ -27,7 +28,7 @@ class FinishedArm:
     """A finished arm, which is not trained again."""
 
     result: ArmResult
-    lines: tuple[dict[str, Any], ...]
+    lines: tuple[MetricsLine, ...]
     """The lines of this arm in `metrics.jsonl`."""
     wall_seconds: float
 
@@ -75,7 +76,7 @@ class Progress:
     """The seed and hyperparameters of each lane, in the order of `LaneNumbers`. The seeds of a lane and its
     number of finished epochs determine its random keys and data order. The state has the keys too, for comparison."""
     lanes_at_a_time: int
-    lines: tuple[dict[str, Any], ...]
+    lines: tuple[MetricsLine, ...]
     """The lines of this arm in `metrics.jsonl`."""
     best: tuple[float, float] | None
     """The epoch of the highest mean validation accuracy so far, and that accuracy."""
@@ -94,10 +95,10 @@ class Left(NamedTuple):
     finished: dict[str, FinishedArm]
     in_flight: dict[str, Progress]
 
-    def lines(self, arms: tuple[TrainedArm, ...]) -> list[dict[str, Any]]:
+    def lines(self, arms: tuple[TrainedArm, ...]) -> list[MetricsLine]:
         """Return the lines of `metrics.jsonl` for the saved epochs, which are not trained again."""
-        known = {name: list(arm.lines) for name, arm in self.finished.items()}
-        known |= {name: list(progress.lines) for name, progress in self.in_flight.items()}
+        known = {name: arm.lines for name, arm in self.finished.items()}
+        known |= {name: progress.lines for name, progress in self.in_flight.items()}
         return [line for arm in arms for line in known.get(arm.name, [])]
 
     @property

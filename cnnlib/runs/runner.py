@@ -183,7 +183,7 @@ def train(
         profiles=session.out / PROFILES if session.options.profile else None,
     )
     finished = []
-    with files.JsonLines(held / "metrics.jsonl", left.lines(arms)) as metrics:
+    with files.JsonLines(held / "metrics.jsonl", [vars(line) for line in left.lines(arms)]) as metrics:
         for index, arm in enumerate(arms):
             own = None if arm.name in left.finished else programs.of(arm)
             finished.append(train_arm(training, arm, own, left, metrics))

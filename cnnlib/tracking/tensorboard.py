@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnnlib.config.schema import LaneNumbers
 from cnnlib.errors import UserError
 from cnnlib.runs.callbacks import Beginning, EpochReport, Watcher
 from cnnlib.runs.folder import TENSORBOARD, inside
-from cnnlib.runs.metrics import lane_name, means_of
+from cnnlib.runs.metrics import METRICS, MetricsLine, lane_name, means_of
 from cnnlib.runs.results import ArmResult
-from cnnlib.system.files import finite
-
-METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
 class TensorBoard(Watcher):
@@ -38,21 +35,22 @@ class TensorBoard(Watcher):
         """Write the metrics of each lane, and their means over lanes."""
         *lanes, mean = self._of(report.arm, report.lines)
         for writer, line in zip(lanes, report.lines, strict=True):
-            self._write(writer, {key: line.get(key) for key in METRICS}, report.epoch)
+            self._write(writer, {key: getattr(line, key) for key in METRICS}, report.epoch)
         self._write(mean, means_of(report.lines, METRICS), report.epoch)
 
-    def _of(self, arm: str, lines: list[dict[str, Any]]) -> list[Any]:
+    def _of(self, arm: str, lines: Sequence[MetricsLine]) -> list[Any]:
         if arm not in self._writers:
             from tensorboardX import SummaryWriter
 
-            lanes = [{key: line[key] for key in LaneNumbers._fields} for line in lines]
+            lanes = [line.numbers for line in lines]
             names = [*(lane_name(arm, lane, lanes) for lane in lanes), "mean"]
             self._writers[arm] = [SummaryWriter(str(self._folder / arm / name)) for name in names]
         return self._writers[arm]
 
-    def _write(self, writer: Any, row: dict[str, Any], epoch: int) -> None:
-        for key, value in finite(row).items():
-            writer.add_scalar(key, value, epoch)
+    def _write(self, writer: Any, row: Mapping[str, float | None], epoch: int) -> None:
+        for key, value in row.items():
+            if value is not None:
+                writer.add_scalar(key, value, epoch)
         writer.flush()
 
     def arm_ends(self, name: str, result: ArmResult, epoch: int) -> None:

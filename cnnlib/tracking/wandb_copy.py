@@ -19,18 +19,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cnnlib.config.fields import from_dict
-from cnnlib.config.schema import Experiment, LaneNumbers
+from cnnlib.config.schema import Experiment
 from cnnlib.errors import UserError
 from cnnlib.report.summary import COLUMNS, rows
 from cnnlib.runs.callbacks import Beginning, Watcher
 from cnnlib.runs.folder import ARMS, inside
-from cnnlib.runs.metrics import lane_name, means_of
+from cnnlib.runs.metrics import MetricsLine, lane_name, means_of, parse_lines
 from cnnlib.runs.record import read_record
 from cnnlib.runs.results import ArmResult, has_results, read_results
 from cnnlib.system.files import finite, follow_json_lines, plain, read_json
@@ -133,14 +133,14 @@ class WandbCopy(Watcher):
         self._scratch.cleanup()
 
 
-def send(folder: Path, mode: str, batches: Iterator[list[dict[str, Any]]], status: Callable[[], int]) -> None:
+def send(folder: Path, mode: str, batches: Iterator[Sequence[MetricsLine]], status: Callable[[], int]) -> None:
     """Copy a run to W&B: first its metrics and results, then its exit status.
 
     `batches` yields lines of `metrics.jsonl`. Each batch holds whole epochs.
     """
     copy = _Copy(folder, mode)
     for batch in batches:
-        for _, lines in itertools.groupby(batch, lambda line: (line["arm"], line["epoch"])):
+        for _, lines in itertools.groupby(batch, lambda line: (line.arm, line.epoch)):
             copy.log(list(lines))
         copy.finish_arms()
     copy.end(status())
@@ -161,27 +161,27 @@ class _Copy:
             "group", f"{self._record.experiment} group", "group", plain({**config, "arms": len(config["arms"])})
         )
 
-    def log(self, lines: list[dict[str, Any]]) -> None:
+    def log(self, lines: Sequence[MetricsLine]) -> None:
         """Log one epoch of an arm: the metrics of each lane, and their means over lanes."""
-        arm, epoch = lines[0]["arm"], lines[0]["epoch"]
+        arm, epoch = lines[0].arm, lines[0].epoch
         if arm not in self._runs:
             self._group.define_metric(f"{arm}/*", step_metric=f"{arm}/epoch")
             wandb = self._fields
             self._runs[arm] = list(self._open_lanes(arm, lines)) if wandb.per == "lane" else []
         for run, line in zip(self._runs[arm], lines, strict=False):
-            row = {key: line.get(key) for key in SUMMARIES}
-            run.log(finite({"epoch": epoch, **row, "diverged": int(line["status"] != "ok")}), step=epoch)
+            row = {key: getattr(line, key) for key in SUMMARIES}
+            run.log(finite({"epoch": epoch, **row, "diverged": int(line.status != "ok")}), step=epoch)
         means = {"epoch": epoch, **means_of(lines, tuple(SUMMARIES))}
         self._group.log(finite({f"{arm}/{key}": value for key, value in means.items()}))
 
-    def _open_lanes(self, arm: str, lines: list[dict[str, Any]]) -> Iterator[Any]:
+    def _open_lanes(self, arm: str, lines: Sequence[MetricsLine]) -> Iterator[Any]:
         known = self._record.arms[arm]
         counts = {"parameters": known.parameters, "connections": known.connections, "macs": known.macs}
         shared = {"experiment": self._record.experiment, "arm": arm, "connectivity": known.connectivity}
         config = {**known.config, **shared, "model": known.model, **counts}
-        lanes = [{key: line[key] for key in LaneNumbers._fields} for line in lines]
+        lanes = [line.numbers for line in lines]
         for number, lane in enumerate(lanes):
-            run = self._open(f"{arm}-{number}", lane_name(arm, lane, lanes), arm, {**config, **lane})
+            run = self._open(f"{arm}-{number}", lane_name(arm, lane, lanes), arm, {**config, **lane._asdict()})
             run.define_metric("epoch", hidden=True)
             for metric, kept in SUMMARIES.items():
                 run.define_metric(metric, step_metric="epoch", summary=f"{kept},last")
@@ -194,7 +194,7 @@ class _Copy:
             if not isinstance(found := read_json(self._folder / ARMS / f"{arm}.json"), dict):
                 continue
             result: ArmResult = from_dict(found["result"], ArmResult, arm)
-            means = means_of([vars(lane) for lane in result.lanes], ("test_accuracy", "test_loss"))
+            means = means_of(result.lanes, ("test_accuracy", "test_loss"))
             self._group.summary.update(finite({f"{arm}/{key}": value for key, value in means.items()}))
             for run, lane in zip(self._runs.pop(arm), result.lanes, strict=False):
                 if result.chosen_setting is not None:
@@ -247,7 +247,7 @@ def main(folder: str, mode: str, begin: str) -> int:
         signal.signal(number, signal.SIG_IGN)  # only the training process handles signals; it ends the copy
     os.nice(19)  # training has priority
     is_over = lambda: bool(select.select([sys.stdin], [], [], LOOK)[0])  # noqa: E731
-    batches = follow_json_lines(Path(folder, "metrics.jsonl"), int(begin), is_over)
+    batches = map(parse_lines, follow_json_lines(Path(folder, "metrics.jsonl"), int(begin), is_over))
     try:
         send(Path(folder), mode, batches, lambda: int(sys.stdin.read() or 1))
     except Exception as error:

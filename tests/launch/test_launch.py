@@ -144,7 +144,7 @@ def lane(seed, rate, accuracy):
 def part_of(lanes, seconds, **change):
     known = {"compile_seconds": seconds, "memory_bytes": int(seconds), "train_seconds_per_lane": seconds}
     result = made_results.arm("full", lanes, lanes_at_a_time=len(lanes), **{**known, **change})
-    lines = [{"epoch": epoch, "lane": number, "seed": one.seed} for epoch in (1, 2) for number, one in enumerate(lanes)]
+    lines = [made_results.line(n, epoch, seed=one.seed) for epoch in (1, 2) for n, one in enumerate(lanes)]
     return FinishedArm(result, tuple(lines), 1.0)
 
 
@@ -169,8 +169,8 @@ def test_lanes_of_parts_go_where_the_whole_experiment_has_them():
         assert result.chosen_setting == 0 and result.test_accuracy.mean == 0.5
         assert result.train_seconds_per_lane == pytest.approx((4 * 2.0 + 2 * 5.0) / 6)
         assert (result.compile_seconds, result.lanes_at_a_time, result.memory_bytes) == (7.0, 4, 5)
-        assert [(line["epoch"], line["lane"]) for line in found.lines] == [(e, n) for e in (1, 2) for n in range(6)]
-        assert [line["seed"] for line in found.lines] == [3, 1, 4, 3, 1, 4] * 2
+        assert [(line.epoch, line.lane) for line in found.lines] == [(e, n) for e in (1, 2) for n in range(6)]
+        assert [line.seed for line in found.lines] == [3, 1, 4, 3, 1, 4] * 2
 
 
 def test_parts_that_are_not_those_of_the_arm_are_refused():

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from made_results import arm, lane, record, results
+from made_results import arm, lane, line, record, results
 
 from cnnlib.cli.main import main
 from cnnlib.config.fields import to_dict
@@ -36,11 +36,11 @@ def made(folder, state, results=None, epochs=0):
             json.dumps({"experiment": "tiny", "epochs": 4, "arms": [{"name": "a"}] * 2})
         )
         lines = [
-            {"arm": "a", "lane": lane, "epoch": epoch, "validation_accuracy": 0.5 + 0.1 * lane}
+            vars(line(lane, epoch, validation_accuracy=0.5 + 0.1 * lane))
             for epoch in range(1, epochs + 1)
             for lane in (0, 1)
         ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"arm": "a", "ep')
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines) + '{"arm": "a", "ep')
         if results:
             (folder / "results.json").write_text(json.dumps(results))
         if state != "running":

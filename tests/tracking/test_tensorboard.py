@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import made_results
 import pytest
 from made_results import arm, lane, record
 
@@ -12,12 +13,9 @@ from cnnlib.runs.callbacks import Beginning, EpochReport
 from cnnlib.tracking import tensorboard
 from cnnlib.tracking.tensorboard import TensorBoard
 
-NUMBERS = {"order_seed": 0, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
-NUMBERS |= {"l1": 0.0, "l1_threshold": 0.0}
-
 
 def line(seed, loss, status="ok"):
-    return {**NUMBERS, "seed": seed, "order_seed": seed, "train_loss": loss, "train_accuracy": 0.5, "status": status}
+    return made_results.line(seed, 1, train_loss=loss, train_accuracy=0.5, status=status)
 
 
 def scalars(folder):

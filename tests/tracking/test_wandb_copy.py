@@ -201,15 +201,16 @@ def test_lines_are_followed_as_they_are_written(tmp_path):
 
 
 def test_means_are_those_of_lanes_that_have_not_diverged():
-    lines = [{"loss": 1.0, "status": "ok"}, {"loss": 3.0, "status": "ok"}, {"loss": None, "status": "diverged"}]
-    assert means_of(lines, ["loss", "other"]) == {
+    found = ((1.0, "ok"), (3.0, "ok"), (None, "diverged"))
+    lines = [made_results.line(n, 1, train_loss=loss, status=status) for n, (loss, status) in enumerate(found)]
+    assert means_of(lines, ["train_loss", "validation_loss"]) == {
         "lanes_ok": 2,
-        "loss": 2.0,
-        "loss_std": pytest.approx(2**0.5),
-        "other": None,
-        "other_std": None,
+        "train_loss": 2.0,
+        "train_loss_std": pytest.approx(2**0.5),
+        "validation_loss": None,
+        "validation_loss_std": None,
     }
-    assert means_of(lines[:1], ["loss"])["loss_std"] is None
+    assert means_of(lines[:1], ["train_loss"])["train_loss_std"] is None
 
 
 @pytest.mark.slow
@@ -316,10 +317,10 @@ def test_the_mode_follows_what_is_there(monkeypatch, tmp_path):
 
 def test_lanes_are_named_by_what_tells_them_apart():
     numbers = [(seed, rate) for seed in (0, 1) for rate in (0.1, 0.01)]
-    lanes = [{"seed": seed, "order_seed": seed, "learning_rate": rate, "momentum": 0.9} for seed, rate in numbers]
+    lanes = [made_results.lane(seed, 0.5, learning_rate=rate).numbers for seed, rate in numbers]
     assert lane_name("lenet5", lanes[1], lanes) == "lenet5 seed 0 learning_rate 0.01"
     assert lane_name("lenet5", lanes[0], lanes[::2]) == "lenet5 seed 0"
-    crossed = [{"seed": 0, "order_seed": order} for order in (0, 5)]
+    crossed = [made_results.lane(0, 0.5, order_seed=order).numbers for order in (0, 5)]
     assert lane_name("lenet5", crossed[1], crossed) == "lenet5 seed 0 order_seed 5"
 
 
