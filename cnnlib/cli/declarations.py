@@ -7,9 +7,8 @@ import inspect
 import json
 import textwrap
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cnnlib.config.fields import to_dict
 from cnnlib.config.overrides import assignments, override
 from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Growth
 from cnnlib.errors import UserError
@@ -17,6 +16,9 @@ from cnnlib.spec.architectures import ARCHITECTURES
 from cnnlib.spec.counts import BYTES
 from cnnlib.spec.layers import FILTERS
 from cnnlib.spec.window import Shape, shape_text
+
+if TYPE_CHECKING:
+    from cnnlib.report.growth import GrowthResults
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +66,10 @@ def print_declaration(name: str, experiment: Experiment | Growth) -> None:
     told = f"{name}\n\n{textwrap.indent(lab_note(name), '  ')}\n\nconfiguration, as overrides:\n\n"
     told += textwrap.indent("\n".join(assignments(experiment)), "  ")
     if isinstance(experiment, Growth):
-        from cnnlib.report.growth import counts, resolve_growth
+        from cnnlib.report.growth import counted
 
-        found = {"config": to_dict(experiment), "counts": counts(resolve_growth(experiment))}
         print(f"{told}\n")
-        print_growth(found)
+        print_growth(counted(experiment, name))
         return
     from rich.console import Console
 
@@ -186,7 +187,7 @@ def command_count(options: argparse.Namespace) -> int:
     return 0
 
 
-def print_growth(results: dict[str, Any]) -> None:
+def print_growth(results: GrowthResults) -> None:
     """Print one table per count, with one row per side length of the input."""
     from rich.console import Console
 

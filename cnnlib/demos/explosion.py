@@ -23,11 +23,8 @@ def explosion() -> Demo:
 
 def draw_explosion() -> Any:
     """Draw the figure of the experiment `explosion`."""
-    from cnnlib.config.fields import to_dict
-    from cnnlib.report.growth import counts, draw, resolve_growth
+    from cnnlib.report.growth import counted, draw
 
     experiment = EXPERIMENTS.get("explosion")
     assert isinstance(experiment, Growth)
-    return draw(
-        {"experiment": "explosion", "config": to_dict(experiment), "counts": counts(resolve_growth(experiment))}
-    )
+    return draw(counted(experiment, "explosion"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from cnnlib.config.resolve import ResolvedArm, resolve_arms
 from cnnlib.config.schema import Growth
 from cnnlib.report.style import STYLE, pyplot_for_files
 from cnnlib.runs.folder import RunFolder, check
+from cnnlib.runs.results import FORMAT
+from cnnlib.spec.layers import Connectivity
 from cnnlib.system import files, provenance
 from cnnlib.system.tables import markdown_table
 
@@ -31,20 +34,47 @@ def resolve_growth(growth: Growth) -> dict[int, tuple[ResolvedArm, ...]]:
     }
 
 
-def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], str | None]:
+@dataclass(frozen=True, kw_only=True)
+class LayerGrowth:
+    """The counts of one arm at one side of the input."""
+
+    side: int
+    arm: str
+    connectivity: Connectivity
+    model: str
+    connections: int
+    connections_without_padding: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthResults:
+    """The content of `results.json` of an experiment that only counts."""
+
+    format: int
+    experiment: str
+    config: Growth
+    versions: dict[str, str]
+    commit: str | None
+    counts: tuple[LayerGrowth, ...]
+
+    @property
+    def arms(self) -> dict[str, list[LayerGrowth]]:
+        """Return the counts of each arm, by name."""
+        found: dict[str, list[LayerGrowth]] = {}
+        for count in self.counts:
+            found.setdefault(count.arm, []).append(count)
+        return found
+
+
+def run_growth(growth: Growth, name: str, out: Path) -> tuple[GrowthResults, str | None]:
     """Count layers, and write `config.json`, `results.json`, `table.md` and `growth.png` to `out`.
 
     Return the content of `results.json`, and the folder that now has the files of an earlier run (None if no run).
     Raises UserError, and writes nothing, if a layer does not fit its input.
     """
-    results = {
-        "experiment": name,
-        "config": to_dict(growth),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "counts": counts(resolve_growth(growth)),
-    }
-    config = {"experiment": name, **results["config"]}
+    results = counted(growth, name)
+    config = {"experiment": name, **to_dict(growth)}
     check(out)
     with RunFolder(out) as held:
         earlier = held.make_room()
@@ -52,49 +82,55 @@ def run_growth(growth: Growth, name: str, out: Path) -> tuple[dict[str, Any], st
         files.write_whole(held / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
         files.write_whole(held / "growth.png", lambda path: figure(results, path))
         # Write this file last: a run that has results counts as finished.
-        files.write_whole(held / "results.json", lambda path: path.write_text(files.to_json(results)))
+        files.write_whole(held / "results.json", lambda path: path.write_text(files.to_json(to_dict(results))))
     return results, earlier
 
 
-def counts(resolved: dict[int, tuple[ResolvedArm, ...]]) -> list[dict[str, Any]]:
-    """Return one entry per side and arm."""
-    return [
-        {
-            "side": side,
-            "arm": arm.name,
-            "connectivity": arm.model.connectivity,
-            "model": str(arm.model),
-            **{count: getattr(arm.count, count) for count in COUNTS},
-        }
-        for side, arms in resolved.items()
-        for arm in arms
-    ]
+def counted(growth: Growth, name: str) -> GrowthResults:
+    """Count each arm at each side of the input. Raises UserError if a layer does not fit its input."""
+    return GrowthResults(
+        format=FORMAT,
+        experiment=name,
+        config=growth,
+        versions=provenance.versions(),
+        commit=provenance.commit(),
+        counts=tuple(
+            LayerGrowth(
+                side=side,
+                arm=arm.name,
+                connectivity=arm.model.connectivity,
+                model=str(arm.model),
+                **{count: getattr(arm.count, count) for count in COUNTS},
+            )
+            for side, arms in resolve_growth(growth).items()
+            for arm in arms
+        ),
+    )
 
 
-def tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def tables(results: GrowthResults) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Return one (title, columns, rows) per kind of count. Each table has one row per side and one column per arm."""
-    arms = tuple(dict.fromkeys(entry["arm"] for entry in results["counts"]))
+    arms = results.arms
     found = []
     for count, title in COUNTS.items():
-        numbers = {(entry["side"], entry["arm"]): f"{entry[count]:,}" for entry in results["counts"]}
-        sides = dict.fromkeys(entry["side"] for entry in results["counts"])
-        rows = [(str(side), *(numbers[side, arm] for arm in arms)) for side in sides]
+        numbers = {(entry.side, entry.arm): f"{getattr(entry, count):,}" for entry in results.counts}
+        rows = [(str(side), *(numbers[side, arm] for arm in arms)) for side in results.config.sides]
         found.append((f"{title}, of one example of {channels_text(results)}", ("side", *arms), rows))
     return found
 
 
-def channels_text(results: dict[str, Any]) -> str:
+def channels_text(results: GrowthResults) -> str:
     """Return the number of channels in words, such as `3 channels`."""
-    channels = results["config"]["channels"]
+    channels = results.config.channels
     return f"{channels} channel{'s'[: channels > 1]}"
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: GrowthResults) -> str:
     """Return the tables in Markdown."""
     return "\n".join(f"{title}:\n\n{markdown_table(columns, rows)}" for title, columns, rows in tables(results))
 
 
-def figure(results: dict[str, Any], path: Path) -> None:
+def figure(results: GrowthResults, path: Path) -> None:
     """Write the figure that `draw` returns to a file."""
     pyplot, _ = pyplot_for_files()
     drawn = draw(results)
@@ -102,20 +138,18 @@ def figure(results: dict[str, Any], path: Path) -> None:
     pyplot.close(drawn)
 
 
-def draw(results: dict[str, Any]) -> Any:
+def draw(results: GrowthResults) -> Any:
     """Draw connections and parameters against the side of the input, one line per arm. Both axes are logarithmic."""
     from matplotlib import pyplot
 
     drawn, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.4), sharey=True, layout="constrained")
     for axes, count in ((left, "connections"), (right, "parameters")):
-        arms = dict.fromkeys(entry["arm"] for entry in results["counts"])
-        for index, arm in enumerate(arms):
-            entries = [entry for entry in results["counts"] if entry["arm"] == arm]
-            color, marker = STYLE[entries[0]["connectivity"]]
+        for index, (arm, entries) in enumerate(results.arms.items()):
+            color, marker = STYLE[entries[0].connectivity]
             # Lines may lie on top of one another. Later lines are thinner and dashed, so that all are visible.
             axes.plot(
-                [entry["side"] for entry in entries],
-                [entry[count] for entry in entries],
+                [entry.side for entry in entries],
+                [getattr(entry, count) for entry in entries],
                 color=color,
                 marker=marker,
                 markersize=6 - index,
@@ -129,11 +163,11 @@ def draw(results: dict[str, Any]) -> Any:
         axes.set_title(count)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:.0f}")
-    for entry in results["counts"]:
-        if entry["connectivity"] == "full" and entry["side"] in LANDMARKS:
+    for entry in results.counts:
+        if entry.connectivity == "full" and entry.side in LANDMARKS:
             left.annotate(
-                f"{entry['connections']:,}",
-                (entry["side"], entry["connections"]),
+                f"{entry.connections:,}",
+                (entry.side, entry.connections),
                 xytext=(-9, 2),
                 textcoords="offset points",
                 ha="right",
@@ -141,5 +175,5 @@ def draw(results: dict[str, Any]) -> Any:
             )
     left.set_ylabel("number")
     left.legend()
-    drawn.suptitle(f"{results['experiment']}: square inputs of {channels_text(results)}, one example")
+    drawn.suptitle(f"{results.experiment}: square inputs of {channels_text(results)}, one example")
     return drawn

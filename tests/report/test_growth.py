@@ -5,6 +5,7 @@ import json
 import pytest
 from matplotlib import pyplot
 
+from cnnlib.config.fields import to_dict
 from cnnlib.config.overrides import override
 from cnnlib.config.schema import EXPERIMENTS, Arm, Growth
 from cnnlib.demos import DEMOS
@@ -25,24 +26,24 @@ def run(tmp_path_factory):
 
 def test_the_explosion_has_the_figures_of_the_argument(run):
     results, _ = run
-    found = {(entry["side"], entry["arm"]): entry for entry in results["counts"]}
-    assert {side for side, _ in found} >= {8, 32, 1000, 4096} and len(found) == 3 * len(results["config"]["sides"])
-    assert found[32, "full"]["connections"] == 9_437_184 and found[32, "full"]["parameters"] == 9_440_256
-    assert found[1000, "full"]["connections"] == 9 * 10**12
-    assert found[32, "conv"]["connections"] == 82_944 and found[32, "conv"]["connections_without_padding"] == 79_524
-    for side in results["config"]["sides"]:
+    found = {(entry.side, entry.arm): entry for entry in results.counts}
+    assert {side for side, _ in found} >= {8, 32, 1000, 4096} and len(found) == 3 * len(results.config.sides)
+    assert found[32, "full"].connections == 9_437_184 and found[32, "full"].parameters == 9_440_256
+    assert found[1000, "full"].connections == 9 * 10**12
+    assert found[32, "conv"].connections == 82_944 and found[32, "conv"].connections_without_padding == 79_524
+    for side in results.config.sides:
         full, local, conv = (found[side, arm] for arm in ("full", "local", "conv"))
-        assert full["connections"] == (3 * side**2) ** 2
-        assert local["connections"] == conv["connections"] == 81 * side**2
+        assert full.connections == (3 * side**2) ** 2
+        assert local.connections == conv.connections == 81 * side**2
         # Three taps an axis, less one at each border.
-        assert conv["connections_without_padding"] == 9 * (3 * side - 2) ** 2
-        assert local["parameters"] == 84 * side**2 and conv["parameters"] == 84
+        assert conv.connections_without_padding == 9 * (3 * side - 2) ** 2
+        assert local.parameters == 84 * side**2 and conv.parameters == 84
 
 
 def test_in_grey_a_thousand_squared_is_ten_to_the_twelve():
     grey = Growth((Arm("full", parse_model("full:1@3")),), sides=(1000,), channels=1)
-    (entry,) = growth.counts(growth.resolve_growth(grey))
-    assert entry["connections"] == 10**12
+    (entry,) = growth.counted(grey, "grey").counts
+    assert entry.connections == 10**12
 
 
 def test_a_run_writes_what_it_says(run):
@@ -53,7 +54,7 @@ def test_a_run_writes_what_it_says(run):
         "table.md",
         "growth.png",
     }
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((out / "results.json").read_text()) == to_dict(results)
     assert "| 32 | 9,437,184 | 82,944 | 82,944 |" in (out / "table.md").read_text()
     assert (out / "growth.png").read_bytes().startswith(b"\x89PNG")
 
@@ -77,9 +78,9 @@ def test_the_figure_plots_the_counts(run, tmp_path, monkeypatch):
     for axes, count in ((left, "connections"), (right, "parameters")):
         assert axes.get_title() == count and axes.get_xscale() == axes.get_yscale() == "log"
         for line in axes.lines:
-            entries = [entry for entry in results["counts"] if entry["arm"] == line.get_label()]
-            assert list(line.get_xdata()) == [entry["side"] for entry in entries]
-            assert list(line.get_ydata()) == [entry[count] for entry in entries]
+            entries = results.arms[line.get_label()]
+            assert list(line.get_xdata()) == [entry.side for entry in entries]
+            assert list(line.get_ydata()) == [getattr(entry, count) for entry in entries]
         assert len(axes.lines) == 3
     assert {text.get_text() for text in left.texts} == {"9,437,184", "9,000,000,000,000"}
     assert {text.get_text() for text in left.get_legend().get_texts()} == {"full", "local", "conv"}
@@ -140,6 +141,6 @@ def test_the_demo_draws_the_experiment(run):
     for axes, count in zip(figure.axes, ("connections", "parameters"), strict=True):
         assert axes.get_xscale() == axes.get_yscale() == "log" and axes.get_xlabel() and axes.get_title() == count
         drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
-        for entry in results["counts"]:
-            assert drawn[entry["arm"]][entry["side"]] == entry[count]
+        for entry in results.counts:
+            assert drawn[entry.arm][entry.side] == getattr(entry, count)
     pyplot.close(figure)
