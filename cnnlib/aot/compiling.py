@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
 from cnnlib.aot import hlo, schedule
 from cnnlib.aot.hardware import Target, set_environment
@@ -129,7 +130,7 @@ def _gpus(target: Target) -> tuple[Any, ...]:
     return tuple(found.devices)
 
 
-def on(device: Any, tree: Any) -> Any:
+def on(device: Any, tree: PyTree) -> Any:
     """Return the shapes and types of a tree of arrays, placed on one device."""
     sharding = SingleDeviceSharding(device)
     shape: Any = jax.ShapeDtypeStruct

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from cnnlib.spec.architectures import ARCHITECTURES
 from cnnlib.spec.layers import Activation, Conv, Dense, Filter
 from cnnlib.spec.model import Model
 from cnnlib.stats.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 if TYPE_CHECKING:
     from cnnlib.interpret.trained import Net
@@ -137,7 +141,7 @@ def mosaic(tiles: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     return whole
 
 
-def draw_filters() -> Any:
+def draw_filters() -> Figure:
     """Draw the filters of a convolution, and the filters of the first units of a full layer."""
     from matplotlib import pyplot
 
@@ -163,7 +167,7 @@ SHOWN = 4
 """Class of the digit that is shown. The digit is the first test example of this class."""
 
 
-def draw_maps() -> Any:
+def draw_maps() -> Figure:
     """Draw a digit, the maps of both convolutions, and the dense layers after them."""
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
@@ -226,7 +230,7 @@ PATCHES = 6
 """Number of patches per unit."""
 
 
-def draw_patches() -> Any:
+def draw_patches() -> Figure:
     """Draw a mosaic of patches for each convolution, one row per unit."""
     from matplotlib import pyplot
 
@@ -258,7 +262,7 @@ def draw_patches() -> Any:
     return figure
 
 
-def draw_evidence() -> Any:
+def draw_evidence() -> Figure:
     """Draw digits, and where LeNet-5 and a full net find evidence for a class: one digit and one class per column."""
     from matplotlib import pyplot
 
@@ -299,7 +303,7 @@ def draw_evidence() -> Any:
 SEEDS = 5
 
 
-def draw_probes() -> Any:
+def draw_probes() -> Figure:
     """Draw how the accuracy of linear probes changes with depth, in one panel per net."""
     from matplotlib import pyplot
 
@@ -351,7 +355,7 @@ CLASS_ANGLES = np.array([0.0, 45.0, 90.0, 135.0, 180.0])
 """Angles in degrees of the lines in the data set `lines`. 0 and 180 are horizontal, 90 is vertical."""
 
 
-def draw_tuning() -> Any:
+def draw_tuning() -> Figure:
     """Draw the filters and tuning curves of one net, and the angle and selectivity of all units of three nets."""
     from matplotlib import pyplot
 

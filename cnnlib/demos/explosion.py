@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cnnlib.config.schema import EXPERIMENTS, Growth
 from cnnlib.demos.demo import DEMOS, Demo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @DEMOS.register
@@ -21,7 +24,7 @@ def explosion() -> Demo:
     )
 
 
-def draw_explosion() -> Any:
+def draw_explosion() -> Figure:
     """Draw the figure of the experiment `explosion`."""
     from cnnlib.report.growth import counted, draw
 

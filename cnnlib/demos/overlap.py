@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cnnlib.demos.demo import DEMOS, Demo
 from cnnlib.demos.sliding import Box, Exponential, convolve, convolved, correlate, dirty_map, point_sources
 from cnnlib.report.style import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.figure import Figure
+
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 
@@ -49,7 +54,7 @@ def beam() -> Demo:
 STANDING, SLIDING = Box(1.5, 0.0), Exponential(1.2)
 
 
-def draw_overlap(count: int = 45) -> Any:
+def draw_overlap(count: int = 45) -> FuncAnimation:
     """Animate an exponential that slides over a box, and draw the area of their product.
 
     The animation has `count` frames. The exponential is at another place in each frame.
@@ -88,7 +93,7 @@ def draw_overlap(count: int = 45) -> Any:
 KERNEL = np.array([1.0, 2.0, 4.0])
 
 
-def draw_flip() -> Any:
+def draw_flip() -> Figure:
     """Draw a row of numbers, its convolution with a kernel, and its correlation with the kernel."""
     from matplotlib import pyplot
 
@@ -110,7 +115,7 @@ def draw_flip() -> Any:
     return figure
 
 
-def draw_beam() -> Any:
+def draw_beam() -> Figure:
     """Draw a clean map, a beam and the dirty map. Each picture has its own scale of brightness."""
     from matplotlib import pyplot
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from cnnlib.demos.demo import DEMOS, Demo
 from cnnlib.errors import UserError
 from cnnlib.report.style import STYLE
 from cnnlib.stats.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 
@@ -54,7 +58,7 @@ STACKED, MOST_LAYERS = 28, 13
 """Side in pixels of the image under stacked layers, and how many 3x3 layers without padding fit into the image."""
 
 
-def draw_padding() -> Any:
+def draw_padding() -> Figure:
     """Draw maps of two strokes, the side of a map by depth, and how often a pixel is seen, with and without padding."""
     from matplotlib import pyplot
 
@@ -121,7 +125,7 @@ POOLINGS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = 
 """Functions that make a map smaller. Each function has a colour and a marker."""
 
 
-def draw_shifts() -> Any:
+def draw_shifts() -> Figure:
     """Draw how much a map changes when the image shifts, without pooling and with pooling blocks of two sizes."""
     from matplotlib import pyplot
 

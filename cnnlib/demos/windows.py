@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,11 @@ from cnnlib.demos import window_steps
 from cnnlib.demos.demo import DEMOS, Demo
 from cnnlib.demos.window_steps import LINE_FILTERS, Place
 from cnnlib.report.style import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.figure import Figure
+
 
 BLUE, GREEN, RED = (STYLE[reading][0] for reading in ("full", "local", "conv"))
 SKY = "#56B4E9"
@@ -80,7 +85,7 @@ HOUSE = (
 """The lines of a house (walls, ceiling, floor, roof, door). They have all four orientations."""
 
 
-def draw_filters() -> Any:
+def draw_filters() -> Figure:
     """Draw an image and four filters, and draw each filter's map below the filter. All maps share one scale."""
     from matplotlib import pyplot
 
@@ -116,7 +121,7 @@ REST = 3
 """Number of frames that show the finished map."""
 
 
-def draw_steps() -> Any:
+def draw_steps() -> FuncAnimation:
     """Animate the window on the image, the product of window and filter, and the map, which grows."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation
@@ -156,7 +161,7 @@ CELL = 0.3
 """Side of a cell in inches, for grids of several sizes side by side."""
 
 
-def draw_product() -> Any:
+def draw_product() -> Figure:
     """Draw the matrix of windows times the matrix of two filters, and the full layer that equals the first filter."""
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
@@ -220,7 +225,7 @@ POOLINGS = (("2x2 blocks, stride 2", POOLED[:6, :6], 2), ("3x3 blocks, stride 2:
 """Title, image and block size of each pooling. The two poolings have equally many blocks."""
 
 
-def draw_pooling() -> Any:
+def draw_pooling() -> FuncAnimation:
     """Animate two images. A block moves over each; the largest number in the block gets a ring and goes to the map."""
     from matplotlib import pyplot
     from matplotlib.animation import FuncAnimation

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from cnnlib.errors import UserError
 from cnnlib.nn.network import Parameters, bias_shape, kernel_shape
@@ -154,7 +154,7 @@ def _along(
         if start > end:
             way = "project" if order is READINGS else "expand"
             raise UserError(f"{layer.layer} is no special case of a {to} layer in this direction; {way} goes there")
-        entry: Any = parameters
+        entry: PyTree = parameters
         for name in layer.path:
             entry = entry.get(name, {})
         shapes = {"kernel": kernel_shape(layer.layer, layer.input_shape)}
@@ -171,7 +171,7 @@ def _along(
     return parameters
 
 
-def _with_entry(tree: Parameters, path: tuple[str, ...], entry: dict[str, Any]) -> Parameters:
+def _with_entry(tree: Parameters, path: tuple[str, ...], entry: Parameters) -> Parameters:
     """Return `tree`, but with `entry` at `path`."""
     name, *rest = path
     return {**tree, name: _with_entry(tree.get(name, {}), tuple(rest), entry) if rest else entry}

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from cnnlib import ops
 from cnnlib.spec.layers import Activation, AvgPool, Conv, Dense, Full, Layer, Local, MaxPool, Norm, Residual
 from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape
 
-Parameters = dict[str, Any]
+Parameters = dict[str, PyTree]
 """One entry per layer, named by its position: `{"layer_0": {"kernel": ..., "bias": ...}, ...}`. If layer 0 is a
 residual, `layer_0` holds the entries of its layers, and `layer_0_shortcut` holds those of its shortcut. `kernel_shape`
 and `bias_shape` return the shapes of the arrays. A norm has the arrays `scale` and `bias`, with one value per
 channel."""
 
-Statistics = dict[str, Any]
+Statistics = dict[str, PyTree]
 """Running `mean` and `variance` of each norm, per channel. Layers have the names of `Parameters`. Empty if there are no
 norms."""
 
@@ -255,7 +255,7 @@ def applied(network: Network) -> Stretch:
     return apply
 
 
-def renamed(known: dict[str, Any], first: int, end: int, by: int) -> dict[str, Any]:
+def renamed(known: Parameters, first: int, end: int, by: int) -> Parameters:
     """Return the entries of the layers `first` to `end - 1`. In their names, add `by` to the layer's number."""
     found = {}
     for name, value in known.items():
@@ -288,10 +288,10 @@ def computed_again(stretch: Stretch) -> Stretch:
     merge the computations. If the gradient is NaN, the result is NaN for `x` and `-x` alike.
     """
 
-    def keep(*arguments: Any) -> tuple[Any, Any]:
+    def keep(*arguments: PyTree) -> tuple[PyTree, PyTree]:
         return stretch(*arguments), arguments
 
-    def again(arguments: Any, cotangents: Any) -> Any:
+    def again(arguments: PyTree, cotangents: PyTree) -> PyTree:
         parameters, statistics, x = arguments
         back = cotangents[0].reshape(-1)[0]
         x = jnp.where(back == back, x, -x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cnnlib.config.fields import to_dict
 from cnnlib.config.resolve import ResolvedArm, resolve_arms
@@ -15,6 +15,10 @@ from cnnlib.runs.results import FORMAT
 from cnnlib.spec.layers import Connectivity
 from cnnlib.system import files, provenance
 from cnnlib.system.tables import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 LANDMARKS = (32, 1000)
 """Sides of the input at which the figure shows the full layer's count as text. Textbooks use these sides."""
@@ -138,7 +142,7 @@ def figure(results: GrowthResults, path: Path) -> None:
     pyplot.close(drawn)
 
 
-def draw(results: GrowthResults) -> Any:
+def draw(results: GrowthResults) -> Figure:
     """Draw connections and parameters against the side of the input, one line per arm. Both axes are logarithmic."""
     from matplotlib import pyplot
 

@@ -190,9 +190,9 @@ def fingerprints(found: Sequence[RunResults]) -> list[str]:
     return [f"the same parameters, bit for bit: {', '.join(equal)}"] if equal else ["no arm has the same parameters"]
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else ""

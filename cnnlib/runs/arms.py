@@ -223,7 +223,7 @@ def finish_arm(
         validation = spread.fetched(feed.validate(states))
     tested = feed.test(states)
     known = spread.fetched(feed.fit(states, spread.put(numbers_of(arm))))
-    distances = programs.distance and spread.fetched(programs.distance(states.parameters))
+    distances = None if programs.distance is None else spread.fetched(programs.distance(states.parameters))
     sums = {"test": sums_of(tested), "train": known, "validation": validation}
     models = trained_models(training.hosts, arm, spread.own(states))
     result = result_of(arm, programs, models, distances, sums, so_far)

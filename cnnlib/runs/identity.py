@@ -156,7 +156,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _short(value: Any, length: int = 60) -> str:
+def _short(value: object, length: int = 60) -> str:
     text = (",".join(map(str, value)) or "nothing") if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= length else text[:length] + "..."
 

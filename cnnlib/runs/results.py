@@ -227,7 +227,7 @@ class RunResults:
     arms: tuple[ArmResult, ...] = field(default=())
 
 
-def require_format(what: Path | str, found: Any) -> None:
+def require_format(what: Path | str, found: object) -> None:
     """Raise UserError if `found` is not a run's record or has another format. The message names the right version."""
     if not isinstance(found, dict):
         raise UserError(f"{what} is no folder of a run that can be read")
@@ -237,7 +237,7 @@ def require_format(what: Path | str, found: Any) -> None:
         raise UserError(f"{what} has format {version}, and this version reads format {FORMAT}: {who} reads it")
 
 
-def parse_results(values: Any, where: Path | str) -> RunResults:
+def parse_results(values: object, where: Path | str) -> RunResults:
     """Check and convert the content of a `results.json`. Files of cnnlib 0.1 have no format number and are read too.
 
     Raise UserError if the content is of a newer version or is damaged. The message names the file `where`.

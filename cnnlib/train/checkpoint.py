@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Array, PyTree, Shaped, UInt32
 
 from cnnlib.errors import UserError
 
@@ -37,22 +37,22 @@ BESIDE = 2**18
 class Snapshot(NamedTuple):
     """A copy of the state of all lanes, which the next epoch does not overwrite."""
 
-    state: Any
+    state: PyTree
     checksums: UInt32[Array, " lane"]
 
 
-def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+def leaves(tree: PyTree) -> Iterator[tuple[str, PyTree]]:
     """Yield the path (such as `parameters/layer_0/kernel`) and the value of every array of a tree, in JAX's order."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys), leaf
 
 
-def snapshot(tree: Any) -> Snapshot:
+def snapshot(tree: PyTree) -> Snapshot:
     """Copy a tree of arrays with a leading lane axis, and add its checksums. The caller compiles this function."""
     return Snapshot(jax.tree.map(jnp.copy, tree), checksums(tree))
 
 
-def checksums(tree: Any) -> UInt32[Array, " lane"]:
+def checksums(tree: PyTree) -> UInt32[Array, " lane"]:
     """Return one checksum per lane, modulo 2^32: 1 x (first 32-bit word) + 3 x (second word) + 5 x (third word) + ...
 
     All factors are odd, so a change of any single word changes the checksum.
@@ -73,7 +73,7 @@ def words_of(rows: Shaped[Array, "lane number"]) -> UInt32[Array, "lane word"]:
     return jax.lax.bitcast_convert_type(rows, jnp.uint32).reshape(rows.shape[0], -1)
 
 
-def sha256(*trees: Any) -> str:
+def sha256(*trees: PyTree) -> str:
     """Return the fingerprint of a model: of its parameters, and of its running statistics if it has any.
 
     The fingerprint is the SHA-256 of all arrays, sorted by path (`layer_0/bias` before `layer_0/kernel`). For each
@@ -181,7 +181,7 @@ class Checkpoints:
             raise Unreadable(f"its {PROGRESS} is no object")
         return found
 
-    def state(self, epoch: int, like: Any, lanes: int) -> Any:
+    def state(self, epoch: int, like: PyTree, lanes: int) -> PyTree:
         """Return the state of a checkpoint, on the devices of `like`.
 
         Args:
@@ -265,7 +265,7 @@ def _quiet_orbax() -> Any:
     return orbax
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flat(tree: PyTree) -> dict[str, PyTree]:
     """Return the arrays of a tree, keyed by names that Orbax can store."""
     if isinstance(tree, Snapshot):
         return {**_flat(tree.state), CHECKSUMS: tree.checksums}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.data import stream
@@ -75,7 +76,7 @@ class ResidentFeed:
     def __init__(self, programs: Programs, splits: dict[str, Examples]) -> None:
         self._programs, self._splits = programs, splits
 
-    def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
+    def train(self, states: State, numbers: PyTree) -> tuple[State, Sums]:
         """Start one epoch of all lanes; return before the epoch ends."""
         trained: tuple[State, Sums] = self._programs.epoch(states, numbers, self._splits["train"])
         return trained
@@ -87,7 +88,7 @@ class ResidentFeed:
         sums: Sums = self._programs.validate(states.parameters, states.statistics, self._splits["validation"])
         return sums
 
-    def fit(self, states: State, numbers: Any) -> Sums:
+    def fit(self, states: State, numbers: PyTree) -> Sums:
         """Return the sums of all lanes on their training examples."""
         sums: Sums = self._programs.fit(states.parameters, states.statistics, numbers, self._splits["train"])
         return sums
@@ -177,7 +178,7 @@ class StreamedFeed:
         self.waited = waited
         """Upper bound on the seconds for which the devices were idle while examples were read."""
 
-    def train(self, states: State, numbers: Any) -> tuple[State, Sums]:
+    def train(self, states: State, numbers: PyTree) -> tuple[State, Sums]:
         """Train all lanes for one epoch. Return while the last chunks may still run."""
         total: Sums | None = None
         going: deque[Sums] = deque()
@@ -209,7 +210,7 @@ class StreamedFeed:
         """Return the validation sums of all lanes, on the devices; None if there are no validation examples."""
         return None if self._programs.validate is None else self._sums(states, self._data_set.validation)
 
-    def fit(self, states: State, numbers: Any) -> Sums:
+    def fit(self, states: State, numbers: PyTree) -> Sums:
         """Return the sums of all lanes on their training examples."""
         return self._sums(states, self._data_set.train)
 
@@ -256,7 +257,7 @@ class StreamedFeed:
         return Examples(*spread.shared(sharding.replicated((x, y, *known), spread.devices)))
 
 
-def keep_going(going: deque[Any], sums: Any) -> None:
+def keep_going(going: deque[Sums], sums: Sums) -> None:
     """Add the `sums` of a new chunk to `going`, then block until at most `AHEAD` chunks still run."""
     going.append(sums)
     if len(going) > AHEAD:

@@ -107,7 +107,9 @@ class TrainingLoop:
 
     def snapshot(self) -> Snapshot | None:
         """Return a copy of the states; None if the arm keeps no checkpoints."""
-        taken: Snapshot | None = self._programs.snapshot and self._programs.snapshot((self.states, self._keys))
+        if self._programs.snapshot is None:
+            return None
+        taken: Snapshot = self._programs.snapshot((self.states, self._keys))
         return taken
 
     def _begin(self, number: int) -> Begun:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from cnnlib.config.schema import LaneNumbers, Optim
 
@@ -82,7 +83,7 @@ def drop_small_weights(smallest: jax.typing.ArrayLike) -> optax.GradientTransfor
     return _of_kernels(update)
 
 
-def sparsity(parameters: Any) -> float:
+def sparsity(parameters: PyTree) -> float:
     """Compute on the host which share (0 to 1) of a model's kernel weights is exactly zero.
 
     In a local layer, some weights only see padding. These weights are counted too. Only an L1 term makes them zero.
@@ -94,7 +95,7 @@ def sparsity(parameters: Any) -> float:
 def _of_kernels(change: Callable[[jax.Array, jax.Array], jax.Array]) -> optax.GradientTransformation:
     """Return a stateless transformation that applies `change(update, weights)` to kernels only."""
 
-    def update(updates: Any, parameters: Any) -> Any:
+    def update(updates: PyTree, parameters: PyTree) -> PyTree:
         return jax.tree.map_with_path(
             lambda path, value, weights: change(value, weights) if _is_kernel(path) else value, updates, parameters
         )

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Compiled
+from jaxtyping import PyTree
 
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import LaneNumbers
@@ -115,18 +117,18 @@ def size_text(count: int) -> str:
 class Programs(NamedTuple):
     """The compiled programs of an arm; each call runs all lanes."""
 
-    initialize: Any
+    initialize: Compiled
     """Makes the initial states and the random keys."""
-    epoch: Any
-    predict: Any
+    epoch: Compiled
+    predict: Compiled
     """Predicts the test examples."""
-    fit: Any
+    fit: Compiled
     """Evaluates each lane on its own training examples."""
-    validate: Any
+    validate: Compiled | None
     """Evaluates on validation examples; None if there are none."""
-    distance: Any
+    distance: Compiled | None
     """Measures the distance from a convolution; None if no layer is a convolution made local or full."""
-    snapshot: Any
+    snapshot: Compiled | None
     """Copies states and keys for a checkpoint; None if the arm keeps no checkpoints."""
     spread: Spread
     """How lanes are spread over devices."""
@@ -137,9 +139,10 @@ class Programs(NamedTuple):
     compile_seconds: float
 
 
-def memory_of(compiled: Any) -> int:
+def memory_of(compiled: Compiled) -> int:
     """Return the bytes that a compiled program takes while it runs: arguments, results and temporary buffers."""
     sizes = compiled.memory_analysis()
+    assert sizes is not None, "XLA counts the memory of programs on CPU, GPU and TPU"
     return int(
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
     )
@@ -182,7 +185,7 @@ def compile_programs(
             compiled["fit"],
             compiled.get("validation"),
             compiled.get("distance"),
-            snapshot and snapshot.result(),
+            None if snapshot is None else snapshot.result(),
             compiler.spread,
             at_a_time,
             need,
@@ -190,7 +193,7 @@ def compile_programs(
         )
 
 
-def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dict[str, Any], int, int]:
+def _fitting(compiler: _Compiler, before: int | None, hosts: Hosts) -> tuple[dict[str, Compiled], int, int]:
     """Reduce the lanes at a time until the programs fit. Return the programs, the lanes at a time, and the bytes."""
     arm, spread, chunks = compiler.arm, compiler.spread, compiler.chunk_bytes
     wanted, most = arm.experiment.lanes.at_a_time, spread.lanes_a_device
@@ -230,14 +233,14 @@ class _Compiler:
         self.chunk_bytes = 3 * size_of(self._splits["train"]) if feed.is_streamed else 0
         """Bytes of the three chunks that a stream has in memory. Devices with one memory share these chunks."""
 
-    def _compile(self, program: Any, *arguments: Any, options: Any = None) -> Future[Any]:
+    def _compile(self, program: Any, *arguments: Any, options: Any = None) -> Future[Compiled]:
         return self._pool.submit(program.lower(*arguments).compile, options)
 
     def _mapped(self, function: Any, at_a_time: int, lanes: int = 2, shared: int = 1, **options: Any) -> Any:
         """Map a function: its first `lanes` arguments have a lane axis; all lanes share the next `shared`."""
         return self.spread.compiled_for(step.over_lanes(function, at_a_time, lanes), lanes, shared, **options)
 
-    def initialize(self) -> Future[Any]:
+    def initialize(self) -> Future[Compiled]:
         """Compile the program that makes the initial states and the keys.
 
         The program runs only once, so it is neither vectorised nor much optimised. This makes compilation far
@@ -248,13 +251,13 @@ class _Compiler:
         on_cpu = self.spread.own_device.platform == "cpu"
         return self._compile(initialize, self._numbers, options=LITTLE_OPTIMISED if on_cpu else None)
 
-    def snapshot(self) -> Future[Any] | None:
+    def snapshot(self) -> Future[Compiled] | None:
         """Compile the program that copies the states for a checkpoint; None if the arm keeps no checkpoints."""
         if not self.arm.experiment.checkpoint.every:
             return None
         return self._compile(self.spread.compiled_for(checkpoint.snapshot), (self._states, self._keys))
 
-    def for_lanes(self, at_a_time: int) -> dict[str, Any]:
+    def for_lanes(self, at_a_time: int) -> dict[str, Compiled]:
         """Compile the programs that train and evaluate `at_a_time` lanes together per device; return them by name."""
         recipe, splits, batch = self._recipe, self._splits, evaluation_batch(self.arm)
         states, numbers, model = self._states, self._numbers, (self._states.parameters, self._states.statistics)
@@ -281,7 +284,7 @@ class _Compiler:
             compiling["distance"] = self._compile(distance, states.parameters)
         return {name: program.result() for name, program in compiling.items()}
 
-    def need(self, compiled: dict[str, Any]) -> int:
+    def need(self, compiled: dict[str, Compiled]) -> int:
         """Return the bytes that the largest program takes per device, without the examples.
 
         The examples are on the device already, so they are not part of the free memory either. If the arm keeps
@@ -332,13 +335,13 @@ def evaluation_batch(arm: TrainedArm) -> int:
     return max(1, min(500, fitting, most))
 
 
-def shapes(tree: Any) -> Any:
+def shapes(tree: PyTree) -> PyTree:
     """Return the shapes and dtypes of a tree of arrays."""
     shape: Any = jax.ShapeDtypeStruct
     return jax.tree.map(lambda array: shape(array.shape, array.dtype), tree)
 
 
-def size_of(tree: Any) -> int:
+def size_of(tree: PyTree) -> int:
     """Return the total bytes of a tree of arrays or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

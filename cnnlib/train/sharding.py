@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import PyTree
 
 from cnnlib.errors import UserError
 from cnnlib.system.machine import cores_here
@@ -143,14 +144,14 @@ class Spread(NamedTuple):
         shardings = tuple(NamedSharding(self._mesh, spec) for spec in specs)
         return jax.jit(mapped, in_shardings=shardings, **options)
 
-    def filled(self, tree: Any) -> Any:
+    def filled(self, tree: PyTree) -> PyTree:
         """Append padding lanes to host arrays with a leading lane axis, so that all devices have equally many lanes."""
         copies = self.lanes_a_device * self.groups - self.lanes
         if not copies:
             return tree
         return jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], copies, axis=0)]), tree)
 
-    def put(self, tree: Any) -> Any:
+    def put(self, tree: PyTree) -> PyTree:
         """Put host arrays with a leading lane axis on the devices."""
         if self.hosts.count == 1:
             return jax.device_put(self.filled(tree), self.by_lane)
@@ -159,12 +160,12 @@ class Spread(NamedTuple):
             self.filled(tree),
         )
 
-    def fetched(self, tree: Any) -> Any:
+    def fetched(self, tree: PyTree) -> PyTree:
         """Fetch arrays with a leading lane axis to every host, without padding lanes."""
         arrays = jax.device_get(tree) if self.hosts.count == 1 else process_allgather(tree, tiled=True)
         return jax.tree.map(lambda rows: rows[: self.lanes], arrays)
 
-    def own(self, tree: Any) -> list[Any]:
+    def own(self, tree: PyTree) -> list[PyTree]:
         """Return one tree per lane of this host, without padding. A lane belongs to the host of its first device."""
         of_hosts = [device.process_index for device in self.devices[:: self.shards]]
         if self.hosts.process not in of_hosts:
@@ -179,11 +180,11 @@ class Spread(NamedTuple):
         own = [np.asarray(by_device[device]) for device in self.devices[:: self.shards] if device in by_device]
         return np.concatenate(own)
 
-    def shared(self, tree: Any) -> Any:
+    def shared(self, tree: PyTree) -> PyTree:
         """Restrict replicated arrays to the devices of this spread. `replicated` may have put them on more devices."""
         sharding = NamedSharding(self._mesh, PartitionSpec())
 
-        def on_these(array: jax.Array) -> Any:
+        def on_these(array: jax.Array) -> PyTree:
             by_device = {shard.device: shard.data for shard in array.addressable_shards}
             parts = [by_device[device] for device in self.devices if device in by_device]
             if len(self.devices) == 1:
@@ -237,7 +238,7 @@ def spread(
     return Spread(lanes, used, shards, hosts)
 
 
-def replicated(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def replicated(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Put a full copy of host arrays on each device of this host. CPU devices share one copy."""
     own = [device for device in devices if device.process_index == jax.process_index()]
     if len(devices) == 1:

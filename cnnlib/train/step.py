@@ -10,13 +10,13 @@ normalises examples, so only a few sums leave the device between two epochs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int, Integer
+from jaxtyping import Array, Bool, Int, Integer, PyTree
 
 from cnnlib.config.schema import LaneNumbers
 from cnnlib.nn.equivalence import expand
@@ -122,7 +122,7 @@ def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Exa
         batches = order.reshape(-1, recipe.batch_size)
         step = one_step(recipe, numbers, examples, total_steps)
 
-        def next_step(number: Int[Array, ""], so_far: Any) -> Any:
+        def next_step(number: Int[Array, ""], so_far: PyTree) -> PyTree:
             model, loss, correct = so_far
             model, (value, corrects) = step(model, (batches[number], place.first_step + number))
             return model, loss + value, correct + corrects
@@ -136,7 +136,7 @@ def chunk(recipe: Recipe, total_steps: int) -> Callable[[State, LaneNumbers, Exa
     return train
 
 
-def after(state: State, model: tuple[Any, ...], sums: Sums, epochs: int | Int[Array, ""]) -> State:
+def after(state: State, model: tuple[PyTree, ...], sums: Sums, epochs: int | Int[Array, ""]) -> State:
     """Return the trained state if all its numbers are finite. If not, return the old state, and mark it as diverged."""
     parameters, statistics, optimizer_state = model
     # The last loss was computed before the last update, so check the updated parameters as well.
@@ -149,7 +149,7 @@ def after(state: State, model: tuple[Any, ...], sums: Sums, epochs: int | Int[Ar
 
 def one_step(
     recipe: Recipe, numbers: LaneNumbers, examples: Examples, total_steps: int
-) -> Callable[[Any, tuple[Array, Array]], tuple[Any, tuple[Array, Array]]]:
+) -> Callable[[PyTree, tuple[Array, Array]], tuple[PyTree, tuple[Array, Array]]]:
     """Return a function that trains a model on one batch: `step(model, (index, number)) -> (model, (loss, correct))`.
 
     `model` is (parameters, statistics, optimiser state). `index` selects the examples. `number` counts steps from the
@@ -168,14 +168,14 @@ def one_step(
         losses = optax.softmax_cross_entropy(output, targets)
         return losses.sum() / recipe.batch_size, ((output.argmax(-1) == y).sum(), statistics)
 
-    def step(model: Any, batch: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
+    def step(model: PyTree, batch: tuple[Array, Array]) -> tuple[PyTree, tuple[Array, Array]]:
         parameters, statistics, optimizer_state = model
         index, number = batch
         key = jax.random.fold_in(key_augment, number)
         # Draw for the whole batch, so that the draws do not depend on shards or pieces.
         draws = drawn(key, recipe.batch_size, examples.x.shape[1:-1], recipe.augment)
 
-        def piece(index: Array, draws: Draws) -> tuple[Any, Statistics]:
+        def piece(index: Array, draws: Draws) -> tuple[PyTree, Statistics]:
             """Return the sums over a piece of the batch, and the new statistics."""
             images = taken(examples.x, index, images_last)
             x = normalize(changed(images, draws, recipe.augment), examples.mean, examples.deviation)
@@ -207,7 +207,7 @@ def one_step(
     return step
 
 
-def first_of(tree: Any) -> Any:
+def first_of(tree: PyTree) -> PyTree:
     """Return the first row of every array in a tree."""
     return jax.tree.map(lambda rows: rows[0], tree)
 
@@ -220,22 +220,22 @@ def own_examples(recipe: Recipe, numbers: LaneNumbers, examples: Examples) -> In
     return jnp.sort(jax.random.permutation(keys_of(numbers).subset, count)[: recipe.examples])
 
 
-def all_finite(tree: Any) -> Bool[Array, ""]:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Return whether every number of every leaf is finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def over_lanes(function: Callable[..., Any], at_a_time: int, lane_arguments: int = 1) -> Callable[..., Any]:
+def over_lanes(function: Callable[..., PyTree], at_a_time: int, lane_arguments: int = 1) -> Callable[..., PyTree]:
     """Map a function of one model over lanes.
 
     A group of `at_a_time` lanes is vectorised, and the groups run one after another. The first `lane_arguments`
     arguments have a leading lane axis. All lanes share the other arguments.
     """
 
-    def mapped(*arguments: Any) -> Any:
+    def mapped(*arguments: PyTree) -> PyTree:
         lanes, shared = arguments[:lane_arguments], arguments[lane_arguments:]
 
-        def one(lane: tuple[Any, ...]) -> Any:
+        def one(lane: tuple[PyTree, ...]) -> PyTree:
             return function(*lane, *shared)
 
         if at_a_time == 1:  # no vmap over one lane: it would turn matrix products into batches of one
