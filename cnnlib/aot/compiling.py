@@ -96,7 +96,7 @@ def schedules_folder() -> Path:
 
 
 @functools.cache
-def devices(target: Target) -> tuple[Any, ...]:
+def devices(target: Target) -> tuple[jax.Device, ...]:
     """Return the devices of a target to compile for. This machine need not have them.
 
     Raises UserError if the target's compiler is not installed or does not support the target.
@@ -110,7 +110,7 @@ def devices(target: Target) -> tuple[Any, ...]:
         raise UserError(f"{target}: the compiler does not serve: {reason}") from error
 
 
-def _tpus(target: Target) -> tuple[Any, ...]:
+def _tpus(target: Target) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"{target} needs libtpu, cnnlib's extra `aot`: pip install -e '.[aot]'")
     set_environment()
@@ -122,7 +122,7 @@ def _tpus(target: Target) -> tuple[Any, ...]:
     return tuple(found.devices)
 
 
-def _gpus(target: Target) -> tuple[Any, ...]:
+def _gpus(target: Target) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise UserError(f"{target} needs the CUDA plugin, cnnlib's extra `cuda12`: pip install -e '.[cuda12]'")
     description = GPU_DESCRIPTION.read_text()

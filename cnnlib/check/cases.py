@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from cnnlib import ops
 from cnnlib.check.case import LANES, Case, Expected
@@ -328,7 +329,7 @@ def updated(name: Literal["sgd", "adam", "adamw"], size: int) -> Case:
         numbers = LaneNumbers(0, 0, RATE, MOMENTUM, DECAY, 0.0, 0.0, 0.0)
         rule = optimizer(Optim(name), numbers, total_steps=STEPS)
 
-        def step(_: int, model: Any) -> Any:
+        def step(_: int, model: PyTree) -> PyTree:
             update, state = rule.update(slope, model[1], model[0])
             return optax.apply_updates(model[0], update), state
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from cnnlib.check.case import LANES, Case, Expected, Lowering, Precision
 from cnnlib.check.cases import normal, quick_cases
@@ -103,7 +104,7 @@ def prepared(case: Case, dtype: str) -> Prepared:
 def run(chosen: Sequence[Prepared], form: str, precision: Precision) -> list[Found]:
     """Compile cases into one program, run it, and compare the results."""
 
-    def program(arguments: Sequence[tuple[Any, ...]], cotangents: Sequence[Any]) -> list[Any]:
+    def program(arguments: Sequence[tuple[PyTree, ...]], cotangents: Sequence[PyTree]) -> list[PyTree]:
         return [
             FORMS[form](forward(one.case) if form == "forward" else with_gradients(one.case))(*own, cotangent)
             for one, own, cotangent in zip(chosen, arguments, cotangents, strict=True)

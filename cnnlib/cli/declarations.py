@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cnnlib.config.fields import to_dict
 from cnnlib.config.overrides import assignments, override
 from cnnlib.config.schema import EXPERIMENTS, Arm, Experiment, Growth
 from cnnlib.errors import UserError
@@ -168,22 +169,21 @@ def command_count(options: argparse.Namespace) -> int:
         raise UserError(f"count {what} needs the shape of an example: --input HxWxC, such as --input 28x28x1")
     chosen = {"connectivity": options.connectivity, "match": options.match}
     arms = tuple(replace(arm, **{name: value for name, value in chosen.items() if value}) for arm in arms)
-    summaries = []
+    told: list[dict[str, object]] = []
     for resolved in resolve_arms(arms, inputs):
         name = {"name": resolved.name} if is_experiment else {}
         match = {"match": resolved.match.plain()} if resolved.match else {}
-        summaries.append(
-            {**name, **match, **summary(resolved.model, resolved.input_shape, options.batch_size, options.dtype)}
-        )
+        counted = summary(resolved.model, resolved.input_shape, options.batch_size, options.dtype)
+        told.append({**name, **match, **to_dict(counted)})
         if not options.json:
             console = Console(highlight=False)
             console.print(f"{resolved.name} on {shape_text(resolved.input_shape)}: {resolved.model}", markup=False)
             if resolved.match:
                 console.print(f"matched: {resolved.match}", markup=False)
-            print_summary(summaries[-1], console)
+            print_summary(counted, console)
             console.print()
     if options.json:
-        print(json.dumps({"experiment": what, "arms": summaries} if is_experiment else summaries[0], indent=2))
+        print(json.dumps({"experiment": what, "arms": told} if is_experiment else told[0], indent=2))
     return 0
 
 

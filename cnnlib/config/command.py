@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from collections.abc import Mapping
 
 from cnnlib.config.fields import from_dict
 from cnnlib.config.overrides import assignments, override
@@ -28,7 +28,7 @@ def command_for(name: str, experiment: Experiment | Growth) -> str | None:
     return None
 
 
-def command_to_repeat(name: str, config: dict[str, Any]) -> str | None:
+def command_to_repeat(name: str, config: Mapping[str, object]) -> str | None:
     """Return the command that repeats a run of the experiment `name`. `config` is the `config` of its `results.json`.
 
     Settings that do not affect results, such as checkpoints and W&B, come from the registered experiment. Return None

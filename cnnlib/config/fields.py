@@ -24,7 +24,7 @@ def types_of_fields(declared: type) -> dict[str, Any]:
     return typing.get_type_hints(declared)
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Return a value in the notation of overrides, such as `0..9`, `0.1,0.3`, `true` or `none`."""
     if isinstance(value, tuple):
         is_span = len(value) > 2 and all(isinstance(v, int) for v in value)
@@ -98,15 +98,15 @@ def to_dict(node: Any) -> Any:
     return [to_dict(item) for item in node] if isinstance(node, tuple) else node
 
 
-def flat(config: Any, path: str = "") -> dict[str, Any]:
+def flat(config: object, path: str = "") -> dict[str, object]:
     """Flatten a JSON configuration to `{path: value}`. The paths of an arm NAME look like `arms.NAME.model`."""
     if isinstance(config, dict):
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for key, value in config.items():
             found |= flat(value, f"{path}.{key}" if path else key)
         return found
     if path == "arms" and isinstance(config, list) and all(isinstance(arm, dict) and "name" in arm for arm in config):
-        named: dict[str, Any] = {"arms": [arm["name"] for arm in config]}
+        named: dict[str, object] = {"arms": [arm["name"] for arm in config]}
         for arm in config:
             named |= flat({key: value for key, value in arm.items() if key != "name"}, f"arms.{arm['name']}")
         return named
@@ -117,7 +117,7 @@ def from_dict(values: Any, hint: Any, path: str = "config") -> Any:
     """Undo `to_dict`. Raise UserError for an unknown field, a wrong type, or a missing field without a default."""
     if hint in (int, float, bool, str):
         return _scalar_of(values, hint, path)
-    if hint is Any:
+    if hint in (Any, object):
         return values
     if hint is Model:
         require(isinstance(values, str), f"{path}: expected a model in short notation, not {values!r}")
@@ -170,7 +170,7 @@ def _scalar_of(values: Any, hint: Any, path: str) -> Any:
     return hint(values)
 
 
-def _shown(values: Any) -> str:
+def _shown(values: object) -> str:
     return repr(values)[:60]
 
 

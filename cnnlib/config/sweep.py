@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from cnnlib.config.schema import Arm
 
-Point = dict[str, Any]
+Point = dict[str, object]
 """One value per factor: `{factor name: value}`."""
 
 
-def product(**factors: Iterable[Any]) -> list[Point]:
+def product(**factors: Iterable[object]) -> list[Point]:
     """Return all combinations of the factors' values; the last factor varies fastest."""
     return [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
 
 
-def zipped(**factors: Iterable[Any]) -> list[Point]:
+def zipped(**factors: Iterable[object]) -> list[Point]:
     """Combine the first values of all factors into a point, then the second values, and so on.
 
     Raise ValueError if the factors have different numbers of values.

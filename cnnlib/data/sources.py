@@ -38,7 +38,7 @@ class Source(Protocol):
         """Shape of one example."""
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         """Type of the values of an example: uint8 or float32."""
 
     @property
@@ -71,7 +71,7 @@ class Arrays:
         return tuple(self.x.shape[1:])
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         """Type of the values of an example."""
         return self.x.dtype
 
@@ -103,7 +103,7 @@ class Derived:
         return self.source.input_shape
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         """Type of the values of an example."""
         return self.source.dtype
 
@@ -190,7 +190,7 @@ class Origin:
     read: Callable[[], tuple[Split, Split]]
     """Reads all training examples and all test examples."""
     class_names: tuple[str, ...] = ()
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
+    dtype: np.dtype[np.generic] = field(default_factory=lambda: np.dtype(np.uint8))
     opened: Callable[[], tuple[Source, Source]] | None = None
     """Opens the training and test examples for reading by position. None: they can only be read as a whole."""
 
@@ -260,7 +260,7 @@ class SizedLines:
         return (self.side, self.side, 1)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         """Type of a pixel."""
         return np.dtype(np.uint8)
 

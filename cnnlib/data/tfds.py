@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from cnnlib.data.sources import Origin, Split
 from cnnlib.errors import UserError
 from cnnlib.spec.window import Shape
 from cnnlib.system.cache import cache_folder, keep_array, kept_array
+
+if TYPE_CHECKING:  # the import takes seconds
+    from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
+    from tensorflow_datasets.core.splits import SplitDict
 
 PREPARED_WITH_TENSORFLOW = (
     "tensorflow_datasets.image_classification.mnist",
@@ -143,7 +147,7 @@ class Records:
     is_in_memory = False
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, builder: Any, name: str, split: str, image_key: str, label_key: str) -> None:
+    def __init__(self, builder: DatasetBuilder, name: str, split: str, image_key: str, label_key: str) -> None:
         self._name, self._split, self._keys = name, split, (image_key, label_key)
         self._folder = str(builder.data_path)
         self._labels_path = _cached_folder(builder) / f"{split}-y.npy"
@@ -195,7 +199,7 @@ Reader = Callable[[np.ndarray], Iterator[list[Any]]]
 """Yields the requested features of the examples at given positions. An image is returned as the bytes of its file."""
 
 
-def _reader(builder: Any, split: str, *keys: str) -> Reader:
+def _reader(builder: DatasetBuilder, split: str, *keys: str) -> Reader:
     """Open a split. The returned function reads only the features in `keys`."""
     tfds = import_tfds()
     with quiet():
@@ -225,7 +229,7 @@ def pixels(encoded: bytes) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
-def _counts(name: str, splits: Any) -> dict[str, int]:
+def _counts(name: str, splits: SplitDict) -> dict[str, int]:
     if not {"train", "test"} <= splits.keys():
         raise UserError(f"{name} has the splits {', '.join(splits)}; cnnlib needs train and test")
     return {split: splits[split].num_examples for split in ("train", "test")}
@@ -244,7 +248,7 @@ def _needs_tensorflow(name: str, error: object) -> str:
     return f"preparing {name} needs TensorFlow, cnnlib's extra `prepare`: pip install -e '.[prepare]' ({reason})"
 
 
-def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
+def _image_classification(name: str, info: DatasetInfo) -> tuple[str, str, Shape, Any]:
     """Return the image key, label key, image shape and label feature. Raise UserError if the set is unsuitable."""
     tfds = import_tfds()
     keys = info.supervised_keys
@@ -259,7 +263,7 @@ def _image_classification(name: str, info: Any) -> tuple[str, str, Shape, Any]:
     raise UserError(f"{name} is no image classification set: it has no pair of an image and a class label")
 
 
-def _prepare(name: str, builder: Any) -> None:
+def _prepare(name: str, builder: DatasetBuilder) -> None:
     """Download and prepare a data set. TFDS shows its own progress."""
     if type(builder).__module__ in PREPARED_WITH_TENSORFLOW and importlib.util.find_spec("tensorflow") is None:
         raise UserError(_needs_tensorflow(name, f"it is not yet in {builder.data_path.parent.parent}"))
@@ -272,7 +276,7 @@ def _prepare(name: str, builder: Any) -> None:
         raise UserError(f"tensorflow-datasets could not prepare {name}: {_first_line(error)}") from error
 
 
-def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
+def _decoded(builder: DatasetBuilder, split: str, image_key: str, label_key: str) -> Split:
     """Return a split as arrays. It is decoded once and then cached. The cache key includes `dataset_info.json`."""
     count = builder.info.splits[split].num_examples
     shape = (count, *builder.info.features[image_key].shape)
@@ -290,7 +294,7 @@ def _decoded(builder: Any, split: str, image_key: str, label_key: str) -> Split:
     return Split(x, y)
 
 
-def _cached_folder(builder: Any) -> Path:
+def _cached_folder(builder: DatasetBuilder) -> Path:
     """Return the cache folder of a set's decoded examples."""
     identity = f"{builder.data_path}\n{(Path(builder.data_path) / 'dataset_info.json').read_text()}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from cnnlib.report.style import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 
@@ -78,7 +79,7 @@ def draw_overlap(count: int = 45) -> FuncAnimation:
     figure.draw_without_rendering()  # computes the layout once, not for each frame
     figure.set_layout_engine("none")
 
-    def update(frame: int) -> tuple[Any, ...]:
+    def update(frame: int) -> tuple[Artist, ...]:
         t = places[frame]
         sliding.set_data(s, SLIDING(t - s))
         shade.set_data(s, np.zeros_like(s), STANDING(s) * SLIDING(t - s))

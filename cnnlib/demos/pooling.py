@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cnnlib.report.style import STYLE
 from cnnlib.stats.intervals import mean_interval
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -133,7 +134,7 @@ def draw_shifts() -> Figure:
     distances = np.arange(1, MOST_SHIFT + 1)
     figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.4), sharey=True, layout="constrained")
 
-    def draw(on: Any, changes: np.ndarray, label: str, **line: Any) -> None:
+    def draw(on: Sequence[Axes], changes: np.ndarray, label: str, **line: Any) -> None:
         intervals = [mean_interval(each) for each in changes.T]
         mean, low, high = (np.array([0.0, *(each[end] for each in intervals)]) for end in range(3))
         for panel in on:

@@ -13,6 +13,8 @@ from cnnlib.report.style import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -139,7 +141,7 @@ def draw_steps() -> FuncAnimation:
     kernel.show(KERNEL)
     told = figure.text(0.5, 0.05, "", ha="center", fontsize=12)
 
-    def update(frame: int) -> tuple[Any, ...]:
+    def update(frame: int) -> tuple[Artist, ...]:
         index, phase = divmod(min(frame, len(taken) * PHASES - 1), PHASES)
         step = taken[index]
         image.outline(step.corner, KERNEL.shape)
@@ -246,7 +248,7 @@ def draw_pooling() -> FuncAnimation:
         pair[1].set_title("largest of each", fontsize=10)
         parts.append((size, blocks, result, image, pooled, rings, pair[0].set_xlabel("", fontsize=10)))
 
-    def update(frame: int) -> tuple[Any, ...]:
+    def update(frame: int) -> tuple[Artist, ...]:
         for size, blocks, result, image, pooled, rings, told in parts:
             index = min(frame, len(blocks) - 1)
             block = blocks[index]
@@ -264,7 +266,7 @@ def draw_pooling() -> FuncAnimation:
 class Cells:
     """A grid of numbers on a panel. The colour of a cell shows its number."""
 
-    def __init__(self, panel: Any, shape: tuple[int, ...], colors: Any, lowest: float, highest: float) -> None:
+    def __init__(self, panel: Axes, shape: tuple[int, ...], colors: Any, lowest: float, highest: float) -> None:
         self.panel = panel
         self.image = panel.imshow(np.full(shape, np.nan), cmap=colors, vmin=lowest, vmax=highest)
         self.texts = [

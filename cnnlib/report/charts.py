@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from cnnlib.report.style import STYLE
 from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.results import RunResults
 from cnnlib.spec.counts import count
-from cnnlib.spec.layers import READINGS, Conv
+from cnnlib.spec.layers import READINGS, Connectivity, Conv
 from cnnlib.spec.model import Model
 from cnnlib.stats.intervals import mean_interval
 
@@ -50,29 +50,50 @@ def library() -> str:
     return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # the stub of this function lacks the default
 
 
-def accuracy_chart(results: RunResults, cost: str) -> dict[str, Any]:
+class CostPoint(TypedDict):
+    """The mean accuracy of a setting in percent, with the ends of its interval, against a cost."""
+
+    arm: str
+    connectivity: Connectivity
+    cost: float
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    raised: float
+    """By how many pixels the name is raised."""
+
+
+def accuracy_chart(results: RunResults, cost: str) -> dict[str, object]:
     """Plot test accuracy (%) against `cost`, a key of `COSTS` (log axis). Lanes are points; means have intervals."""
     import altair
 
-    lanes: list[dict[str, Any]] = []
-    means: list[dict[str, Any]] = []
+    lanes: list[dict[str, object]] = []
+    means: list[CostPoint] = []
     for arm, setting in settings(results):
-        common = {
-            "arm": arm.name + setting_text(arm, setting),
-            "connectivity": arm.connectivity,
-            "cost": float(getattr(arm, cost)),
-        }
+        name, kind, spent = arm.name + setting_text(arm, setting), arm.connectivity, float(getattr(arm, cost))
+        common = {"arm": name, "connectivity": kind, "cost": spent}
         lanes += [
             {**common, "seed": lane.seed, "accuracy": 100 * lane.test_accuracy, "place": place % PLACES}
             for place, lane in enumerate(arm.lanes_of(setting))
             if lane.status == "ok" and lane.test_accuracy is not None
         ]
         if setting.test_accuracy.mean is not None:
-            numbers = dict(zip(("accuracy", "low", "high"), setting.test_accuracy.percent(), strict=True))
-            means.append({**common, "n": setting.test_accuracy.n, **numbers})
-    for mean, rise in zip(means, raised(labels_of(means)), strict=True):
-        mean["raised"] = rise
-    kinds = [kind for kind in STYLE if any(mean["connectivity"] == kind for mean in means)]
+            mean, low, high = setting.test_accuracy.percent()
+            numbers = CostPoint(
+                arm=name,
+                connectivity=kind,
+                cost=spent,
+                n=setting.test_accuracy.n,
+                accuracy=mean,
+                low=low,
+                high=high,
+                raised=0.0,
+            )
+            means.append(numbers)
+    for point, rise in zip(means, raised(labels_of(means)), strict=True):
+        point["raised"] = rise
+    kinds = [kind for kind in STYLE if any(point["connectivity"] == kind for point in means)]
     color = altair.Color(
         "connectivity:N", scale=altair.Scale(domain=kinds, range=[STYLE[kind][0] for kind in kinds]), title=None
     )
@@ -104,7 +125,7 @@ def accuracy_chart(results: RunResults, cost: str) -> dict[str, Any]:
     return dict(chart.to_dict())
 
 
-def labels_of(means: Sequence[Mapping[str, Any]], side: int = 250) -> list[Label]:
+def labels_of(means: Sequence[CostPoint], side: int = 250) -> list[Label]:
     """Return the box of each mean's name, in pixels. `side` is about the width and the height of the plot."""
     x = np.log([mean["cost"] for mean in means])
     y = np.array([mean["accuracy"] for mean in means])
@@ -115,11 +136,32 @@ def labels_of(means: Sequence[Mapping[str, Any]], side: int = 250) -> list[Label
     ]
 
 
+class LanePoint(TypedDict):
+    """A point of the curve of a lane."""
+
+    arm: str
+    epoch: int
+    lane: int
+    seed: int
+    value: float
+
+
+class MeanPoint(TypedDict):
+    """A point of the mean curve of an arm, with the ends of its interval."""
+
+    arm: str
+    epoch: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+
 class Curves(NamedTuple):
     """Points of learning curves in percent, with the names of their arms: curves of lanes, and means over lanes."""
 
-    lanes: list[dict[str, Any]]
-    means: list[dict[str, Any]]
+    lanes: list[LanePoint]
+    means: list[MeanPoint]
 
 
 def curve_points(lines: Sequence[MetricsLine], arms: Sequence[str], metric: str, most_epochs: int) -> Curves:
@@ -138,9 +180,8 @@ def curve_points(lines: Sequence[MetricsLine], arms: Sequence[str], metric: str,
         for epoch in (epochs[index] for index in chosen):
             at = values[arm, epoch]
             mean, low, high, n = mean_interval([value for _, value in at])
-            band = {"value": mean, "low": mean if low is None else low, "high": mean if high is None else high}
-            numbers = {name: round(float(value or 0.0), 3) for name, value in band.items()}
-            found.means.append({"arm": arm, "epoch": epoch, "n": n, **numbers})
+            value, low, high = (round(mean or 0.0 if end is None else end, 3) for end in (mean, low, high))
+            found.means.append({"arm": arm, "epoch": epoch, "n": n, "value": value, "low": low, "high": high})
             found.lanes.extend(
                 {"arm": arm, "epoch": epoch, "lane": line.lane, "seed": line.seed, "value": round(value, 3)}
                 for line, value in at
@@ -148,7 +189,7 @@ def curve_points(lines: Sequence[MetricsLine], arms: Sequence[str], metric: str,
     return found
 
 
-def curves_chart(found: Curves, words: str) -> dict[str, Any]:
+def curves_chart(found: Curves, words: str) -> dict[str, object]:
     """Plot a metric against the epoch. Each arm has a line and a band, and each lane in `found` has a faint line."""
     import altair
 
@@ -183,9 +224,21 @@ def curves_chart(found: Curves, words: str) -> dict[str, Any]:
     return dict(chart.to_dict())
 
 
+class GrowthPoint(TypedDict):
+    """The counts of one zero-padded layer."""
+
+    side: int
+    window: int
+    channels: int
+    features: int
+    connectivity: Connectivity
+    connections: int
+    parameters: int
+
+
 def growth_points(
     sides: Sequence[int], windows: Sequence[int], channels: Sequence[int], features: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[GrowthPoint]:
     """Return exact counts of one zero-padded layer, with one entry per combination of sizes and connectivity.
 
     Raises UserError if a window does not fit the smallest side.
@@ -209,13 +262,13 @@ def growth_points(
     ]
 
 
-def growth_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def growth_chart(points: Sequence[GrowthPoint]) -> dict[str, object]:
     """Plot the counts of `growth_points` against the image side. Menus select window, channels and features."""
     import altair
 
     menus, chosen = [], []
     for field, title in (("window", "side of the window"), ("channels", "channels in"), ("features", "features out")):
-        options = sorted({point[field] for point in points})
+        options = sorted({point[field] for point in points})  # type: ignore[literal-required]
         menu = altair.binding_select(options=options, name=f"{title}: ")
         menus.append(altair.param(name=field, bind=menu, value=3 if 3 in options else options[0]))
         chosen.append(f"datum.{field} == {field}")

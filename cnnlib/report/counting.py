@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from cnnlib.spec.counts import Count, Fields, LayerCount, layers
-from cnnlib.spec.layers import Residual
+from cnnlib.spec.layers import Connectivity, Residual
 from cnnlib.spec.model import Model
 from cnnlib.spec.window import Shape, shape_text
 from cnnlib.system.tables import print_table
@@ -16,53 +16,92 @@ from cnnlib.system.tables import print_table
 COLUMNS = ("layer", "output", "parameters", "connections", "multiply-adds", "field")
 
 
-def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return the counts of a model as JSON: `layers` has one entry per layer, and `total` is the sum over layers.
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The counts of a layer or a model. Counts are per example; bytes are per training step."""
 
-    Counts are per example; bytes are per training step with `batch_size` examples. Raises UserError if a layer does not
-    fit its input.
-    """
+    parameters: int
+    weights: int
+    biases: int
+    norm_parameters: int
+    connections: int
+    connections_without_padding: int
+    macs: int
+    macs_without_padding: int
+    activations: int
+    parameter_bytes: int
+    activation_bytes: int
+    receptive_field: tuple[int, ...] | None
+    """One size per axis; None if positions differ."""
+    effective_stride: tuple[int, ...] | None
+    effective_padding: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCounts(Counts):
+    """The counts of a layer."""
+
+    name: str
+    layer: str
+    output_shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCounts:
+    """The counts of a model: one entry per layer, and the sum over layers."""
+
+    model: str
+    connectivity: Connectivity
+    input_shape: Shape
+    batch_size: int
+    dtype: str
+    layers: tuple[LayerCounts, ...]
+    total: Counts
+
+
+def summary(model: Model, input_shape: Shape, batch_size: int, dtype: str) -> ModelCounts:
+    """Count a model. Raises UserError if a layer does not fit its input."""
     counts = layers(model, input_shape)
     total = sum((layer.count for layer in counts), Count())
-    return {
-        "model": str(model),
-        "connectivity": model.connectivity,
-        "input_shape": list(input_shape),
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "layers": [
-            {
-                "name": name_of(layer),
-                "layer": layer_text(layer),
-                "output_shape": list(layer.output_shape),
-                **numbers(layer.count, layer.fields, batch_size, dtype),
-            }
+    return ModelCounts(
+        model=str(model),
+        connectivity=model.connectivity,
+        input_shape=input_shape,
+        batch_size=batch_size,
+        dtype=dtype,
+        layers=tuple(
+            LayerCounts(
+                name=name_of(layer),
+                layer=layer_text(layer),
+                output_shape=layer.output_shape,
+                **vars(numbers(layer.count, layer.fields, batch_size, dtype)),
+            )
             for layer in counts
-        ],
-        "total": numbers(total, counts[-1].fields, batch_size, dtype),
-    }
+        ),
+        total=numbers(total, counts[-1].fields, batch_size, dtype),
+    )
 
 
-def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> dict[str, Any]:
-    """Return counts and receptive field by name. The field has one size per axis, or is None if positions differ."""
+def numbers(count: Count, fields: Fields, batch_size: int, dtype: str) -> Counts:
+    """Return the counts, and the receptive field of the last layer."""
     known = [field for field in fields if field is not None]
     whole = len(known) == len(fields)
-    return {
-        "parameters": count.parameters,
-        "weights": count.weights,
-        "biases": count.biases,
-        "norm_parameters": count.norm_parameters,
-        "connections": count.connections,
-        "connections_without_padding": count.connections_without_padding,
-        "macs": count.macs,
-        "macs_without_padding": count.macs_without_padding,
-        "activations": count.activations,
-        "parameter_bytes": count.parameter_bytes(dtype),
-        "activation_bytes": count.activation_bytes(batch_size, dtype),
-        "receptive_field": [field.size for field in known] if whole else None,
-        "effective_stride": [field.stride for field in known] if whole else None,
-        "effective_padding": [field.padding for field in known] if whole else None,
-    }
+    return Counts(
+        parameters=count.parameters,
+        weights=count.weights,
+        biases=count.biases,
+        norm_parameters=count.norm_parameters,
+        connections=count.connections,
+        connections_without_padding=count.connections_without_padding,
+        macs=count.macs,
+        macs_without_padding=count.macs_without_padding,
+        activations=count.activations,
+        parameter_bytes=count.parameter_bytes(dtype),
+        activation_bytes=count.activation_bytes(batch_size, dtype),
+        receptive_field=tuple(field.size for field in known) if whole else None,
+        effective_stride=tuple(field.stride for field in known) if whole else None,
+        effective_padding=tuple(field.padding for field in known) if whole else None,
+    )
 
 
 def name_of(layer: LayerCount) -> str:
@@ -75,17 +114,17 @@ def layer_text(layer: LayerCount) -> str:
     return "sum" if isinstance(layer.layer, Residual) else str(layer.layer)
 
 
-def axes_text(sizes: list[int] | None) -> str:
+def axes_text(sizes: tuple[int, ...] | None) -> str:
     """Return sizes as text, such as `5` for equal axes and `5x3` for others. If `sizes` is None, return `varies`."""
     if sizes is None:
         return "varies"
     return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes)) or "-"
 
 
-def field_text(counted: dict[str, Any]) -> str:
+def field_text(counted: Counts) -> str:
     """Return the receptive field, or `all` if every node sees the same part of the input."""
-    stride = counted["effective_stride"]
-    return "all" if stride is not None and not any(stride) else axes_text(counted["receptive_field"])
+    stride = counted.effective_stride
+    return "all" if stride is not None and not any(stride) else axes_text(counted.receptive_field)
 
 
 def bytes_text(count: int) -> str:
@@ -94,39 +133,30 @@ def bytes_text(count: int) -> str:
     return f"{count:,} bytes" if power == 0 else f"{count / 1024**power:,.1f} {' KMGTPE'[power]}iB"
 
 
-def print_summary(summary: dict[str, Any], console: Console) -> None:
+def print_summary(summary: ModelCounts, console: Console) -> None:
     """Print one row per layer and the total. Below the table, print the facts that have no column."""
-    total = summary["total"]
+    total = summary.total
+
+    def counts_of(one: Counts) -> tuple[str, ...]:
+        return (f"{one.parameters:,}", f"{one.connections:,}", f"{one.macs:,}", field_text(one))
+
     rows = [
-        (
-            f"{layer['name']} {layer['layer']}",
-            shape_text(tuple(layer["output_shape"])),
-            *(f"{layer[name]:,}" for name in ("parameters", "connections", "macs")),
-            field_text(layer),
-        )
-        for layer in summary["layers"]
+        (f"{layer.name} {layer.layer}", shape_text(layer.output_shape), *counts_of(layer)) for layer in summary.layers
     ]
-    rows.append(
-        (
-            "total",
-            "",
-            *(f"{total[name]:,}" for name in ("parameters", "connections", "macs")),
-            field_text(total),
-        )
-    )
+    rows.append(("total", "", *counts_of(total)))
     print_table(console, COLUMNS, rows, left=2, padding=1)
-    norms = f"{total['norm_parameters']:,} scales and biases of norms, " if total["norm_parameters"] else ""
+    norms = f"{total.norm_parameters:,} scales and biases of norms, " if total.norm_parameters else ""
     said = [
-        f"{total['weights']:,} weights, {total['biases']:,} biases, {norms}{total['activations']:,} activations",
+        f"{total.weights:,} weights, {total.biases:,} biases, {norms}{total.activations:,} activations",
         f"connections and multiply-adds of one example, taps on padding counted; without them "
-        f"{total['connections_without_padding']:,}",
-        f"parameters {bytes_text(total['parameter_bytes'])} in {summary['dtype']}; a training step of "
-        f"{summary['batch_size']} keeps {bytes_text(total['activation_bytes'])} of activations",
+        f"{total.connections_without_padding:,}",
+        f"parameters {bytes_text(total.parameter_bytes)} in {summary.dtype}; a training step of "
+        f"{summary.batch_size} keeps {bytes_text(total.activation_bytes)} of activations",
     ]
-    if total["receptive_field"] and any(total["effective_stride"]):
+    if total.receptive_field and total.effective_stride and any(total.effective_stride):
         said.append(
-            f"receptive field {axes_text(total['receptive_field'])}, effective stride "
-            f"{axes_text(total['effective_stride'])}, effective padding {axes_text(total['effective_padding'])}"
+            f"receptive field {axes_text(total.receptive_field)}, effective stride "
+            f"{axes_text(total.effective_stride)}, effective padding {axes_text(total.effective_padding)}"
         )
     for line in said:
         console.print(line, markup=False, highlight=False)

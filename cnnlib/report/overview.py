@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -66,13 +65,13 @@ def described(run: Path, place: Path) -> tuple[str, ...]:
     return (shown, state, began or "-", progress(lines, config), result or "-")
 
 
-def folder_config(run: Path) -> dict[str, Any]:
+def folder_config(run: Path) -> dict[str, object]:
     """Return the content of `config.json`; empty if the file is missing or damaged."""
     config = read_json(run / "config.json")
     return config if isinstance(config, dict) else {}
 
 
-def progress(lines: Sequence[MetricsLine], config: dict[str, Any]) -> str:
+def progress(lines: Sequence[MetricsLine], config: dict[str, object]) -> str:
     """Return which share of the epochs of all arms is done, such as `58 %`."""
     arms, epochs = _list(config.get("arms")), config.get("epochs")
     if not isinstance(epochs, int) or epochs < 1 or not arms:
@@ -81,7 +80,7 @@ def progress(lines: Sequence[MetricsLine], config: dict[str, Any]) -> str:
     return f"{100 * len(done) // (len(arms) * epochs)} %"
 
 
-def so_far(lines: Sequence[MetricsLine], config: dict[str, Any]) -> str:
+def so_far(lines: Sequence[MetricsLine], config: dict[str, object]) -> str:
     """Return the latest arm with its epoch and mean accuracy, such as `lenet5 9/12, validation 96.96 %`."""
     if not lines:
         return ""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cnnlib.config.command import command_to_repeat
 from cnnlib.config.fields import from_dict
@@ -45,7 +45,7 @@ class Plot(NamedTuple):
     """A Vega-Lite plot. The attribute `label` is the text for screen readers."""
 
     name: str
-    spec: dict[str, Any]
+    spec: dict[str, object]
     label: str
     caption: str
 
@@ -129,7 +129,7 @@ def detail_text(detail: Detail) -> str:
     return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
 
 
-def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, Any]:
+def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, object]:
     """Return what `page.html` shows of one run."""
     results, data = run.results, run.results.data
     return {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -245,7 +245,7 @@ def by_seed(results: RunResults) -> dict[str, list[tuple[list[float], list[float
     The keys of the returned dictionary are the names of the arms without the size.
     """
     values = accuracies(results)
-    found: dict[str, dict[Any, tuple[list[float], list[float]]]] = {}
+    found: dict[str, dict[Hashable, tuple[list[float], list[float]]]] = {}
     sizes = {arm.name: float(arm.data.train) for arm in results.arms}
     for arm, seeds in values.items():
         for seed, value in seeds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from cnnlib.system.files import write_whole
 from cnnlib.system.tables import markdown_table, print_table
 
 if TYPE_CHECKING:  # at run time, import only when drawing: the import takes half a second
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = tuple(name for name in columns.COLUMNS if name != "train accuracy %")
@@ -118,7 +119,7 @@ def rows_figure(results: RunResults) -> Figure:
     return figure
 
 
-def _finish(axes: Any, results: RunResults) -> None:
+def _finish(axes: Axes, results: RunResults) -> None:
     """Add the title, grid and legend to a figure of accuracies."""
     where = f"{results.experiment} on {results.data.name}"
     axes.set_title(f"{where}: every lane a dot, means with 95 % intervals", fontsize=10)
@@ -185,10 +186,12 @@ def parameters_figure(results: RunResults) -> Figure:
     return figure
 
 
-def place_names(axes: Any, names: list[tuple[float, float, str]]) -> None:
+def place_names(axes: Axes, names: list[tuple[float, float, str]]) -> None:
     """Write each name `(x, y, name)` above its point. If the name would cover another name, move it up."""
-    axes.figure.draw_without_rendering()  # makes limits and layout final
-    points = 72 / axes.figure.dpi
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "the axes are in a figure"
+    figure.draw_without_rendering()  # makes limits and layout final
+    points = 72 / figure.dpi
     places = [points * axes.transData.transform((x, y)) for x, y, _ in names]
     widths = [6.5 * len(name) for *_, name in names]  # in points, for letters of 10 points
     boxes = [Label(x - width / 2, y, width) for (x, y), width in zip(places, widths, strict=True)]

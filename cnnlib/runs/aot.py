@@ -88,14 +88,14 @@ def reports(arms: Sequence[TrainedArm], target: Target) -> Iterator[ArmReport]:
 
     Raise UserError if the compiler for the target is missing.
     """
-    known: dict[Any, Compiled | str] = {}
+    known: dict[object, Compiled | str] = {}
     for arm in arms:
         if arm.program not in known:
             known[arm.program] = compiled(arm, devices(target), target)
         yield ArmReport(arm.name, len(arm.lanes), known[arm.program])
 
 
-def compiled(arm: TrainedArm, available: Sequence[Any], target: Target) -> Compiled | str:
+def compiled(arm: TrainedArm, available: Sequence[jax.Device], target: Target) -> Compiled | str:
     """Compile one epoch of an arm. As many lanes (models) run at a time as fit in memory.
 
     Return the estimate. If the arm does not compile or does not fit, return the reason as text.

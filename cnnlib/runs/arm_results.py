@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class SoFar:
     train_seconds: float = 0.0
     waited_seconds: float = 0.0
     """Upper bound of the part of `train_seconds` in which training waited for examples."""
-    stream: Any = None
+    stream: dict[str, int] | None = None
     """The arm's position in a stream of examples; None without a stream."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.record import RunRecord
@@ -78,7 +78,7 @@ class Watchers(Watcher):
     """Several callbacks, called in order."""
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
-        def told(name: str, *what: Any) -> None:
+        def told(name: str, *what: object) -> None:
             for watcher in watchers:
                 getattr(watcher, name)(*what)
 

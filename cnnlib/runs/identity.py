@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -127,13 +127,15 @@ def identity_changes(before: Identity, after: Identity) -> IdentityChanges:
     return IdentityChanges(refused, told)
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _changes(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys((*old, *new)):
         if old.get(name) != new.get(name):
             yield name, f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
 
 
-def changed_fields(before: dict[str, Any], after: dict[str, Any], but: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def changed_fields(
+    before: Mapping[str, object], after: Mapping[str, object], but: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
     """For each field that differs between two flat configurations, yield its name and the change in words.
 
     The name is without the prefix `arms.NAME.`. Skip fields whose name begins with an entry of `but`.
@@ -144,9 +146,9 @@ def changed_fields(before: dict[str, Any], after: dict[str, Any], but: tuple[str
             yield field, text
 
 
-def _fields(config: dict[str, Any]) -> dict[str, Any]:
+def _fields(config: Mapping[str, object]) -> dict[str, object]:
     """Return a flat configuration with one entry per override of an arm."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in config.items():
         if name.startswith("arms.") and name.endswith(".own") and isinstance(value, list):
             own = (str(text).partition("=") for text in value)

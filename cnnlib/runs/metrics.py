@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class HasStatus(Protocol):
         """Whether the lane has diverged."""
 
 
-def parse_lines(objects: Iterable[Mapping[str, Any]]) -> tuple[MetricsLine, ...]:
+def parse_lines(objects: Iterable[Mapping[str, object]]) -> tuple[MetricsLine, ...]:
     """Convert the objects of a `metrics.jsonl` up to the first damaged one."""
     found = []
     for values in objects:

@@ -6,16 +6,19 @@ import contextlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
+from cnnlib.config.fields import from_dict
 from cnnlib.config.resolve import TrainedArm
+from cnnlib.errors import UserError, require
 from cnnlib.runs.callbacks import Watcher
 from cnnlib.runs.results import RunResults
 from cnnlib.system.cache import cache_folder, is_writable, keep_file
-from cnnlib.system.files import is_number, read_json_lines
+from cnnlib.system.files import read_json_lines
 from cnnlib.system.tables import print_table
 
 USUAL_RATE = 3e9
@@ -26,13 +29,17 @@ MOST_RATES = 500
 """Number of measured rates to keep. The latest are kept."""
 
 
-class Rate(NamedTuple):
+@dataclass(frozen=True)
+class Rate:
     """The measured time of one lane's step in a run on this machine."""
 
     connectivity: str
     macs: int
     """Multiply-adds of one step's forward pass over a batch."""
     seconds: float
+
+    def __post_init__(self) -> None:
+        require(self.macs >= 1 and self.seconds > 0, "a rate has multiply-adds and seconds")
 
 
 class Cost(NamedTuple):
@@ -56,9 +63,8 @@ def known_rates() -> list[Rate]:
     """Return the rates that runs on this machine have measured. Skip lines that cannot be read."""
     found = []
     for line in read_json_lines(rates_path()):
-        connectivity, macs, seconds = (line.get(name) for name in Rate._fields)
-        if isinstance(connectivity, str) and is_number(macs) and is_number(seconds) and macs >= 1 and seconds > 0:  # type: ignore[operator]
-            found.append(Rate(connectivity, int(macs), float(seconds)))  # type: ignore[arg-type]
+        with contextlib.suppress(UserError):
+            found.append(from_dict(line, Rate, "rate"))
     return found
 
 
@@ -72,7 +78,7 @@ class RateKeeper(Watcher):
             for arm in results.arms
             if arm.steps and arm.train_seconds_per_lane
         ]
-        lines = [json.dumps(rate._asdict()) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
+        lines = [json.dumps(vars(rate)) + "\n" for rate in (*known_rates(), *rates)][-MOST_RATES:]
         if is_writable(rates_path().parent):
             with contextlib.suppress(OSError):  # harmless: only the next estimate is less exact
                 keep_file(rates_path(), "".join(lines).encode())

@@ -6,7 +6,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cnnlib.config.fields import from_dict
 from cnnlib.errors import UserError, require
@@ -23,7 +23,7 @@ class Identity:
     """What the results of a run depend on. Equal identities give equal results."""
 
     experiment: str
-    config: dict[str, Any]
+    config: dict[str, object]
     """The configuration, flattened by `config.fields.flat`."""
     code_sha256: str
     data_sha256: str
@@ -32,7 +32,7 @@ class Identity:
     versions: dict[str, str]
     device: dict[str, str]
     """`platform` and `kind` of the device, and the `kernels` for convolution and pooling."""
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """Settings of JAX and XLA."""
     machine: Machine
     devices: int
@@ -43,7 +43,7 @@ class Identity:
 class RecordedArm(DescribedArm):
     """An arm and its configuration."""
 
-    config: dict[str, Any]
+    config: dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cnnlib.config.fields import from_dict
 from cnnlib.config.schema import LaneNumbers, check_arm_name
@@ -213,7 +213,7 @@ class RunResults:
 
     format: int
     experiment: str
-    config: dict[str, Any]
+    config: dict[str, object]
     """The experiment, as `config.fields.to_dict` returns it. Another version of cnnlib may have other fields."""
     data: DataResult
     device: DeviceResult

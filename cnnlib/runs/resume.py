@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ def read_arm(folder: RunFolder, arm: TrainedArm) -> FinishedArm | None:
     return finished if known == own else None
 
 
-def _sum_of(content: dict[str, Any]) -> str:
+def _sum_of(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -83,7 +83,7 @@ class Progress:
     train_seconds: float
     waited_seconds: float
     """Upper bound of the part of `train_seconds` in which training waited for examples of a stream."""
-    stream: Any
+    stream: dict[str, int] | None
     """The arm's position in a stream of examples (`feeds.StreamedFeed.position`); None without a stream."""
     wall_seconds: float
     """Seconds of the whole run, over all sessions. Finished arms are stored separately, in `arms/`."""
@@ -151,7 +151,7 @@ def latest(out: Path, run: str, arm: TrainedArm, state: Any, hosts: Hosts, says:
     return None
 
 
-def checked(found: dict[str, Any], run: str, arm: TrainedArm, epoch: int) -> Progress:
+def checked(found: Mapping[str, object], run: str, arm: TrainedArm, epoch: int) -> Progress:
     """Return the JSON part of a checkpoint. Raise Unreadable if it is incomplete or is not of this run and arm."""
     require_format(f"the checkpoint of {arm.name} after epoch {epoch}", found)
     try:

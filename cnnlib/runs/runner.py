@@ -210,7 +210,7 @@ def results_of(session: RunSession, prepared: PreparedRun, finished: list[Finish
             flags=os.environ.get("XLA_FLAGS", ""),
             checked=record.checked,
         ),
-        machine=Machine(**provenance.machine()),
+        machine=Machine(*provenance.machine()),
         finished=provenance.now(),
         versions=provenance.versions(),
         commit=provenance.commit(),

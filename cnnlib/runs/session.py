@@ -7,12 +7,11 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from cnnlib.config.command import command_for
 from cnnlib.config.fields import to_dict
@@ -179,5 +178,5 @@ class RunSession:
         return results
 
 
-def _write_json(values: dict[str, Any], path: Path) -> None:
+def _write_json(values: Mapping[str, object], path: Path) -> None:
     path.write_text(files.to_json(values), encoding="utf-8")

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -200,11 +200,11 @@ def _before_and_after(value: Any) -> tuple[int, int]:
     return whole(before), whole(after)
 
 
-def _shortened(value: Any) -> str:
+def _shortened(value: object) -> str:
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
-def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[dict[str, PerAxis], Padding]:
+def window_arguments(name: str, numbers: Mapping[str, object], padding: Any) -> tuple[dict[str, PerAxis], Padding]:
     """Convert the arguments of a layer's window to the form that layers store.
 
     Raises UserError if a number is not whole, if it is not between 1 and `LARGEST`, or if no map can have this padding.
@@ -220,7 +220,7 @@ def window_arguments(name: str, numbers: dict[str, Any], padding: Any) -> tuple[
     return kept, pads
 
 
-def set_fields(instance: Any, **fields: Any) -> None:
+def set_fields(instance: object, **fields: object) -> None:
     """Set fields of a frozen dataclass in its `__post_init__`."""
     for name, value in fields.items():
         object.__setattr__(instance, name, value)

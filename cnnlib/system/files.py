@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,14 +17,14 @@ from cnnlib.system.provenance import MOST_BYTES
 
 def plain(value: Any) -> Any:
     """Return a copy of `value` for JSON. NaN and infinities become None, because JSON cannot express them."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Return `value` as indented JSON that ends in a newline."""
     return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -44,14 +44,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 class JsonLines:
     """A file with one JSON object per line, flushed after every write."""
 
-    def __init__(self, path: Path, lines: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, path: Path, lines: Sequence[Mapping[str, object]] = ()) -> None:
         """Open the file and replace its content by `lines`. Raises UserError if the file cannot be written."""
         self._path = path
         with cannot_write(path):
             write_whole(path, lambda beside: beside.write_text(_json_lines(lines), encoding="utf-8"))
             self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+    def write(self, lines: Sequence[Mapping[str, object]]) -> None:
         """Append `lines` in one write. If the process is killed, at worst the last line is truncated."""
         with cannot_write(self._path):
             self._file.write(_json_lines(lines))
@@ -67,7 +67,7 @@ class JsonLines:
             self._file.close()
 
 
-def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
+def _json_lines(lines: Sequence[Mapping[str, object]]) -> str:
     return "".join(json.dumps(plain(line), allow_nan=False) + "\n" for line in lines)
 
 
@@ -90,14 +90,9 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number between -1e300 and 1e300, which a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, object]]:
     """Return the objects of a JSON Lines file up to the first damaged line. If no file exists, return an empty list."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     try:
         text = read_regular(path)
     except (OSError, ValueError):  # missing or unreadable
@@ -113,12 +108,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def finite(row: dict[str, Any]) -> dict[str, Any]:
+def finite(row: Mapping[str, object]) -> dict[str, object]:
     """Return `row` without None, NaN and infinite values. For example, a diverged lane (model) has a NaN loss."""
     return {key: value for key, value in plain(row).items() if value is not None}
 
 
-def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> Iterator[list[dict[str, Any]]]:
+def follow_json_lines(path: Path, begin: int, is_over: Callable[[], bool]) -> Iterator[list[dict[str, object]]]:
     """Yield the new objects of a growing JSON Lines file in batches. Start at byte `begin`.
 
     Stop when `is_over()` is true and all lines are read.

@@ -65,7 +65,7 @@ def environment(command: str | None) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> tuple[str, int | None]:
     """Return the host processor's name and number of cores, even if the models run on another device."""
     import platform
 
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return {"processor": name, "cores": os.cpu_count()}
+    return name, os.cpu_count()
 
 
 def versions() -> dict[str, str]:

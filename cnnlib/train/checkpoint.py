@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +139,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"cannot read the checkpoints in {self._folder}: {_first_line(error)}") from error
 
-    def save(self, epoch: int, taken: Snapshot, progress: dict[str, Any]) -> None:
+    def save(self, epoch: int, taken: Snapshot, progress: Mapping[str, object]) -> None:
         """Wait until the previous checkpoint is written, then begin to write the checkpoint after `epoch`.
 
         An interrupted write leaves no checkpoint behind. Orbax deletes checkpoints that are too old to keep. Raise
@@ -170,7 +170,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"cannot write a checkpoint to {self._folder}: {_first_line(error)}") from error
 
-    def progress(self, epoch: int) -> dict[str, Any]:
+    def progress(self, epoch: int) -> dict[str, object]:
         """Return the JSON part of a checkpoint. Raise Unreadable if it cannot be read."""
         args = self._orbax.args
         try:

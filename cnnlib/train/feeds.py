@@ -59,7 +59,7 @@ class Resident:
         shared: dict[str, Examples] = spread.shared(self.splits)
         return shared
 
-    def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> ResidentFeed:
+    def to(self, arm: TrainedArm, programs: Programs, position: dict[str, int] | None, waited: float) -> ResidentFeed:
         """Return the feed that trains and tests an arm's models."""
         # `position` is set only if `--force` resumes a run that was streamed. A resident epoch needs no position.
         return ResidentFeed(programs, programs.spread.shared(self.splits))
@@ -134,7 +134,7 @@ class Streamed:
         parts = {"train": train, "validation": known.validation, "test": known.test}
         return {name: shapes for name, source in parts.items() if source.count}
 
-    def to(self, arm: TrainedArm, programs: Programs, position: Any, waited: float) -> StreamedFeed:
+    def to(self, arm: TrainedArm, programs: Programs, position: dict[str, int] | None, waited: float) -> StreamedFeed:
         """Return the feed that trains and tests an arm's models. A stream begins at `position`; None: at its start."""
         return StreamedFeed(self.data_set, arm, programs, self.steps_a_chunk(arm), position, waited)
 
@@ -150,7 +150,7 @@ class StreamedFeed:
         arm: TrainedArm,
         programs: Programs,
         steps_a_chunk: int,
-        position: Any,
+        position: dict[str, int] | None,
         waited: float,
     ) -> None:
         one = arm.experiment

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Epoch:
     """Training time, including the time that training waited for examples."""
     snapshot: Snapshot | None
     """A copy of the states after this epoch. The copy is on the devices. None if no checkpoint is due."""
-    position: Any
+    position: dict[str, int] | None
     """Position of the arm in its stream of examples; None if examples are not streamed."""
     waited: float
     """Upper bound on the seconds that training has waited for examples so far."""
