@@ -8,8 +8,10 @@ import argparse
 def add_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `check`."""
     precisions = ("default", "high", "highest")
-    parser.add_argument("--precision", choices=precisions, default="default", help="of float32 products")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only operations with this in their name")
+    parser.add_argument(
+        "--precision", choices=precisions, default="default", help="precision of float32 products (default: default)"
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="check only operations whose name contains TEXT")
 
 
 def command_check(options: argparse.Namespace) -> int:

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that choose an experiment and override its fields."""
-    parser.add_argument("name", metavar="NAME", help=f"an experiment: {', '.join(EXPERIMENTS)}")
-    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="such as epochs=3; `show` prints them all")
+    parser.add_argument("name", metavar="NAME", help=f"name of an experiment: {', '.join(EXPERIMENTS)}")
+    parser.add_argument(
+        "overrides",
+        metavar="FIELD=VALUE",
+        nargs="*",
+        help="override of a field, such as epochs=3; `cnnlib show NAME` prints all fields",
+    )
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment | Growth:
@@ -43,9 +48,9 @@ def add_show(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `show`."""
     add_experiment(parser)
     parser.add_argument(
-        "--on", metavar="HARDWARE", help="compile for tpu:v5e:2x4 or cuda:h100, say, which need not be there"
+        "--on", metavar="HARDWARE", help="compile for hardware that need not be here, such as tpu:v5e:2x4 or cuda:h100"
     )
-    parser.add_argument("--json", action="store_true", help="what --on finds, for programs")
+    parser.add_argument("--json", action="store_true", help="print the result of --on as JSON")
 
 
 def command_show(options: argparse.Namespace) -> int:
@@ -117,14 +122,31 @@ def print_estimates(name: str, experiment: Experiment | Growth, hardware: str, a
 
 def add_count(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `count`."""
-    parser.add_argument("what", metavar="WHAT", nargs="+", help="an experiment, an architecture, or layers")
-    parser.add_argument("--input", metavar="HxWxC", help="shape of an example (an experiment has its data's)")
-    parser.add_argument("--classes", metavar="N", type=int, help="for layers that end in as many units (10)")
-    parser.add_argument("--connectivity", choices=sorted(FILTERS), help="how layers with a window are read")
-    parser.add_argument("--match", metavar="MEASURE:REFERENCE", help="a budget to scale the widths to")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=128, help="for the bytes of a training step")
-    parser.add_argument("--dtype", choices=sorted(BYTES), default="float32", help="for the bytes")
-    parser.add_argument("--json", action="store_true", help="layers and total, for programs")
+    parser.add_argument(
+        "what", metavar="WHAT", nargs="+", help="an experiment, an architecture, or layers in short notation"
+    )
+    parser.add_argument(
+        "--input", metavar="HxWxC", help="shape of an example (default: the shape of the experiment's data)"
+    )
+    parser.add_argument("--classes", metavar="N", type=int, help="number of classes, for `dense:classes` (default: 10)")
+    parser.add_argument("--connectivity", choices=sorted(FILTERS), help="connectivity of the layers that have a window")
+    parser.add_argument(
+        "--match", metavar="MEASURE:REFERENCE", help="scale the widths to this budget, such as parameters:lenet5"
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=128,
+        help="examples per training step, for the bytes (default: 128)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(BYTES),
+        default="float32",
+        help="type of the numbers, for the bytes (default: float32)",
+    )
+    parser.add_argument("--json", action="store_true", help="print layers and total as JSON")
 
 
 def command_count(options: argparse.Namespace) -> int:

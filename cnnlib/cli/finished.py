@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `runs`."""
-    parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="where to look (runs)")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", default="runs", help="folder in which to look for runs (default: runs)"
+    )
 
 
 def command_runs(options: argparse.Namespace) -> int:
@@ -32,7 +34,7 @@ def command_runs(options: argparse.Namespace) -> int:
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `compare`."""
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
-    parser.add_argument("--mixed", action="store_true", help="also runs of different devices or precisions")
+    parser.add_argument("--mixed", action="store_true", help="allow runs that differ in device or precision")
 
 
 def command_compare(options: argparse.Namespace) -> int:
@@ -48,7 +50,7 @@ def command_compare(options: argparse.Namespace) -> int:
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `report`."""
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of finished runs")
-    parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (report.html)")
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="file of the page (default: report.html)")
 
 
 def command_report(options: argparse.Namespace) -> int:
@@ -65,7 +67,13 @@ def command_report(options: argparse.Namespace) -> int:
 
 def add_results(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `results`."""
-    parser.add_argument("folder", metavar="DIR", nargs="?", default="docs", help="folders with results (docs)")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        default="docs",
+        help="folder that has one folder per stored run (default: docs)",
+    )
 
 
 def command_results(options: argparse.Namespace) -> int:
@@ -89,8 +97,10 @@ def asked(name: str) -> Asked:
 
 def add_wandb(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `wandb`."""
-    parser.add_argument("folder", metavar="DIR", help="of a run, finished or not")
-    parser.add_argument("--wandb", choices=("auto", "online", "offline"), default="auto", help="where to (auto)")
+    parser.add_argument("folder", metavar="DIR", help="folder of a run, finished or not")
+    parser.add_argument(
+        "--wandb", choices=("auto", "online", "offline"), default="auto", help="W&B mode (default: auto)"
+    )
 
 
 def command_wandb(options: argparse.Namespace) -> int:

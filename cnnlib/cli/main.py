@@ -72,7 +72,7 @@ def parser_for(command: str) -> Parser:
     """Return the parser for the arguments of a command."""
     parser = Parser(usage=f"cnnlib {COMMANDS[command].usage}", allow_abbrev=False)
     getattr(_module(command), f"add_{command}")(parser)
-    parser.add_argument("--traceback", action="store_true", help="on an error, show where it was noticed")
+    parser.add_argument("--traceback", action="store_true", help="after an error, print the Python traceback")
     return parser
 
 

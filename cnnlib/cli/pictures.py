@@ -13,9 +13,9 @@ from cnnlib.errors import UserError
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `demo`."""
-    parser.add_argument("name", metavar="NAME", help="a picture: `list` shows them")
-    parser.add_argument("--out", metavar="DIR", default="demos", help="where it goes (demos)")
-    parser.add_argument("--show", action="store_true", help="open it in a window as well")
+    parser.add_argument("name", metavar="NAME", help="name of a picture; `cnnlib list` prints all names")
+    parser.add_argument("--out", metavar="DIR", default="demos", help="folder of the picture (default: demos)")
+    parser.add_argument("--show", action="store_true", help="also open the picture in a window")
 
 
 def command_demo(options: argparse.Namespace) -> int:

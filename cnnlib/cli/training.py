@@ -29,29 +29,51 @@ WANDB_MODES = ("auto", "online", "offline", "off")
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `run`."""
     add_experiment(parser)
-    parser.add_argument("--wandb", choices=WANDB_MODES, default="auto", help="a copy of the run in Weights & Biases")
-    parser.add_argument("--tensorboard", action="store_true", help="write scalars for TensorBoard")
-    parser.add_argument("--out", metavar="DIR", help="where results go (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
-    parser.add_argument("--no-check", action="store_true", help="train on a backend that may be wrong")
     parser.add_argument(
-        "--profile", action="store_true", help="write a trace of one epoch per arm; that epoch takes longer"
+        "--wandb", choices=WANDB_MODES, default="auto", help="copy the run to Weights & Biases (default: auto)"
     )
-    parser.add_argument("--force", action="store_true", help="resume although the results will not be comparable")
-    parser.add_argument("--distributed", action="store_true", help="together with the same command on other hosts")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
-    parser.add_argument("--processes", metavar="N", type=int, help="how many there are, one a host")
-    parser.add_argument("--process-id", metavar="I", type=int, help="which this one is, from 0 on")
-    parser.add_argument("--heartbeat", metavar="SECONDS", type=int, help="after which a silent host is dead (20)")
-    parser.add_argument("--part", metavar="PART", help="train ARM alone, or ARM-FIRST..LAST: a block of its seeds")
-    parser.add_argument("--executor", choices=("local", "slurm", "ray"), help="train as jobs, beside one another")
-    parser.add_argument("--seeds-per-job", metavar="N", type=int, help="of an arm (all: a job per arm)")
-    parser.add_argument("--jobs-at-a-time", metavar="N", type=int, help="local, slurm (as many as fit)")
-    parser.add_argument("--retries", metavar="N", type=int, help="times that a killed job is started again (3)")
-    parser.add_argument("--gpus-per-job", metavar="N", type=int, help="slurm, ray")
-    parser.add_argument("--slurm", metavar="OPTION=VALUE", action="append", help="of sbatch, such as time=04:00:00")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster (RAY_ADDRESS; else one of our own)")
-    parser.add_argument("--resources", metavar="NAME=N", action="append", help="of a Ray node, such as TPU=4")
+    parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    parser.add_argument("--no-check", action="store_true", help="do not check the backend first")
+    parser.add_argument(
+        "--profile", action="store_true", help="write a profiler trace of one epoch per arm; that epoch is slower"
+    )
+    parser.add_argument("--force", action="store_true", help="resume even if the results will not be comparable")
+    parser.add_argument(
+        "--distributed", action="store_true", help="train together with the same command on other hosts"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument("--processes", metavar="N", type=int, help="number of processes, one per host")
+    parser.add_argument("--process-id", metavar="I", type=int, help="number of this process, starting at 0")
+    parser.add_argument(
+        "--heartbeat",
+        metavar="SECONDS",
+        type=int,
+        help="seconds after which a silent host counts as dead (default: 20)",
+    )
+    parser.add_argument(
+        "--part", metavar="PART", help="train only one arm (ARM), or only some of its seeds (ARM-FIRST..LAST)"
+    )
+    parser.add_argument(
+        "--executor", choices=("local", "slurm", "ray"), help="divide the run into jobs and run them here"
+    )
+    parser.add_argument("--seeds-per-job", metavar="N", type=int, help="seeds of an arm per job (default: all)")
+    parser.add_argument(
+        "--jobs-at-a-time",
+        metavar="N",
+        type=int,
+        help="jobs that run at the same time, local and slurm (default: as many as fit)",
+    )
+    parser.add_argument("--retries", metavar="N", type=int, help="how often a killed job is started again (default: 3)")
+    parser.add_argument("--gpus-per-job", metavar="N", type=int, help="GPUs per job, slurm and ray")
+    parser.add_argument(
+        "--slurm", metavar="OPTION=VALUE", action="append", help="option of sbatch, such as time=04:00:00"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="address of a Ray cluster (default: RAY_ADDRESS, or start one here)"
+    )
+    parser.add_argument("--resources", metavar="NAME=N", action="append", help="Ray resources per job, such as TPU=4")
 
 
 def command_run(options: argparse.Namespace) -> int:
@@ -278,9 +300,11 @@ def train_jobs(name: str, experiment: Experiment, out: Path, options: argparse.N
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `merge`."""
-    parser.add_argument("folder", metavar="DIR", help="of a run whose jobs are finished")
-    parser.add_argument("--force", action="store_true", help="merge jobs that have not computed the same")
-    parser.add_argument("--wandb", choices=WANDB_MODES, default="auto", help="a copy of the run in Weights & Biases")
+    parser.add_argument("folder", metavar="DIR", help="folder of a run whose jobs are finished")
+    parser.add_argument("--force", action="store_true", help="merge jobs even if their results are not comparable")
+    parser.add_argument(
+        "--wandb", choices=WANDB_MODES, default="auto", help="copy the run to Weights & Biases (default: auto)"
+    )
 
 
 def command_merge(options: argparse.Namespace) -> int:
@@ -299,7 +323,9 @@ def merged(jobs: Merged, out: Path, options: argparse.Namespace) -> int:
 
 def add_all(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `all`."""
-    parser.add_argument("--out", metavar="DIR", default="runs", help="where the folders of the runs go (runs)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="runs", help="folder that gets one folder per run (default: runs)"
+    )
 
 
 def command_all(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Compute confidence intervals of means, compare arms by seed, and find the number of seeds that a comparison needs."""
+"""Compute confidence intervals of means, compare arms by seed, and say which difference a comparison would detect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from scipy import special
 from cnnlib.errors import UserError
 
 Verdict = Literal["first ahead", "second ahead", "undecided"]
-MOST_SEEDS = 1_000_000
 
 
 class Interval(NamedTuple):
@@ -23,22 +22,6 @@ class Interval(NamedTuple):
     low: float | None
     high: float | None
     n: int
-
-    @property
-    def kind(self) -> str:
-        """Name of the method, for a caption."""
-        return "Student's t"
-
-
-class BootstrapInterval(Interval):
-    """A confidence interval from bootstrap resampling."""
-
-    __slots__ = ()
-
-    @property
-    def kind(self) -> str:
-        """Name of the method, for a caption."""
-        return "BCa bootstrap"
 
 
 def t_quantile(freedom: int, level: float) -> float:
@@ -62,34 +45,6 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
         return Interval(mean, None, None, 1)
     half = t_quantile(n - 1, level) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> BootstrapInterval:
-    """Return the mean of `values` and its bias-corrected, accelerated bootstrap interval (Efron 1987).
-
-    The interval assumes no distribution, but it needs dozens of values: if there are fewer, it is too short. We
-    simulated samples of n = 5, 10 and 40 values. If they are normal, 84, 90 and 93 % of the 95 % intervals held the
-    true mean. If they are exponential, 78, 87 and 92 % held it; of Student's intervals, 90 to 92 % did. The interval is
-    None if n < 2 or if all values are equal, because resampling equal values gives no information.
-    """
-    t_quantile(1, level)  # raises UserError if `level` is invalid
-    n = len(values)
-    mean = float(np.mean(values)) if n else None
-    if n == 0 or np.ptp(values) == 0:
-        return BootstrapInterval(mean, None, None, n)
-    from scipy.stats import bootstrap  # imported here: the import takes a second, and few need it
-
-    found = bootstrap(
-        (np.asarray(values, np.float64),),
-        np.mean,
-        n_resamples=resamples,
-        confidence_level=level,
-        method="BCa",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return BootstrapInterval(mean, float(found.low), float(found.high), n)
 
 
 class Difference(NamedTuple):
@@ -241,26 +196,3 @@ def detectable_difference(
     if not (1 - level) / comparisons < power < 1:
         raise UserError(f"power={power}: a power lies between 1 - level and 1, such as 0.8")
     return deviation * float(special.nctdtrinc(n - 1, 1 - power, threshold)) / math.sqrt(n)
-
-
-def seeds_needed(
-    difference: float, deviation: float, level: float = 0.95, power: float = 0.8, comparisons: int = 1
-) -> int:
-    """Return the smallest number of seeds that detects the true mean difference `difference` (`detectable_difference`).
-
-    Raises UserError if a million seeds are not enough.
-    """
-
-    def enough(n: int) -> bool:
-        return detectable_difference(deviation, n, level, power, comparisons) <= abs(difference)
-
-    most = 2
-    while not enough(most):
-        if most > MOST_SEEDS:
-            raise UserError(f"a difference of {difference} needs more than {MOST_SEEDS:,} seeds")
-        most *= 2
-    fewest = most // 2  # too few seeds, or 1
-    while most - fewest > 1:
-        middle = (fewest + most) // 2
-        fewest, most = (fewest, middle) if enough(middle) else (middle, most)
-    return most
