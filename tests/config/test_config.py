@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import cnnlib
-from cnnlib.config import schema
 from cnnlib.config.fields import from_dict, to_dict
 from cnnlib.config.overrides import assignments, override
 from cnnlib.config.schema import Arm, Experiment, Lanes, Optim, lane_numbers
@@ -156,39 +152,3 @@ def test_a_traced_field_must_be_a_tuple():
     code = "from cnnlib.config.schema import Optim; Optim(learning_rate=0.1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UserError: optim.learning_rate must be a tuple" in done.stderr
-
-
-OWNERS = {
-    "Data": "data",
-    "Augment": "augment",
-    "Optim": "optim",
-    "Lanes": "lanes",
-    "Arm": "arm",
-    "Checkpoint": "checkpoint",
-    "Wandb": "wandb",
-    "Experiment": "experiment",
-    "Growth": "growth",
-}
-
-
-def fields_read():
-    """(owner, field) of every `owner.field` and `....owner.field` in the code, such as ("optim", "name")."""
-    for path in Path(cnnlib.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                owner = node.value
-                yield getattr(owner, "id", getattr(owner, "attr", None)), node.attr
-
-
-def test_every_config_field_is_read_by_something():
-    """A field that nothing reads would be a promise that nothing keeps."""
-    read = set(fields_read())
-    kinds = {
-        kind.__name__: kind
-        for kind in vars(schema).values()
-        if dataclasses.is_dataclass(kind) and kind.__module__ in (schema.__name__, Data.__module__)
-    }
-    assert set(kinds) == set(OWNERS)
-    for name, kind in kinds.items():
-        unread = {field.name for field in dataclasses.fields(kind) if (OWNERS[name], field.name) not in read}
-        assert not unread, f"{name}: nothing reads {unread}"
