@@ -151,7 +151,7 @@ for difference in compared:
 
 # %% [markdown]
 # Which true difference would this number of seeds detect, at this spread, in four of five such ablations? For smaller differences,
-# "undecided" says nothing: you need more seeds.
+# "no clear difference" says nothing: you need more seeds.
 
 # %%
 from cnnlib.stats.intervals import detectable_difference

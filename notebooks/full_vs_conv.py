@@ -112,7 +112,7 @@ Image(Path(out) / "accuracy.png", width=700)
 # ## Is it chance?
 #
 # Another seed gives another accuracy. So each net has several seeds, and arms are compared seed by seed. The intervals hold for all
-# comparisons together. If an interval contains zero, the difference is undecided. With few seeds, this is to be expected.
+# comparisons together. If an interval contains zero, there is no clear difference. With few seeds, this is to be expected.
 
 # %%
 from cnnlib.report.comparisons import differences

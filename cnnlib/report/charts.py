@@ -22,7 +22,7 @@ from cnnlib.stats.intervals import mean_interval
 
 COSTS = {
     "parameters": "parameters",
-    "macs": "multiply-adds an example",
+    "macs": "multiply-adds per example",
     "train_seconds_per_lane": "seconds of training",
 }
 """Axis titles of the costs that accuracy is plotted against; the keys are attributes of `ArmResult`."""

@@ -69,6 +69,6 @@ def spread_sentence(arm: str, found: VarianceComponents) -> str:
         negative = " (the variance is estimated below 0)" if part.is_negative else ""
         texts.append(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]{negative}")
     return (
-        f"{arm}, {found.rows} initialisations by {found.columns} orders: deviations in points with 95 % intervals, "
-        f"{', '.join(texts)}"
+        f"{arm}, {found.rows} initialisations by {found.columns} orders: standard deviations in points with 95 % "
+        f"intervals, {', '.join(texts)}"
     )

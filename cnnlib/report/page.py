@@ -126,7 +126,7 @@ def page(runs: Sequence[Run], note_of: Callable[[str], str | None], detail: Deta
 def detail_text(detail: Detail) -> str:
     """Say in words how much a page with a reduced level of detail shows."""
     curves = "" if detail.lanes else " without single lanes"
-    return f"{detail.epochs} epochs of a learning curve{curves}, and {detail.mistakes or 'no'} mistakes an arm"
+    return f"{detail.epochs} epochs per learning curve{curves}, and {detail.mistakes or 'no'} mistakes per arm"
 
 
 def section(name: str, run: Run, note: str | None, detail: Detail) -> dict[str, object]:
@@ -170,8 +170,8 @@ def answer(results: RunResults) -> Answer:
     settled = [difference for difference in found if difference.verdict != "undecided"]
     if found:
         before.append(
-            f"Compared seed by seed, {len(settled)} of {len(found)} differences are settled; the others are undecided, "
-            "which is no proof that there is no difference."
+            f"Paired by seed, {len(settled)} of {len(found)} comparisons show a clear difference. The others show no "
+            "clear difference, which does not prove that the arms are equal."
         )
     after = [f"Spread of {spread_sentence(arm, parts)}." for arm, parts in spreads(results).items()]
     gone = sum(setting.diverged for arm in results.arms for setting in arm.settings)

@@ -103,11 +103,11 @@ def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str,
 
 HEAD = """# Results
 
-Every number below is from the `results.json` beside its figure: `cnnlib results docs` writes this page
-from them, and a test holds the two together. Intervals are Student's t over n lanes, 95 %: they speak of other seeds,
-not of other test sets. Differences are paired by seed; where the interval of one, made wide enough for all comparisons
-of its section, holds zero, it is undecided. The machine was shared with other work, so the seconds are what a run took,
-not what it could. All of it again, and resumable: `cnnlib all`.
+Every number below is from the `results.json` beside its figure. `cnnlib results docs` writes this page, and a test
+compares the page with these files. Intervals are Student's t over n lanes, 95 %: they describe other seeds, not other
+test sets. Differences are paired by seed. A difference is clear if its interval does not contain zero; the intervals of
+all comparisons in a section hold together. The machine was shared with other work, so the seconds are not a benchmark.
+To train all experiments again, use `cnnlib all`; it can be interrupted and continued.
 """
 
 
@@ -156,7 +156,7 @@ def sample_sizes(results: RunResults) -> str:
     for reading, seeds in curves.items():
         needed = [[fits.needed(sizes, values, level) for sizes, values in seeds] for level in levels]
         lines.append((reading, *(needed_text(sizes, smallest) for sizes in needed)))
-    columns = ("reading", *(f"digits for {100 * level:.0f} %" for level in levels))
+    columns = ("connectivity", *(f"digits for {100 * level:.0f} %" for level in levels))
     return (
         markdown_table(columns, lines).rstrip()
         + "\n\nGeometric means over the seeds that are not told apart, with intervals of Student's t."
@@ -190,8 +190,8 @@ def dsd_exponents(results: RunResults, level: float = 0.75) -> str:
             of_task = [size for patches, length, size in found if (patches, length) == task]
             text = needed_text(of_task, smallest)
             needed_lines.append((reading, str(task[0]), str(task[1]), text))
-    columns = ("reading", "theory", "exponent of k", "exponent of d", "seeds fitted")
-    needed_columns = ("reading", "k", "d", f"examples for {100 * level:.0f} %")
+    columns = ("connectivity", "theory", "exponent of k", "exponent of d", "seeds fitted")
+    needed_columns = ("connectivity", "k", "d", f"examples for {100 * level:.0f} %")
     return "\n\n".join(
         (markdown_table(columns, lines, left=2).rstrip(), markdown_table(needed_columns, needed_lines).rstrip())
     )

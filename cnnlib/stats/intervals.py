@@ -58,7 +58,7 @@ class Difference(NamedTuple):
     holm: the value of `p` after correction for all comparisons (Holm 1979).
     simultaneous_low, simultaneous_high: the ends of the wider Bonferroni interval. The Bonferroni intervals of all
     comparisons (their number is `comparisons`) hold together with probability `level`.
-    verdict: which arm is ahead. The Bonferroni interval decides.
+    verdict: which arm is higher. The Bonferroni interval decides.
     """
 
     first: str
@@ -78,25 +78,26 @@ class Difference(NamedTuple):
 
     def sentence(self) -> str:
         """Return the result as a sentence in percentage points. Values must be fractions of 1, such as accuracies."""
-        seeds = f"{self.n} seed{'' if self.n == 1 else 's'}"
         if self.mean is None:
-            return f"{self.first} and {self.second}: no seed in common, undecided"
+            return f"No clear difference: {self.first} and {self.second} have no seed in common"
+        unclear = f"No clear difference: {self.first} minus {self.second} is"
         if self.simultaneous_low is None or self.simultaneous_high is None:
-            return f"{self.first} and {self.second}: {_points(self.mean)} points, undecided (paired by {seeds})"
-        over = f" simultaneous over {self.comparisons} comparisons" if self.comparisons > 1 else " interval"
-        how = f"(paired by {seeds}, {100 * self.level:g} %{over}{'' if self.deviation else ', differences all equal'})"
+            return f"{unclear} {_points(self.mean)} points (n = {self.n})"
+        kind = f"simultaneous over {self.comparisons} comparisons, " if self.comparisons > 1 else ""
+        equal = "" if self.deviation else ", all seeds differ by the same"
         numbers = (self.mean, self.simultaneous_low, self.simultaneous_high)
-        if self.verdict == "undecided":
-            mean, low, high = (_points(number) for number in numbers)
-            return f"{self.first} and {self.second}: {mean} points [{low}, {high}], undecided {how}"
-        ahead, behind = self.first, self.second
+        higher, lower = self.first, self.second
         if self.verdict == "second ahead":
-            ahead, behind, numbers = behind, ahead, (-numbers[0], -numbers[2], -numbers[1])
+            higher, lower, numbers = lower, higher, (-numbers[0], -numbers[2], -numbers[1])
         decimals = 2
-        while decimals < 12 and round(100 * numbers[1], decimals) <= 0:  # never show a clear lead as [0.00, ...
+        # Never show the interval of a clear difference as 0.00 to ...
+        while self.verdict != "undecided" and decimals < 12 and round(100 * numbers[1], decimals) <= 0:
             decimals += 1
         mean, low, high = (_points(number, decimals) for number in numbers)
-        return f"{ahead} is ahead of {behind} by {mean} points [{low}, {high}] {how}"
+        known = f"({100 * self.level:g} % interval {low} to {high}, {kind}n = {self.n}{equal})"
+        if self.verdict == "undecided":
+            return f"{unclear} {mean} points {known}"
+        return f"{higher} is higher than {lower} by {mean} points {known}"
 
 
 def _points(share: float, decimals: int = 2) -> str:

@@ -256,7 +256,7 @@ def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(report, tmp_pa
         write_report([report[1] / "one"], out, lambda name: None)
         assert out.stat().st_size <= limit
         assert ("To keep the page below 5 MB" in out.read_text()) == (limit < sizes[0])
-    assert "without single lanes, and no mistakes an arm" in out.read_text()
+    assert "without single lanes, and no mistakes per arm" in out.read_text()
     out.unlink()
     monkeypatch.setattr(page, "MOST_BYTES", sizes[-1] - 1)
     with pytest.raises(UserError, match="report fewer runs"):

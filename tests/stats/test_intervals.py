@@ -233,28 +233,29 @@ def test_a_sentence_says_who_is_ahead_and_how_that_is_known():
     found = sentences(np.array([0.97 + jitter, 0.968 + 3 * jitter, 0.95 - jitter]))
     half = 2 * scipy_stats.t.ppf(1 - 0.025 / 3, 2) / np.sqrt(3) / 10  # deviation 0.2 points
     assert found == [
-        f"conv and local: 0.20 points [{0.2 - half:.2f}, {0.2 + half:.2f}], undecided "
-        "(paired by 3 seeds, 95 % simultaneous over 3 comparisons)",
-        f"conv is ahead of full by 2.00 points [{2 - half:.2f}, {2 + half:.2f}] "
-        "(paired by 3 seeds, 95 % simultaneous over 3 comparisons)",
-        f"local is ahead of full by 1.80 points [{1.8 - 2 * half:.2f}, {1.8 + 2 * half:.2f}] "
-        "(paired by 3 seeds, 95 % simultaneous over 3 comparisons)",
+        "No clear difference: conv minus local is 0.20 points "
+        f"(95 % interval {0.2 - half:.2f} to {0.2 + half:.2f}, simultaneous over 3 comparisons, n = 3)",
+        "conv is higher than full by 2.00 points "
+        f"(95 % interval {2 - half:.2f} to {2 + half:.2f}, simultaneous over 3 comparisons, n = 3)",
+        "local is higher than full by 1.80 points "
+        f"(95 % interval {1.8 - 2 * half:.2f} to {1.8 + 2 * half:.2f}, simultaneous over 3 comparisons, n = 3)",
     ]
     (behind,) = sentences(np.array([0.95 - jitter, 0.97 + jitter]), level=0.9)
     half = 2 * scipy_stats.t.ppf(0.95, 2) / np.sqrt(3) / 10
     assert behind == (
-        f"local is ahead of conv by 2.00 points [{2 - half:.2f}, {2 + half:.2f}] (paired by 3 seeds, 90 % interval)"
+        f"local is higher than conv by 2.00 points (90 % interval {2 - half:.2f} to {2 + half:.2f}, n = 3)"
     )
 
 
 def test_a_sentence_of_few_seeds_or_of_equal_differences_says_so():
     one = {"a": {0: 0.9}, "b": {0: 0.8}, "c": {1: 0.7}}
     first, second, _ = (result.sentence() for result in paired_differences(one))
-    assert first == "a and b: 10.00 points, undecided (paired by 1 seed)"
-    assert second == "a and c: no seed in common, undecided"
+    assert first == "No clear difference: a minus b is 10.00 points (n = 1)"
+    assert second == "No clear difference: a and c have no seed in common"
     (equal,) = sentences(np.array([[0.9, 0.8], [0.9, 0.8]]))
     assert equal == (
-        "conv and local: 0.00 points [0.00, 0.00], undecided (paired by 2 seeds, 95 % interval, differences all equal)"
+        "No clear difference: conv minus local is 0.00 points "
+        "(95 % interval 0.00 to 0.00, n = 2, all seeds differ by the same)"
     )
 
 
@@ -262,9 +263,9 @@ def test_a_lead_is_never_shown_as_touching_zero_nor_zero_as_negative():
     half = scipy_stats.t.ppf(0.975, 1) / np.sqrt(2)
     lead = half * np.sqrt(2) + 0.002  # two differences that are 2 apart: a lower end of 0.002 points
     (found,) = sentences(np.array([[lead - 1, lead + 1], [0.0, 0.0]]) / 100)
-    assert "is ahead of" in found and "[0.002, " in found
+    assert "is higher than" in found and "interval 0.002 to " in found
     (found,) = sentences(np.array([[1.00001, 0.99999, 0.9], [1.0, 1.0, 0.90001]]))
-    assert "-0.00" not in found and "undecided" in found
+    assert "-0.00" not in found and "No clear difference" in found
 
 
 # Power
