@@ -1,4 +1,4 @@
-"""Results of runs that nobody trained, for tests of what reads results."""
+"""Build results of runs without training, for tests of code that reads results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from cnnlib.config.schema import SETTING_FIELDS
 from cnnlib.runs.arm_results import chosen_setting, settings_of
 from cnnlib.runs.metrics import MetricsLine
 from cnnlib.runs.record import Identity, RunRecord, Session
-from cnnlib.runs.results import FORMAT, Accuracy, ArmResult, DataResult, DeviceResult, LaneResult, Machine, RunResults
+from cnnlib.runs.results import (
+    FORMAT,
+    NO_ACCURACY,
+    ArmResult,
+    DataResult,
+    DeviceResult,
+    LaneResult,
+    Machine,
+    RunResults,
+)
 
 LANE = LaneResult(
     seed=0,
@@ -54,7 +63,7 @@ def arm(name, lanes, **change):
         "epochs": 12,
         "train_seconds_per_lane": 1.234,
         "chosen_setting": chosen,
-        "test_accuracy": Accuracy() if chosen is None else settings[chosen].test_accuracy,
+        "test_accuracy": NO_ACCURACY if chosen is None else settings[chosen].test_accuracy,
         "settings": settings,
         "lanes": tuple(lanes),
     }

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
 def entry() -> NoReturn:
     """Run the command line of this process, then exit with its status."""
     # Tracing programs makes millions of objects that live as long as the process. With Python's default thresholds,
-    # looking for garbage among them takes 4 % of a run of 16 seconds, and freeing them one by one at exit another 3 %.
+    # `run fc_vs_conv` (17 s) looked for garbage among them for 0.7 s, and freed them at exit for 0.6 s.
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
     try:

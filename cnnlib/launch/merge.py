@@ -18,7 +18,7 @@ from cnnlib.runs.folder import JOBS, RunFolder, inside, state
 from cnnlib.runs.merged import Merged
 from cnnlib.runs.predictions import Predictions, answers_of, read_answers
 from cnnlib.runs.record import RECORD, Job, read_record
-from cnnlib.runs.results import Accuracy, DescribedArm
+from cnnlib.runs.results import NO_ACCURACY, DescribedArm
 from cnnlib.runs.resume import FinishedArm, read_arm
 from cnnlib.system.files import read_json
 
@@ -93,7 +93,7 @@ def merged(arm: TrainedArm, parts: Sequence[FinishedArm], wall_seconds: float) -
         memory_bytes=max(result.memory_bytes for result in results),
         train_seconds_per_lane=seconds / len(lanes),
         chosen_setting=chosen,
-        test_accuracy=Accuracy() if chosen is None else settings[chosen].test_accuracy,
+        test_accuracy=NO_ACCURACY if chosen is None else settings[chosen].test_accuracy,
         settings=settings,
         lanes=lanes,
     )

@@ -267,8 +267,12 @@ def growth_chart(points: Sequence[GrowthPoint]) -> dict[str, object]:
     import altair
 
     menus, chosen = [], []
-    for field, title in (("window", "side of the window"), ("channels", "channels in"), ("features", "features out")):
-        options = sorted({point[field] for point in points})  # type: ignore[literal-required]
+    for field, title, values in (
+        ("window", "side of the window", {point["window"] for point in points}),
+        ("channels", "channels in", {point["channels"] for point in points}),
+        ("features", "features out", {point["features"] for point in points}),
+    ):
+        options = sorted(values)
         menu = altair.binding_select(options=options, name=f"{title}: ")
         menus.append(altair.param(name=field, bind=menu, value=3 if 3 in options else options[0]))
         chosen.append(f"datum.{field} == {field}")

@@ -18,7 +18,7 @@ from cnnlib.report.columns import COLUMNS, Cell, accuracy_text
 from cnnlib.runs import folder
 from cnnlib.runs.metrics import MetricsLine, read_metrics
 from cnnlib.runs.record import RECORD, read_record
-from cnnlib.runs.results import ArmResult, RunResults, has_results, read_results
+from cnnlib.runs.results import ArmResult, RunResults, results_in
 from cnnlib.system.files import read_json
 from cnnlib.system.tables import print_table
 
@@ -92,12 +92,13 @@ def so_far(lines: Sequence[MetricsLine], config: dict[str, object]) -> str:
 
 
 def headline(run: Path) -> str | None:
-    """Return the arm with the highest mean test accuracy, and that accuracy; None without readable results."""
+    """Return the arm with the highest mean test accuracy, and that accuracy; None if there is none that can be read."""
     try:
-        best = best_arm(read_results(run))
+        results = results_in(run)
     except UserError:
         return None
-    return "" if best is None else f"{best.name} {accuracy_text(best.test_accuracy)}"
+    best = None if results is None else best_arm(results)
+    return None if best is None else f"{best.name} {accuracy_text(best.test_accuracy)}"
 
 
 def best_arm(results: RunResults) -> ArmResult | None:
@@ -132,10 +133,11 @@ def compare(runs: Sequence[Path], console: Console, mixed: bool = False) -> None
 
 def finished_results(run: Path) -> RunResults:
     """Read the results of a run. Raise UserError, with the state of the run, if it has none."""
-    if not has_results(run):
+    results = results_in(run)
+    if results is None:
         how = folder.state(run) if run.is_dir() else "not there"
         raise UserError(f"there are no results in {run}: its run is {how}")
-    return read_results(run)
+    return results
 
 
 def arm_cells(arm: ArmResult, columns: Sequence[str]) -> list[Cell]:

@@ -15,7 +15,7 @@ from cnnlib.report import columns
 from cnnlib.report.comparisons import accuracies, differences, spread_sentence, spreads
 from cnnlib.report.style import STYLE
 from cnnlib.report.summary import accuracy_figure, matched_text
-from cnnlib.runs.results import RunResults, has_results, read_results
+from cnnlib.runs.results import RunResults, results_in
 from cnnlib.stats import fits
 from cnnlib.stats.intervals import mean_interval
 from cnnlib.system.files import read_json, write_whole
@@ -82,9 +82,9 @@ def section(folder: Path, asked_of: Callable[[str], Asked], published: dict[str,
     note = folder / "note.md"
     if not note.is_file():
         raise UserError(f"there is no {note}: what the results mean is for people to say")
-    if not has_results(folder):
+    results = results_in(folder)
+    if results is None:
         return f"## {folder.name}\n\n*{asked_of(folder.name).question}*\n\n{note.read_text(encoding='utf-8').strip()}\n"
-    results = read_results(folder)
     name = results.experiment
     command = command_to_repeat(name, results.config)
     words = note.read_text(encoding="utf-8").strip()
@@ -124,7 +124,7 @@ def page(folders: Sequence[Path], asked_of: Callable[[str], Asked], published: d
 
 def stored(folder: Path) -> list[Path]:
     """Return the folders that get a section, sorted by name: those with results of trained models or with a note."""
-    with_results = {path.parent for path in folder.glob("*/results.json") if has_results(path.parent)}
+    with_results = {path.parent for path in folder.glob("*/results.json") if results_in(path.parent) is not None}
     return sorted(with_results | {path.parent for path in folder.glob("*/note.md")})
 
 
@@ -135,9 +135,9 @@ def write_page(folder: Path, asked_of: Callable[[str], Asked]) -> Path:
         raise UserError(f"there is no {folder / 'published.json'}, with published figures by folder and arm")
     runs = stored(folder)
     for run in runs:
-        if not has_results(run):
+        results = results_in(run)
+        if results is None:
             continue
-        results = read_results(run)
         if results.experiment in ANALYSES:
             write_whole(run / "curves.png", curves_figure(results).savefig)
         else:

@@ -13,7 +13,17 @@ import numpy as np
 from cnnlib.config.resolve import TrainedArm
 from cnnlib.config.schema import SETTING_FIELDS, LaneNumbers
 from cnnlib.runs.metrics import MetricsLine
-from cnnlib.runs.results import Accuracy, ArmResult, DataResult, DescribedArm, LaneResult, MatchResult, Setting, Status
+from cnnlib.runs.results import (
+    NO_ACCURACY,
+    Accuracy,
+    ArmResult,
+    DataResult,
+    DescribedArm,
+    LaneResult,
+    MatchResult,
+    Setting,
+    Status,
+)
 from cnnlib.stats.intervals import mean_interval
 from cnnlib.system import files
 from cnnlib.train.checkpoint import sha256
@@ -87,7 +97,7 @@ def result_of(
         train_seconds_per_lane=so_far.train_seconds / len(lanes),
         waited_seconds=None if so_far.stream is None else so_far.waited_seconds,
         chosen_setting=chosen,
-        test_accuracy=Accuracy() if chosen is None else settings[chosen].test_accuracy,
+        test_accuracy=NO_ACCURACY if chosen is None else settings[chosen].test_accuracy,
         settings=settings,
         lanes=lanes,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,18 +12,16 @@ import numpy as np
 from cnnlib.config.fields import from_dict
 from cnnlib.config.schema import LaneNumbers
 from cnnlib.errors import UserError
-from cnnlib.runs.results import Hyperparameters, Status
+from cnnlib.runs.results import OfLane, Status
 from cnnlib.system.files import read_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsLine(Hyperparameters):
+class MetricsLine(OfLane):
     """One line of `metrics.jsonl`: the metrics of one lane in one epoch. The metrics of a diverged lane are None."""
 
     arm: str
     lane: int
-    seed: int
-    order_seed: int
     epoch: int
     status: Status
     train_loss: float | None = None
@@ -34,11 +32,6 @@ class MetricsLine(Hyperparameters):
     validation_accuracy: float | None = None
     seconds: float
     """Training time of the epoch, for all lanes of the arm together."""
-
-    @property
-    def numbers(self) -> LaneNumbers:
-        """Return the seeds and hyperparameters."""
-        return LaneNumbers(self.seed, self.order_seed, *self.setting)
 
 
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -53,20 +46,21 @@ class HasStatus(Protocol):
         """Whether the lane has diverged."""
 
 
-def parse_lines(objects: Iterable[Mapping[str, object]]) -> tuple[MetricsLine, ...]:
-    """Convert the objects of a `metrics.jsonl` up to the first damaged one."""
-    found = []
-    for values in objects:
-        try:
-            found.append(from_dict(values, MetricsLine, "metrics"))
-        except UserError:
-            break
-    return tuple(found)
+def parse_line(values: Mapping[str, object]) -> MetricsLine:
+    """Check and convert an object of `metrics.jsonl`. Raise UserError if it is damaged."""
+    line: MetricsLine = from_dict(values, MetricsLine, "metrics")
+    return line
 
 
 def read_metrics(path: Path) -> tuple[MetricsLine, ...]:
     """Read a `metrics.jsonl` up to the first damaged line. If no file exists, return no lines."""
-    return parse_lines(read_json_lines(path))
+    found = []
+    for values in read_json_lines(path):
+        try:
+            found.append(parse_line(values))
+        except UserError:  # a run that was killed may leave half a line
+            break
+    return tuple(found)
 
 
 def means_of(lines: Sequence[HasStatus], metrics: Sequence[str]) -> dict[str, float | None]:

@@ -105,7 +105,7 @@ def read_record(folder: Path) -> RunRecord:
     """Read the record of a run. Raise UserError if it is missing or damaged, or if it has another format."""
     path = folder / RECORD
     values = read_json(path)
-    require_format(path, values)
+    require_format(folder, values)
     try:
         record: RunRecord = from_dict(values, RunRecord, str(path))
     except UserError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cnnlib.config.fields import from_dict
-from cnnlib.config.schema import LaneNumbers, check_arm_name
+from cnnlib.config.schema import SETTING_FIELDS, LaneNumbers, check_arm_name
 from cnnlib.errors import UserError, require
 from cnnlib.spec.layers import Connectivity
 from cnnlib.system.files import read_json
@@ -25,18 +25,25 @@ Status = Literal["ok", "diverged"]
 class Accuracy:
     """A mean accuracy over the lanes that have not diverged."""
 
-    mean: float | None = None
+    mean: float | None
     """None without lanes."""
-    ci95: tuple[float | None, float | None] = (None, None)
+    ci95: tuple[float | None, float | None]
     """The ends of the 95 % interval (Student's t). Both are None if there are fewer than two lanes."""
-    n: int = 0
+    n: int
     """Number of lanes."""
+
+    def __post_init__(self) -> None:
+        require((self.ci95[0] is None) == (self.ci95[1] is None), "an interval has two ends or none")
 
     def percent(self) -> tuple[float, float, float]:
         """Return the mean and the ends of the interval in percent. Without an interval, both ends are the mean."""
         assert self.mean is not None, "there is a lane"
         low, high = (100 * (self.mean if end is None else end) for end in self.ci95)
         return 100 * self.mean, low, high
+
+
+NO_ACCURACY = Accuracy(None, (None, None), 0)
+"""The accuracy of no lanes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +59,21 @@ class Hyperparameters:
 
     @property
     def setting(self) -> tuple[float, ...]:
-        """Return the hyperparameters, in the order of `config.schema.SETTING_FIELDS`."""
-        return self.learning_rate, self.momentum, self.weight_decay, self.label_smoothing, self.l1, self.l1_threshold
+        """Return the hyperparameters, in the order of `SETTING_FIELDS`."""
+        return tuple(getattr(self, name) for name in SETTING_FIELDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLane(Hyperparameters):
+    """The seeds and hyperparameters of one lane (model)."""
+
+    seed: int
+    order_seed: int
+
+    @property
+    def numbers(self) -> LaneNumbers:
+        """Return the seeds and hyperparameters as training takes them."""
+        return LaneNumbers(self.seed, self.order_seed, *self.setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +88,9 @@ class Setting(Hyperparameters):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaneResult(Hyperparameters):
+class LaneResult(OfLane):
     """The results of one lane (model)."""
 
-    seed: int
-    order_seed: int
     status: Status
     epochs: int
     """Number of epochs that the lane has trained."""
@@ -91,11 +109,6 @@ class LaneResult(Hyperparameters):
 
     def __post_init__(self) -> None:
         require(self.status == "diverged" or self.test_accuracy is not None, "a lane that is ok has no test_accuracy")
-
-    @property
-    def numbers(self) -> LaneNumbers:
-        """Return the seeds and hyperparameters."""
-        return LaneNumbers(self.seed, self.order_seed, *self.setting)
 
 
 @dataclass(frozen=True)
@@ -246,23 +259,31 @@ def parse_results(values: object, where: Path | str) -> RunResults:
         raise UserError(f"{where} has no results of trained models")
     if "format" in values:
         require_format(where, values)
-    results: RunResults = from_dict({"format": FORMAT, **values}, RunResults, str(where))
+    try:
+        results: RunResults = from_dict({"format": FORMAT, **values}, RunResults, "results")
+    except UserError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
     for arm in results.arms:
         if arm.chosen_setting is not None and not 0 <= arm.chosen_setting < len(arm.settings):
             raise UserError(f"{where}: arm {arm.name} has no setting {arm.chosen_setting}")
     return results
 
 
-def read_results(folder: Path) -> RunResults:
-    """Read the `results.json` of a run. Raise UserError if it is missing, damaged or of a newer version."""
+def results_in(folder: Path) -> RunResults | None:
+    """Read the `results.json` of a run; None if there is none, or if the run only counted and trained nothing.
+
+    Raise UserError if the file is damaged or of a newer version.
+    """
     path = folder / "results.json"
     values = read_json(path)
-    if values is None:
-        raise UserError(f"there are no results in {folder}")
+    if values is None or (isinstance(values, dict) and "arms" not in values):
+        return None
     return parse_results(values, path)
 
 
-def has_results(folder: Path) -> bool:
-    """Return whether a folder has the results of trained models. Experiments that only count have other results."""
-    values = read_json(folder / "results.json")
-    return isinstance(values, dict) and "arms" in values
+def read_results(folder: Path) -> RunResults:
+    """Read the `results.json` of a run. Raise UserError if it is missing, damaged or of a newer version."""
+    results = results_in(folder)
+    if results is None:
+        raise UserError(f"there are no results in {folder}")
+    return results

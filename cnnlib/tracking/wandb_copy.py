@@ -30,9 +30,9 @@ from cnnlib.errors import UserError
 from cnnlib.report.summary import COLUMNS, rows
 from cnnlib.runs.callbacks import Beginning, Watcher
 from cnnlib.runs.folder import ARMS, inside
-from cnnlib.runs.metrics import MetricsLine, lane_name, means_of, parse_lines
+from cnnlib.runs.metrics import MetricsLine, lane_name, means_of, parse_line
 from cnnlib.runs.record import read_record
-from cnnlib.runs.results import ArmResult, has_results, read_results
+from cnnlib.runs.results import ArmResult, results_in
 from cnnlib.system.files import finite, follow_json_lines, plain, read_json
 
 RESULTS = ("test_accuracy", "test_loss", "status", "parameters_sha256", "distance_from_conv", "sparsity")
@@ -207,8 +207,8 @@ class _Copy:
         self.finish_arms()
         for run in itertools.chain(*self._runs.values()):
             run.finish(exit_code=status)
-        if status == 0 and has_results(self._folder):
-            table = self._library.Table(columns=[*COLUMNS], data=rows(read_results(self._folder)))
+        if status == 0 and (results := results_in(self._folder)) is not None:
+            table = self._library.Table(columns=[*COLUMNS], data=rows(results))
             figure = self._folder / "accuracy.png"
             figures = {"accuracy": self._library.Image(str(figure))} if figure.exists() else {}
             self._group.log({"results": table, **figures})
@@ -247,7 +247,8 @@ def main(folder: str, mode: str, begin: str) -> int:
         signal.signal(number, signal.SIG_IGN)  # only the training process handles signals; it ends the copy
     os.nice(19)  # training has priority
     is_over = lambda: bool(select.select([sys.stdin], [], [], LOOK)[0])  # noqa: E731
-    batches = map(parse_lines, follow_json_lines(Path(folder, "metrics.jsonl"), int(begin), is_over))
+    objects = follow_json_lines(Path(folder, "metrics.jsonl"), int(begin), is_over)
+    batches = ([parse_line(one) for one in batch] for batch in objects)
     try:
         send(Path(folder), mode, batches, lambda: int(sys.stdin.read() or 1))
     except Exception as error:

@@ -61,7 +61,7 @@ def test_crossed_seeds_split_the_spread():
     assert found.rest.estimate == pytest.approx(0.0, abs=1e-12)
     text = spread_sentence("a", found)
     assert "2 initialisations by 3 orders" in text and "initial weights 1.41 [" in text and "data order 0.10 [" in text
-    incomplete = made_results.arm("a", [*lanes[:4], lanes[5]])  # nothing is said
+    incomplete = made_results.arm("a", [*lanes[:4], lanes[5]])  # one combination is missing
     assert spreads(results(incomplete)) == {}
 
 

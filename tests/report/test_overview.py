@@ -143,7 +143,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
         {"mean": 10**400, "ci95": [0.1, 0.2], "n": 2},
         {"mean": 0.9, "ci95": [0.1, "high"], "n": 2},
         {"mean": True, "ci95": [None, None], "n": 2},
-        {"ci95": [None], "n": 2},
+        {"ci95": [None, None], "n": 2},
+        {"mean": 0.9, "ci95": [0.1, None], "n": 2},
     ],
 )
 def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):
@@ -152,8 +153,18 @@ def test_numbers_that_are_none_are_no_results(tmp_path, capsys, change):
     for name in ("one", "two"):
         made(tmp_path / name, "finished", damaged)
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
-    assert "results.json.arms[0].test_accuracy" in capsys.readouterr().err
+    assert "one/results.json is damaged: " in capsys.readouterr().err
     assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_results_of_a_newer_version_are_refused_in_one_line_and_those_without_a_format_are_read(tmp_path, capsys):
+    old = {key: value for key, value in RESULTS.items() if key != "format"}
+    for name, found in (("new", {**RESULTS, "format": 3}), ("ours", RESULTS), ("old", old)):
+        made(tmp_path / name, "finished", found)
+    assert main(["compare", str(tmp_path / "ours"), str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "results.json has format 3, and this version reads format 2: a newer cnnlib reads it" in line
+    assert main(["compare", str(tmp_path / "ours"), str(tmp_path / "old")]) == 0
 
 
 def test_text_that_cannot_be_shown_is_no_error(tmp_path, capsys):

@@ -138,6 +138,19 @@ def test_every_value_of_every_lane_is_in_its_own_run(offline):
 
 
 @pytest.mark.slow
+def test_a_run_per_group_alone_goes_to_the_project_and_entity_that_are_asked_for(offline, tmp_path):
+    shutil.copytree(offline, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
+    config = json.loads((offline / "config.json").read_text())
+    config["wandb"] |= {"per": "group", "project": "digits", "entity": "team"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    again = [sys.executable, "-m", "cnnlib", "wandb", str(tmp_path / "run"), "--wandb", "offline"]
+    subprocess.run(again, check=True, capture_output=True, env=environment(tmp_path))
+    (group,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    known, _, _ = read_back(group)
+    assert (known["project"], known["entity"], known["job_type"]) == ("digits", "team", "group")
+
+
+@pytest.mark.slow
 def test_a_copy_is_made_again_of_the_files_of_a_run(offline, tmp_path):
     shutil.copytree(offline, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
     again = [sys.executable, "-m", "cnnlib", "wandb", str(tmp_path / "run"), "--wandb", "offline"]
